@@ -1,0 +1,444 @@
+"""The doorway into vLLM: a dozen small hooks, each of which falls through unless failfast was asked for.
+
+`register` runs in every vLLM process and must be cheap, so it hooks only what an argument parser and
+a configuration need. What a model runner needs is hooked by the first worker that serves failfast.
+docs/architecture.md lists the hooks; `failfast doctor` checks them.
+"""
+
+import copy
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import logging
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from failfast_vllm import config as user_config
+from failfast_vllm.config import DIFFUSION_BLOCK_SIZE, DRAFTER_ARCHITECTURE, METHOD, FailFastConfig
+
+logger = logging.getLogger("vllm.failfast")  # vLLM's handlers and format
+
+SUPPORTED_VLLM = ((0, 32), (0, 33))
+CONFIG_MODEL_TYPE = "Fast_dLLM_Qwen"
+
+
+class Hook(NamedTuple):
+    """A function of vLLM that we wrap, and the parameters that we rely on."""
+
+    module: str
+    owner: str
+    function: str
+    parameters: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.owner}.{self.function}"
+
+
+CONFIG_HOOKS = (
+    Hook(
+        "vllm.engine.arg_utils",
+        "EngineArgs",
+        "create_speculative_config",
+        ("self", "target_model_config", "target_parallel_config"),
+    ),
+    Hook("vllm.engine.arg_utils", "EngineArgs", "add_cli_args", ("parser",)),
+    Hook(
+        "vllm.config.speculative",
+        "SpeculativeConfig",
+        "verify_equal_vocab_size_if_draft_model",
+        ("self",),
+    ),
+    Hook("vllm.config.vllm", "VllmConfig", "_get_v2_model_runner_unsupported_features", ("self",)),
+    Hook("vllm.v1.worker.worker_base", "WorkerBase", "__init__", ("self", "vllm_config")),
+)
+RUNNER_HOOKS = (
+    Hook(
+        "vllm.v1.spec_decode.draft_model",
+        "DraftModelProposer",
+        "__init__",
+        ("self", "vllm_config", "device", "runner"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "_input_fits_in_drafter",
+        ("self", "common_attn_metadata"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "propose_draft_token_ids",
+        (
+            "self",
+            "scheduler_output",
+            "sampled_token_ids",
+            "sampling_metadata",
+            "hidden_states",
+            "sample_hidden_states",
+            "aux_hidden_states",
+            "spec_decode_metadata",
+            "common_attn_metadata",
+            "slot_mappings",
+        ),
+    ),
+)
+
+
+def register() -> None:
+    """Entry point of the group `vllm.general_plugins`. Idempotent; never raises."""
+    problem = version_problem() or missing_hooks(CONFIG_HOOKS)
+    if problem:
+        logger.warning("failfast is off: %s", problem)
+    _install_config_hooks(problem)
+
+
+def asked_for(vllm_config: Any) -> bool:
+    """Whether this engine was configured with failfast."""
+    return METHOD in (vllm_config.additional_config or {})
+
+
+def version_problem() -> str | None:
+    """Why this vLLM version is not supported, or None."""
+    try:
+        version = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        import vllm
+
+        version = vllm.__version__
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and (int(found[1]), int(found[2])) in SUPPORTED_VLLM:
+        return None
+    return f"vLLM {version} is not supported; install a version of 'vllm>=0.32,<0.34'."
+
+
+def missing_hooks(hooks: tuple[Hook, ...]) -> str | None:
+    """What of `hooks` this vLLM lacks or has changed, or None."""
+    for hook in hooks:
+        problem = hook_problem(hook)
+        if problem:
+            return f"{problem}; install a version of 'vllm>=0.32,<0.34'."
+    return None
+
+
+def hook_problem(hook: Hook) -> str | None:
+    """Why one hook cannot be installed, or None."""
+    try:
+        owner = getattr(importlib.import_module(hook.module), hook.owner)
+        function = inspect.unwrap(getattr(owner, hook.function))
+    except (ImportError, AttributeError):
+        return f"vLLM has no {hook.name}"
+    found = tuple(inspect.signature(function).parameters)[: len(hook.parameters)]
+    if found != hook.parameters:
+        return f"{hook.name} takes ({', '.join(found)}), not ({', '.join(hook.parameters)})"
+    return None
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Replace `owner.name` by `make(original)`, once per process."""
+    original = getattr(owner, name)
+    if getattr(original, "_failfast", False):
+        return
+    wrapper = functools.wraps(original)(make(original))
+    wrapper._failfast = True
+    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    setattr(owner, name, staticmethod(wrapper) if is_static else wrapper)
+
+
+def _install_config_hooks(problem: str | None) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    if problem:
+
+        def refuse(original: Any) -> Any:
+            def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+                if user_config.parse(self.speculative_config) is not None:
+                    raise ValueError(f"failfast was asked for, but {problem}")
+                return original(self, *args, **kwargs)
+
+            return create_speculative_config
+
+        if hasattr(EngineArgs, "create_speculative_config"):
+            _wrap(EngineArgs, "create_speculative_config", refuse)
+        return
+
+    from vllm.config.speculative import SpeculativeConfig
+    from vllm.config.vllm import VllmConfig
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    _wrap(EngineArgs, "create_speculative_config", _creating_speculative_config)
+    _wrap(EngineArgs, "add_cli_args", _adding_cli_args)
+    _wrap(SpeculativeConfig, "verify_equal_vocab_size_if_draft_model", _verifying_vocab_sizes)
+    _wrap(VllmConfig, "_get_v2_model_runner_unsupported_features", _listing_v2_gaps)
+    _wrap(WorkerBase, "__init__", _initializing_worker)
+
+
+def _adding_cli_args(original: Any) -> Any:
+    """`--speculative-config failfast`: the bare word next to vLLM's JSON."""
+
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        action = parser._option_string_actions.get("--speculative-config")
+        if action is not None and action.type is not None:
+            from_json = action.type
+
+            def from_text(value: str) -> Any:
+                return {"method": METHOD} if value.strip() == METHOD else from_json(value)
+
+            from_text.__name__ = "speculative config"  # argparse prints it in its own error
+            action.type = from_text
+        return parser
+
+    return add_cli_args
+
+
+def _creating_speculative_config(original: Any) -> Any:
+    """Check the user's keys, then say it in vLLM's terms: a draft model with ragged CPU drafts."""
+
+    def create_speculative_config(
+        self: Any, target_model_config: Any, target_parallel_config: Any
+    ) -> Any:
+        given = user_config.parse(self.speculative_config)
+        if given is None:
+            return original(self, target_model_config, target_parallel_config)
+        knobs = FailFastConfig.from_user(given)
+        _check_engine_args(self, target_model_config, knobs)
+        drafter = given.get("model") or user_config.choose_drafter(
+            target_model_config.model,
+            target_model_config.hf_config.model_type,
+            target_model_config.get_vocab_size(),
+        )
+        user_config.check_local_drafter(drafter)
+        register_model()
+
+        # the drafter's config takes the target's flag; remote code is never run for a drafter
+        guarded = copy.copy(target_model_config)
+        guarded.trust_remote_code = False
+        passed_on = {key: given[key] for key in user_config.PASSED_ON if key in given}
+        asked = self.speculative_config
+        self.speculative_config = {
+            **passed_on,
+            "method": "draft_model",
+            "model": drafter,
+            "num_speculative_tokens": knobs.num_speculative_tokens,
+            "disable_padded_drafter_batch": True,
+        }
+        try:
+            speculative = original(self, guarded, target_parallel_config)
+        finally:
+            self.speculative_config = asked
+        speculative.target_model_config = target_model_config
+        if speculative.method != "draft_model":
+            raise ValueError(
+                f"failfast: vLLM takes the drafter path {drafter!r} for a drafter of the method "
+                f"{speculative.method!r}; rename the directory."
+            )
+        hf_config = speculative.draft_model_config.hf_config.to_dict()
+        user_config.check_drafter_config(drafter, hf_config)
+
+        self.async_scheduling = False  # lengths per sequence need the synchronous scheduler
+        self.additional_config = {
+            **(self.additional_config or {}),
+            METHOD: {
+                **knobs.to_dict(),
+                **_token_facts(target_model_config, drafter, given.get("revision"), hf_config),
+            },
+        }
+        return speculative
+
+    return create_speculative_config
+
+
+def _token_facts(
+    target_model_config: Any, drafter: str, revision: str | None, drafter_hf_config: dict[str, Any]
+) -> dict[str, int]:
+    """MASK, and how many ids may be drafted; refuses a drafter with another tokenizer."""
+    from transformers import AutoTokenizer
+
+    shared = min(target_model_config.get_vocab_size(), int(drafter_hf_config["vocab_size"]))
+    if target_model_config.skip_tokenizer_init:  # the user vouches for the ids
+        mask = user_config.mask_token_id(drafter_hf_config, {})
+        return {"mask_token_id": mask, "num_draftable_tokens": shared}
+    from vllm.tokenizers.registry import cached_tokenizer_from_config
+
+    try:
+        drafter_tokenizer = AutoTokenizer.from_pretrained(
+            drafter, revision=revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"failfast: cannot load the tokenizer of the drafter {drafter!r} ({reason}); "
+            "give a complete Fast-dLLM v2 checkpoint."
+        ) from None
+    target_vocab = cached_tokenizer_from_config(target_model_config).get_vocab()
+    drafter_vocab = drafter_tokenizer.get_vocab()
+    mask = user_config.mask_token_id(drafter_hf_config, drafter_vocab)
+    user_config.check_tokenizers(
+        target_model_config.model, target_vocab, drafter, drafter_vocab, mask
+    )
+    return {
+        "mask_token_id": mask,
+        "num_draftable_tokens": min(shared, max(target_vocab.values()) + 1),
+    }
+
+
+def _check_engine_args(args: Any, target_model_config: Any, knobs: FailFastConfig) -> None:
+    """Refuse what cannot work, before any weight is read; raises ValueError."""
+
+    def refuse(what: str, got: Any, remedy: str) -> None:
+        raise ValueError(f"failfast: {what}; got {got!r}. {remedy}")
+
+    if args.pipeline_parallel_size > 1:
+        refuse(
+            "pipeline parallelism is not supported",
+            args.pipeline_parallel_size,
+            "Use --tensor-parallel-size instead.",
+        )
+    if args.block_size and args.block_size % DIFFUSION_BLOCK_SIZE:
+        refuse(
+            f"the KV page must be a multiple of {DIFFUSION_BLOCK_SIZE} tokens",
+            args.block_size,
+            f"Leave --block-size out or use a multiple of {DIFFUSION_BLOCK_SIZE}.",
+        )
+    if args.async_scheduling:
+        refuse(
+            "asynchronous scheduling assumes one draft length for all sequences",
+            args.async_scheduling,
+            "Leave --async-scheduling out.",
+        )
+    needed = DIFFUSION_BLOCK_SIZE + knobs.num_speculative_tokens
+    budget = args.max_num_batched_tokens
+    if budget is not None and budget < needed:
+        refuse(
+            f"max_num_batched_tokens must be at least {needed} "
+            f"({DIFFUSION_BLOCK_SIZE} + num_speculative_tokens)",
+            budget,
+            "Raise it or lower 'num_speculative_tokens'.",
+        )
+    if target_model_config.runner_type != "generate":
+        refuse(
+            "only text generation can be drafted for",
+            target_model_config.runner_type,
+            "Leave the speculative config out.",
+        )
+    if target_model_config.is_hybrid or target_model_config.use_mla:
+        refuse(
+            "hybrid (Mamba, linear attention) and MLA targets have no KV page that is shared "
+            "with the drafter",
+            target_model_config.architecture,
+            "Use a target with full attention.",
+        )
+
+
+def _verifying_vocab_sizes(original: Any) -> Any:
+    """Padded vocab sizes may differ (Qwen2.5: 151,936 up to 3B, 152,064 from 7B on)."""
+
+    def verify_equal_vocab_size_if_draft_model(self: Any) -> None:
+        drafter = self.draft_model_config
+        if drafter is not None and DRAFTER_ARCHITECTURE in drafter.architectures:
+            return
+        original(self)
+
+    return verify_equal_vocab_size_if_draft_model
+
+
+def _listing_v2_gaps(original: Any) -> Any:
+    """Our drafter sits on the V1 model runner: let vLLM choose it, or say why it cannot."""
+
+    def _get_v2_model_runner_unsupported_features(self: Any) -> list[str]:
+        gaps: list[str] = original(self)
+        return [*gaps, "speculative method 'failfast'"] if asked_for(self) else gaps
+
+    return _get_v2_model_runner_unsupported_features
+
+
+def _initializing_worker(original: Any) -> Any:
+    """Runner hooks import CUDA libraries, so they wait for a worker process that needs them."""
+
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        if asked_for(vllm_config):
+            register_model()
+            install_runner_hooks()
+        original(self, vllm_config, *args, **kwargs)
+
+    return __init__
+
+
+def register_model() -> None:
+    """Make the drafter's config and architecture known to vLLM."""
+    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    if DRAFTER_ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(
+            DRAFTER_ARCHITECTURE, "failfast_vllm.model:FastDLLMForCausalLM"
+        )
+    if CONFIG_MODEL_TYPE not in _CONFIG_REGISTRY:
+        from failfast_vllm.hf_config import FastDLLMConfig
+
+        _CONFIG_REGISTRY[CONFIG_MODEL_TYPE] = FastDLLMConfig
+
+
+def install_runner_hooks() -> None:
+    """Hand failfast's engine steps to `FailFastProposer`; raises RuntimeError on a changed vLLM."""
+    problem = missing_hooks(RUNNER_HOOKS)
+    if problem:
+        raise RuntimeError(f"failfast cannot run: {problem}")
+    from vllm.v1.spec_decode.draft_model import DraftModelProposer
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from failfast_vllm.proposer import FailFastProposer
+
+    def constructing_proposer(original: Any) -> Any:
+        def __new__(cls: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+            if cls is DraftModelProposer and asked_for(vllm_config):
+                return object.__new__(FailFastProposer)
+            return object.__new__(cls)
+
+        return __new__
+
+    def fitting_drafter(original: Any) -> Any:
+        def _input_fits_in_drafter(self: Any, common_attn_metadata: Any) -> bool:
+            if isinstance(self.drafter, FailFastProposer):  # it clamps per sequence
+                return common_attn_metadata is not None
+            fits: bool = original(self, common_attn_metadata)
+            return fits
+
+        return _input_fits_in_drafter
+
+    def proposing(original: Any) -> Any:
+        def propose_draft_token_ids(
+            self: Any,
+            scheduler_output: Any,
+            sampled_token_ids: Any,
+            sampling_metadata: Any,
+            hidden_states: Any,
+            sample_hidden_states: Any,
+            aux_hidden_states: Any,
+            spec_decode_metadata: Any,
+            common_attn_metadata: Any,
+            slot_mappings: Any,
+        ) -> Any:
+            if isinstance(self.drafter, FailFastProposer):
+                return self.drafter.draft(scheduler_output, sampled_token_ids, common_attn_metadata)
+            return original(
+                self,
+                scheduler_output,
+                sampled_token_ids,
+                sampling_metadata,
+                hidden_states,
+                sample_hidden_states,
+                aux_hidden_states,
+                spec_decode_metadata,
+                common_attn_metadata,
+                slot_mappings,
+            )
+
+        return propose_draft_token_ids
+
+    _wrap(DraftModelProposer, "__new__", constructing_proposer)
+    _wrap(GPUModelRunner, "_input_fits_in_drafter", fitting_drafter)
+    _wrap(GPUModelRunner, "propose_draft_token_ids", proposing)
