@@ -7,7 +7,7 @@ from setuptools import setup
 setup(
     name="failfast-vllm",
     version="0.1.0",
-    description="FailFast speculative decoding for vLLM: a diffusion LLM drafts, the target verifies",
+    description="FailFast speculative decoding for vLLM: a diffusion LLM drafts, vLLM verifies",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

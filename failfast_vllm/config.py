@@ -105,7 +105,7 @@ def check_local_drafter(model: str) -> None:
     """Refuse a local drafter that cannot be one, before vLLM loads anything; raises ValueError."""
     path = Path(model)
     if not path.is_dir():
-        if path.is_absolute() or model.startswith("."):
+        if model.startswith(("/", ".", "~")) or model.count("/") > 1:  # no hub id looks so
             raise ValueError(
                 f"failfast: the drafter {model!r} is not a directory; "
                 "give a checkpoint directory or a hub id."
@@ -130,7 +130,8 @@ def check_local_drafter(model: str) -> None:
 
 def check_drafter_config(model: str, config: Mapping[str, Any]) -> None:
     """Refuse another architecture or block size; raises ValueError."""
-    architectures = config.get("architectures") or []
+    architectures = config.get("architectures")
+    architectures = architectures if isinstance(architectures, list) else []
     if DRAFTER_ARCHITECTURE not in architectures:
         raise ValueError(
             f"failfast: the drafter {model!r} must be a {DRAFTER_ARCHITECTURE}; "
@@ -157,9 +158,7 @@ def check_tokenizers(
     Padding differs and MASK may be the drafter's own: only ids that both use must agree.
     """
     by_id = {i: token for token, i in drafter.items() if i != mask_token_id}
-    clash = next(
-        (i for token, i in target.items() if i in by_id and by_id[i] != token), None
-    )
+    clash = next((i for token, i in target.items() if i in by_id and by_id[i] != token), None)
     missing = len([i for i in target.values() if i not in by_id and i != mask_token_id])
     if clash is not None or missing > len(target) // 100:
         reason = (
@@ -175,8 +174,8 @@ def check_tokenizers(
 
 def mask_token_id(config: Mapping[str, Any], drafter_vocab: Mapping[str, int]) -> int:
     """MASK of a drafter: from its config, its tokenizer, or the table; raises ValueError."""
-    if isinstance(config.get("mask_token_id"), int):
-        return int(config["mask_token_id"])
+    if config.get("mask_token_id") is not None:
+        return _integer(config, "mask_token_id", 0, 0, config["vocab_size"] - 1)
     if MASK_TOKEN in drafter_vocab:
         return drafter_vocab[MASK_TOKEN]
     if config.get("vocab_size") in QWEN25_VOCAB_SIZES:

@@ -1,7 +1,7 @@
-"""The doorway into vLLM: a dozen small hooks, each of which falls through unless failfast was asked for.
+"""The doorway into vLLM: small hooks that fall through unless failfast was asked for.
 
-`register` runs in every vLLM process and must be cheap, so it hooks only what an argument parser and
-a configuration need. What a model runner needs is hooked by the first worker that serves failfast.
+`register` runs in every vLLM process and must be cheap, so it hooks only what an argument parser
+and a configuration need. What a model runner needs is hooked by the worker that serves failfast.
 docs/architecture.md lists the hooks; `failfast doctor` checks them.
 """
 
@@ -141,7 +141,7 @@ def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     original = getattr(owner, name)
     if getattr(original, "_failfast", False):
         return
-    wrapper = functools.wraps(original)(make(original))
+    wrapper: Any = functools.wraps(original)(make(original))
     wrapper._failfast = True
     is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
     setattr(owner, name, staticmethod(wrapper) if is_static else wrapper)

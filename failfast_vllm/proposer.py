@@ -129,7 +129,9 @@ class FailFastProposer(DraftModelProposer):
             num_tokens=batch.input_ids.numel(),
             slot_mapping={},
         ):
-            hidden_states = self.model(input_ids=batch.input_ids, positions=batch.positions)
+            hidden_states: torch.Tensor = self.model(
+                input_ids=batch.input_ids, positions=batch.positions
+            )
         self.stats.forward_ms += (time.perf_counter() - began) * 1e3
         return hidden_states
 

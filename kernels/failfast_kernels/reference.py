@@ -32,7 +32,7 @@ class TokenConfidence(NamedTuple):
 
 
 class PaddedGroup(NamedTuple):
-    """Some sequences of a pass, padded to one rectangle; made once per pass, used by every layer."""
+    """Some sequences of a pass, padded to one rectangle; made once, used by every layer."""
 
     rows: torch.Tensor  # [num_seqs, max_rows] int64, index of each row; padding repeats row 0
     valid_rows: torch.Tensor | None  # [num_seqs, max_rows] bool; None when nothing is padding
@@ -158,7 +158,7 @@ def block_diffusion_attention(
     Returns:
         [num_rows, num_heads, head_dim], the type of `query`.
     """
-    num_rows, num_heads, head_dim = query.shape
+    _, num_heads, head_dim = query.shape
     num_kv_heads, page_size = kv_cache.shape[1], kv_cache.shape[2]
     group_size = num_heads // num_kv_heads
     if groups is None:
@@ -171,7 +171,9 @@ def block_diffusion_attention(
             query.dtype,
             diffusion_block_size,
         )
-    blocks = kv_cache.unflatten(2, (page_size // diffusion_block_size, diffusion_block_size))
+    blocks = kv_cache.view(
+        -1, num_kv_heads, page_size // diffusion_block_size, diffusion_block_size, 2 * head_dim
+    )
     output = torch.empty_like(query)
     for group in groups:
         num_seqs, max_rows = group.rows.shape
@@ -188,7 +190,8 @@ def block_diffusion_attention(
         attended = F.scaled_dot_product_attention(
             rows, keys, values, attn_mask=group.mask, scale=scale
         )
-        attended = attended.unflatten(2, (group_size, max_rows)).permute(0, 3, 1, 2, 4)
+        attended = attended.view(num_seqs, num_kv_heads, group_size, max_rows, head_dim)
+        attended = attended.permute(0, 3, 1, 2, 4)
         attended = attended.reshape(num_seqs, max_rows, num_heads, head_dim)
         if group.valid_rows is None:
             output[group.rows] = attended

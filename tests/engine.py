@@ -1,0 +1,147 @@
+"""Start an in-process engine on the shipped pair and watch what its drafter does."""
+
+import contextlib
+import gc
+import json
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from failfast_vllm.config import MODELS_DIR
+
+TARGET = str(MODELS_DIR / "target")
+
+
+@contextlib.contextmanager
+def engine(speculative_config=None, **overrides):
+    """A `vllm.LLM` in this process, float32 and eager unless overridden."""
+    from vllm import LLM
+
+    settings = {
+        "model": TARGET,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "max_num_seqs": 16,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        **overrides,
+    }
+    llm = LLM(**settings, speculative_config=speculative_config)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def core(llm):
+    return llm.llm_engine.engine_core.engine_core
+
+
+def proposer(llm):
+    return core(llm).model_executor.driver_worker.worker.model_runner.drafter
+
+
+class Proposal(NamedTuple):
+    """One draft, with what it was made from."""
+
+    known: list[int]
+    max_draft: int
+    draft: list[int]
+    num_passes: int
+
+
+@dataclass
+class Watch:
+    """Everything that the drafter did while it was watched."""
+
+    draft_lens: list[list[int]] = field(default_factory=list)  # per step, per request
+    rounds: list = field(default_factory=list)  # verified drafts
+    proposals: list[Proposal] = field(default_factory=list)
+
+    @property
+    def num_drafted(self):
+        return sum(len(r.drafted) for r in self.rounds)
+
+    @property
+    def num_accepted(self):
+        return sum(len(r.emitted) - 1 for r in self.rounds if r.drafted)
+
+    def assert_not_vacuous(self):
+        """Drafts were proposed and accepted, with three lengths within one step."""
+        assert self.num_drafted > 0
+        assert self.num_accepted > 0
+        assert max(len(set(lens)) for lens in self.draft_lens) >= 3
+
+
+@contextlib.contextmanager
+def watch(llm):
+    """Record the steps and rounds of an engine with failfast."""
+    drafter = proposer(llm)._drafter
+    propose = drafter.propose
+    record = Watch()
+
+    def recording_propose(step):
+        drafts = propose(step)
+        for i, max_draft in enumerate(step.max_draft_lens.tolist()):
+            if max_draft:
+                known = step.token_ids[i, : step.known_lens[i]].tolist()
+                record.proposals.append(
+                    Proposal(known, max_draft, drafts.token_ids[i], drafts.num_passes[i])
+                )
+        record.draft_lens.append([len(ids) for ids in drafts.token_ids])
+        return drafts
+
+    drafter.propose = recording_propose
+    proposer(llm).stats.on_round = record.rounds.append
+    try:
+        yield record
+    finally:
+        drafter.propose = propose
+        proposer(llm).stats.on_round = None
+
+
+def shipped_prompts():
+    """The held-out prompts as chat messages, with their answers."""
+    lines = (MODELS_DIR / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def chat_ids(tokenizer, prompt):
+    text = tokenizer.apply_chat_template(
+        prompt["messages"], add_generation_prompt=True, tokenize=False
+    )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def generate(llm, prompts, params):
+    """Token ids of the answers to token-id prompts, all submitted at once."""
+    requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
+    outputs = llm.generate(requests, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def mixed_prompts(tokenizer, count):
+    """`count` prompts: real questions, and cuts of a long text around multiples of 32."""
+    questions = [chat_ids(tokenizer, prompt) for prompt in shipped_prompts()]
+    text = [i for ids in questions for i in ids]
+    near = [n + d for n in (32, 64, 96, 128, 256, 512, 1024) for d in (-1, 0, 1)]
+    lengths = [1, 2, 3, 5, 10, 15, 16, 17, 30, 200, 300, 400, 700, 1200, 1500, *near]
+    prompts = []
+    for i in range(count):
+        if i % 2:
+            length, offset = lengths[i // 2 % len(lengths)], i * 131 % (len(text) - 1600)
+            prompts.append(text[offset : offset + length])
+        else:
+            prompts.append(questions[i // 2 % len(questions)])
+    return prompts
+
+
+def greedy_params(prompts):
+    """Greedy, with output limits from 1 to 96 tokens so that requests end in different steps."""
+    from vllm import SamplingParams
+
+    return [
+        SamplingParams(temperature=0.0, max_tokens=1 + i * 37 % 96) for i in range(len(prompts))
+    ]

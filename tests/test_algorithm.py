@@ -1,0 +1,157 @@
+"""The engine's drafts against a literal, one-sequence Algorithm 1 - and each difference alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine import engine, generate, greedy_params, mixed_prompts, proposer, watch
+from failfast_vllm.config import MODELS_DIR
+from literal import AUTHORS, BLOCK, OURS, DenseDrafter, literal_draft
+
+INCREMENT, THRESHOLD, CAP = 10, 0.45, 60
+NUM_ROUNDS = 500
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """Proposals of a mixed batch, and what a literal draft needs to repeat them."""
+    with engine("failfast") as llm, watch(llm) as record:
+        prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 90) if len(p) < 420]
+        generate(llm, prompts, greedy_params(prompts))
+        own = proposer(llm)
+        knobs = own.knobs
+        stop_ids = own.stop_token_ids
+        record.assert_not_vacuous()
+    assert (knobs["draft_increment"], knobs["num_speculative_tokens"]) == (INCREMENT, CAP)
+    dense = DenseDrafter(MODELS_DIR / "drafter", knobs["num_draftable_tokens"])
+    return dense, stop_ids, record.proposals
+
+
+def literal(recorded, proposal, rules, **overrides):
+    dense, stop_ids, _ = recorded
+    settings = {
+        "increment": INCREMENT,
+        "threshold": THRESHOLD,
+        "max_draft": proposal.max_draft,
+        "stop_token_ids": stop_ids,
+        **overrides,
+    }
+    return literal_draft(dense, proposal.known, rules, **settings)
+
+
+def test_engine_drafts_equal_the_literal_ones(recorded):
+    proposals = recorded[2][:: max(1, len(recorded[2]) // (NUM_ROUNDS + 50))]
+    assert len(proposals) >= NUM_ROUNDS
+    different = [
+        (i, proposal.draft, expected.token_ids)
+        for i, proposal in enumerate(proposals)
+        for expected in [literal(recorded, proposal, OURS)]
+        if proposal.draft != expected.token_ids
+    ]
+    assert not different, different[:3]
+    assert len({len(p.draft) for p in proposals}) > 5
+    assert sum(p.num_passes > 1 for p in proposals) > 20, "no draft ever grew"
+
+
+def within_one_block(proposal):
+    return len(proposal.known) % BLOCK and len(proposal.known) % BLOCK + len(proposal.draft) < BLOCK
+
+
+def test_only_crossing_block_ends_needs_the_crossing_rule(recorded):
+    """Inside a block the authors' block-by-block order gives the same draft."""
+    rules = replace(OURS, crosses_blocks=False, sub_block_size=BLOCK)
+    inside = [p for p in recorded[2] if within_one_block(p)][:60]
+    assert len(inside) == 60
+    for proposal in inside:
+        assert literal(recorded, proposal, rules).token_ids == proposal.draft
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def sample(recorded, count=40):
+    proposals = [p for p in recorded[2] if p.max_draft == CAP]
+    return proposals[:: max(1, len(proposals) // count)][:count]
+
+
+def test_one_pass_per_increment_takes_fewer_passes(recorded):
+    """Difference: theirs is one pass per sub-block of 8, and one per committed block."""
+    some = sample(recorded)
+    ours = mean([literal(recorded, p, OURS).num_passes for p in some])
+    theirs = mean([literal(recorded, p, AUTHORS).num_passes for p in some])
+    assert mean([p.num_passes for p in some]) <= ours  # the engine also stops at a stop token
+    assert theirs > 1.5 * ours
+
+
+def test_trailing_masks_change_few_drafts(recorded):
+    """Difference: MASK rows behind the increment are left out (an approximation)."""
+    some = sample(recorded)
+    padded = replace(OURS, crosses_blocks=False, trims_masks=False, sub_block_size=BLOCK)
+    trimmed = replace(padded, trims_masks=True)
+    first_tokens = [
+        [literal(recorded, p, rules).token_ids[:3] for p in some] for rules in (padded, trimmed)
+    ]
+    same = mean([a == b for a, b in zip(*first_tokens, strict=True)])
+    assert same >= 0.7
+
+
+def test_confidences_behind_the_increment_do_not_count(recorded):
+    """Difference: the authors also count positions behind the increment in the last sub-block."""
+    some = sample(recorded)
+    beyond = replace(OURS, crosses_blocks=False, sub_block_size=8)
+    for proposal in some:
+        theirs = literal(recorded, proposal, replace(beyond, fills_beyond=True), threshold=1.1)
+        ours = literal(recorded, proposal, beyond, threshold=1.1)
+        # the increment itself is kept whatever its confidence, and nothing behind it
+        assert len(ours.token_ids) <= INCREMENT
+        assert len(theirs.token_ids) <= INCREMENT
+
+
+def test_the_cap_is_exact(recorded):
+    """Difference: the authors' cap counts confidences and lets a draft grow past it."""
+    cap = 15
+    some = sample(recorded)
+    settings = {"threshold": 0.0, "max_draft": cap, "stop_token_ids": ()}
+    assert all(
+        len(literal_draft(recorded[0], p.known, OURS, increment=10, **settings).token_ids) == cap
+        for p in some[:10]
+    )
+    theirs = replace(OURS, exact_cap=False)
+    assert all(
+        len(literal_draft(recorded[0], p.known, theirs, increment=10, **settings).token_ids) == 20
+        for p in some[:10]
+    )
+
+
+def test_a_short_cap_in_the_engine(recorded):
+    with engine({"method": "failfast", "num_speculative_tokens": 7}) as llm, watch(llm) as record:
+        prompts = mixed_prompts(llm.get_tokenizer(), 8)
+        generate(llm, prompts, greedy_params(prompts))
+    assert max(len(p.draft) for p in record.proposals) == 7
+
+
+def test_fixed_drafts_take_one_pass(recorded):
+    spec = {"method": "failfast", "policy": "fixed", "num_speculative_tokens": 16}
+    with engine(spec) as llm, watch(llm) as record:
+        prompts = mixed_prompts(llm.get_tokenizer(), 8)
+        generate(llm, prompts, greedy_params(prompts))
+        stop_ids = set(proposer(llm).stop_token_ids)
+    assert {p.num_passes for p in record.proposals} == {1}
+    for proposal in record.proposals:
+        ended = proposal.draft[-1] in stop_ids
+        assert ended or len(proposal.draft) == proposal.max_draft
+
+
+def test_the_stop_token_ends_a_draft(recorded):
+    stop_ids = set(recorded[1])
+    with_stop = [p.draft for p in recorded[2] if stop_ids & set(p.draft)]
+    assert with_stop
+    assert all(not stop_ids & set(draft[:-1]) for draft in with_stop)
+
+
+def test_mask_is_never_drafted(recorded):
+    mask = recorded[0].mask_token_id
+    assert all(mask not in p.draft for p in recorded[2])
+    assert torch.tensor([max(p.draft) for p in recorded[2]]).max() < recorded[0].vocab_size

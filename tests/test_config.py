@@ -1,0 +1,410 @@
+"""What a user may ask for: every mistake is one line that says what, got what, do what.
+
+All configs go through vLLM's own door, `EngineArgs.create_engine_config`. The drafters here have
+empty weight files, so that a config which reads weights fails its test.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from failfast_vllm import config
+from failfast_vllm.config import METHOD, MODELS_DIR, QWEN25_DRAFTER, FailFastConfig
+
+TARGET = MODELS_DIR / "target"
+DRAFTER = MODELS_DIR / "drafter"
+DEFAULTS = {
+    "num_speculative_tokens": 60,
+    "confidence_threshold": 0.45,
+    "draft_increment": 10,
+    "policy": "failfast",
+}
+
+
+def build(speculative_config, model=TARGET, **engine_args):
+    """The engine config of a server started this way; no weights are loaded."""
+    args = EngineArgs(model=str(model), speculative_config=speculative_config, **engine_args)
+    return args.create_engine_config()
+
+
+def refusal(speculative_config, **engine_args):
+    """The message of the ValueError that a config must raise."""
+    with pytest.raises(ValueError, match=r"\Afailfast: ") as caught:
+        build(speculative_config, **engine_args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def edit(path, **changes):
+    """Replace fields of a JSON file; None removes one."""
+    fields = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    fields = {key: value for key, value in fields.items() if value is not None}
+    path.write_text(json.dumps(fields), encoding="utf-8")
+
+
+@pytest.fixture
+def drafter(tmp_path):
+    """A copy of the shipped drafter whose weight file is empty."""
+    copy = tmp_path / "a-drafter"
+    shutil.copytree(DRAFTER, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    (copy / "model.safetensors").touch()
+    return copy
+
+
+@pytest.fixture
+def target(tmp_path):
+    """A copy of the shipped target, whose path no table knows."""
+    return shutil.copytree(TARGET, tmp_path / "a-target")
+
+
+def asking(**given):
+    return {"method": METHOD, **{key: str(v) if key == "model" else v for key, v in given.items()}}
+
+
+BAD_VALUES = [
+    ("num_speculative_tokens", ["60", True, None, 6.5, math.nan, [60], {}, 0, -1, 129]),
+    ("draft_increment", ["10", False, None, 2.0, [10], 0, -5, 61]),
+    ("confidence_threshold", ["0.45", True, None, [0.45], math.nan, math.inf, -0.1, 1.01]),
+    ("policy", ["greedy", "FailFast", "", None, True, 1, ["failfast"]]),
+    ("model", ["", "  ", None, True, 3, ["drafter"]]),
+    ("revision", ["", None, 5]),
+    ("draft_tensor_parallel_size", ["2", True, None, 1.0, 0]),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in BAD_VALUES for value in values]
+)
+def test_bad_value_is_named(key, value):
+    """Catches bools passing as 1, strings compared as numbers, NaN passing a range check."""
+    message = refusal({"method": METHOD, key: value})
+    assert repr(key) in message
+    assert f"got {value!r}" in message
+    assert "must be" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("num_speculative_token", "did you mean 'num_speculative_tokens'?"),
+        ("num-speculative-tokns", "did you mean 'num_speculative_tokens'?"),
+        ("confidence_treshold", "did you mean 'confidence_threshold'?"),
+        ("polcy", "did you mean 'policy'?"),
+        ("draft-increments", "did you mean 'draft_increment'?"),
+        ("tau", "use one of method, model, revision"),
+        ("disable_padded_drafter_batch", "use one of method, model, revision"),  # ours to set
+        ("", "use one of method, model, revision"),
+    ],
+)
+def test_unknown_key_gets_a_hint(key, hint):
+    """Catches a misspelt knob that silently keeps its default."""
+    message = refusal({"method": METHOD, key: 5})
+    assert f"unknown key {key.replace('-', '_')!r}" in message
+    assert hint in message
+
+
+def test_increment_may_not_exceed_a_lowered_cap():
+    """Catches a range taken from the default cap instead of the given one."""
+    message = refusal(asking(num_speculative_tokens=8, draft_increment=9))
+    assert "'draft_increment' must be an integer from 1 to 8; got 9" in message
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "fragments"),
+    [
+        ({"block_size": 16}, ["multiple of 32", "got 16", "--block-size"]),
+        ({"block_size": 48}, ["multiple of 32", "got 48", "--block-size"]),
+        ({"pipeline_parallel_size": 2}, ["pipeline", "got 2", "--tensor-parallel-size"]),
+        ({"async_scheduling": True}, ["asynchronous", "got True", "--async-scheduling"]),
+        ({"max_num_batched_tokens": 91}, ["at least 92", "got 91", "num_speculative_tokens"]),
+        ({"runner": "pooling"}, ["text generation", "got 'pooling'", "Leave"]),
+        ({"convert": "embed"}, ["text generation", "got 'pooling'", "Leave"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_engine_argument_that_cannot_work(engine_args, fragments):
+    """Catches engines that start and then fail, or draft nonsense, in their first step."""
+    message = refusal("failfast", **engine_args)
+    assert all(fragment in message for fragment in fragments), message
+
+
+def test_target_with_latent_attention(target):
+    """Catches a drafter that reads pages which hold no keys and values of its layout."""
+    latent = {"kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 48, "v_head_dim": 48}
+    architecture = "DeepseekV2ForCausalLM"
+    edit(target / "config.json", architectures=[architecture], model_type="deepseek_v2", **latent)
+    message = refusal(asking(model=DRAFTER), model=target)
+    assert f"got {architecture!r}. Use a target with full attention" in message
+
+
+def test_unknown_target_without_a_drafter(target):
+    """Catches a guess: a drafter of another family would load and never be accepted."""
+    message = refusal("failfast", model=target)
+    assert f"no drafter is known for the target {str(target)!r}" in message
+    assert '{"method": "failfast", "model": "PATH_OR_HUB_ID"}' in message
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere", "models/no/where"])
+def test_missing_directory(name):
+    """Catches a mistyped path that is asked of the hub, after retries and with a page of text."""
+    assert f"{name!r} is not a directory; give a checkpoint" in refusal(asking(model=name))
+
+
+def lose_config(path):
+    (path / "config.json").unlink()
+
+
+def break_json(path):
+    (path / "config.json").write_text('{"architectures": [')
+
+
+def break_utf8(path):
+    (path / "config.json").write_bytes(b'{"a": "\xff"}')
+
+
+def list_json(path):
+    (path / "config.json").write_text('["Fast_dLLM_QwenForCausalLM"]')
+
+
+def be_autoregressive(path):
+    edit(path / "config.json", architectures=["Qwen2ForCausalLM"], model_type="qwen2")
+
+
+def lose_architectures(path):
+    edit(path / "config.json", architectures=None)
+
+
+def name_architecture_without_list(path):
+    edit(path / "config.json", architectures="Fast_dLLM_QwenForCausalLM")
+
+
+def number_architecture(path):
+    edit(path / "config.json", architectures=5)
+
+
+def change_block_size(path):
+    edit(path / "config.json", bd_size=16)
+
+
+def lose_weights(path):
+    (path / "model.safetensors").unlink()
+
+
+def pickle_weights(path):
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def lose_tokenizer(path):
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+
+
+def swap_tokens(path):
+    """Two ids change places: the size of the vocabulary says nothing."""
+    fields = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = fields["model"]["vocab"]
+    a, b = sorted(vocab, key=vocab.get)[-2:]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (path / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
+
+
+def shrink_vocabulary(path):
+    """A byte-level tokenizer with the same first ids."""
+    fields = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    merged = {a + b for a, b in map(_pair, fields["model"]["merges"])}
+    vocab = fields["model"]["vocab"]
+    fields["model"].update(merges=[], vocab={t: i for t, i in vocab.items() if t not in merged})
+    (path / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
+
+
+def _pair(merge):
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def lose_mask(path):
+    edit(path / "config.json", mask_token_id=None)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (path / name).read_text(encoding="utf-8")
+        (path / name).write_text(text.replace("|<MASK>|", "|<NONE>|"), encoding="utf-8")
+
+
+def overshoot_mask(path):
+    edit(path / "config.json", mask_token_id=1984)
+
+
+def negate_mask(path):
+    edit(path / "config.json", mask_token_id=-1)
+
+
+def turn_mask_boolean(path):
+    edit(path / "config.json", mask_token_id=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "fragments"),
+    [
+        (lose_config, ["cannot read", "config.json", "No such file", "complete Fast-dLLM v2"]),
+        (break_json, ["cannot read", "config.json", "line 1", "complete Fast-dLLM v2"]),
+        (break_utf8, ["cannot read", "config.json", "utf-8", "complete Fast-dLLM v2"]),
+        (list_json, ["must be a Fast_dLLM_QwenForCausalLM", "got no architecture"]),
+        (be_autoregressive, ["got Qwen2ForCausalLM", "method 'draft_model'"]),
+        (lose_architectures, ["must be a Fast_dLLM_QwenForCausalLM", "got no architecture"]),
+        (name_architecture_without_list, ["must be a Fast_dLLM_Qwen", "got no architecture"]),
+        (number_architecture, ["must be a Fast_dLLM_QwenForCausalLM", "got no architecture"]),
+        (change_block_size, ["must have 'bd_size' 32", "got 16"]),
+        (lose_weights, ["no .safetensors", "got no weights", "convert it"]),
+        (pickle_weights, ["no .safetensors", "got pytorch_model.bin", "convert it"]),
+        (lose_tokenizer, ["cannot load the tokenizer", "complete Fast-dLLM v2 checkpoint"]),
+        (swap_tokens, ["another tokenizer", "' there)", "of the target's family"]),
+        (shrink_vocabulary, ["another tokenizer", "unknown to the drafter", "target's family"]),
+        (lose_mask, ["MASK token is unknown", "'|<MASK>|'", "set 'mask_token_id'"]),
+        (overshoot_mask, ["'mask_token_id'", "from 0 to 1983", "got 1984"]),
+        (negate_mask, ["'mask_token_id'", "from 0 to 1983", "got -1"]),
+        (turn_mask_boolean, ["'mask_token_id'", "from 0 to 1983", "got True"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_damaged_drafter(drafter, damage, fragments):
+    """Catches checkpoints that fail late, load a pickle, or draft tokens that mean other words."""
+    damage(drafter)
+    message = refusal(asking(model=drafter))
+    assert all(fragment in message for fragment in fragments), message
+
+
+def test_the_undamaged_drafter_is_accepted_without_reading_weights(drafter):
+    """Catches the tests above passing for another reason than their damage."""
+    built = build(asking(model=drafter))
+    assert built.speculative_config.draft_model_config.model == str(drafter)
+
+
+def knobs(engine_config):
+    return {key: engine_config.additional_config[METHOD][key] for key in DEFAULTS}
+
+
+@pytest.mark.parametrize("word", ["failfast", " failfast ", {"method": "failfast"}])
+def test_the_bare_word_means_the_papers_defaults(word):
+    built = build(word)
+    assert knobs(built) == DEFAULTS
+    assert built.speculative_config.num_speculative_tokens == 60
+    assert built.speculative_config.method == "draft_model"
+    assert built.speculative_config.disable_padded_drafter_batch
+    assert not built.scheduler_config.async_scheduling
+
+
+def test_every_key_reaches_the_engine(drafter):
+    given = {
+        "num_speculative_tokens": 24,
+        "confidence_threshold": 1,
+        "draft_increment": 3,
+        "policy": "fixed",
+    }
+    built = build(asking(model=drafter, draft_tensor_parallel_size=1, **given))
+    assert knobs(built) == given
+    assert isinstance(knobs(built)["confidence_threshold"], float)
+    assert built.speculative_config.num_speculative_tokens == 24
+
+
+def test_hyphens_and_underscores_are_one_key():
+    """vLLM's own flags have hyphens, and people write keys the same way."""
+    built = build({"method": METHOD, "num-speculative-tokens": 20, "confidence-threshold": 0.25})
+    assert knobs(built) == {**DEFAULTS, "num_speculative_tokens": 20, "confidence_threshold": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("given", "increment"),
+    [
+        ({"policy": "fixed"}, 60),
+        ({"policy": "fixed", "num_speculative_tokens": 16}, 16),
+        ({"policy": "fixed", "num_speculative_tokens": 16, "draft_increment": 4}, 4),
+        ({"num_speculative_tokens": 16}, 10),
+        ({"num_speculative_tokens": 4}, 4),
+    ],
+)
+def test_default_increment(given, increment):
+    """A fixed draft takes one pass; a small cap must not need a second knob."""
+    assert FailFastConfig.from_user(given).draft_increment == increment
+
+
+@pytest.mark.parametrize("cap", [1, 128])
+@pytest.mark.parametrize("threshold", [0, 1])
+def test_the_ends_of_the_ranges_are_allowed(cap, threshold):
+    given = {"num_speculative_tokens": cap, "confidence_threshold": threshold}
+    assert knobs(build(asking(**given)))["num_speculative_tokens"] == cap
+
+
+def test_what_the_user_already_put_in_additional_config_stays():
+    built = build("failfast", additional_config={"theirs": 1})
+    assert built.additional_config["theirs"] == 1
+    assert knobs(built) == DEFAULTS
+
+
+def test_multiples_of_32_tokens_per_page_are_accepted():
+    assert build("failfast", block_size=64).cache_config.block_size == 64
+
+
+def test_the_shipped_target_has_the_shipped_drafter(monkeypatch):
+    """Catches a comparison of spellings: the relative path is the same directory."""
+    monkeypatch.chdir(MODELS_DIR.parent)
+    for name in (str(TARGET), "models/target", "./models/../models/target/"):
+        built = build("failfast", model=name)
+        assert Path(built.speculative_config.draft_model_config.model) == DRAFTER
+
+
+@pytest.mark.parametrize("vocab_size", [151936, 152064])
+def test_qwen25_targets_have_the_published_drafter(vocab_size):
+    assert config.choose_drafter("Qwen/Any", "qwen2", vocab_size) == QWEN25_DRAFTER
+
+
+@pytest.mark.parametrize(("model_type", "vocab_size"), [("qwen3", 151936), ("qwen2", 151646)])
+def test_other_families_have_no_drafter(model_type, vocab_size):
+    """Qwen3 pads to the same size, but its tokenizer differs."""
+    with pytest.raises(ValueError, match="failfast: no drafter is known"):
+        config.choose_drafter("Qwen/Any", model_type, vocab_size)
+
+
+@pytest.mark.parametrize("sizes", [(152064, 151936), (151936, 152064)])
+def test_padded_vocabularies_may_differ(target, drafter, sizes):
+    """Qwen2.5 pads to 151,936 up to 3B and to 152,064 from 7B on; vLLM alone refuses the pair."""
+    edit(target / "config.json", vocab_size=sizes[0])
+    edit(drafter / "config.json", vocab_size=sizes[1])
+    facts = build(asking(model=drafter), model=target).additional_config[METHOD]
+    assert facts["mask_token_id"] == 3
+    assert facts["num_draftable_tokens"] < 151936  # no padding is ever drafted
+
+
+def test_mask_token_of_the_published_checkpoints():
+    """Their config.json does not name it."""
+    assert config.mask_token_id({"vocab_size": 151936}, {}) == 151665
+    assert config.mask_token_id({"vocab_size": 99}, {"|<MASK>|": 7}) == 7
+
+
+def test_a_drafter_may_have_a_mask_token_that_the_target_lacks():
+    """Catches equality of the vocabularies as the rule."""
+    target = {chr(97 + i): i for i in range(20)}
+    config.check_tokenizers("target", target, "drafter", {**target, "|<MASK>|": 20}, 20)
+
+
+CODE = """
+from pathlib import Path
+Path(__file__).with_name("executed").touch()
+raise ImportError("remote code ran")
+"""
+
+
+def test_the_code_of_a_drafter_is_never_run(drafter):
+    """Catches vLLM's rule that a drafter inherits the trust given to the target."""
+    (drafter / "modeling.py").write_text(CODE)
+    auto_map = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
+    edit(drafter / "config.json", auto_map=auto_map)
+    tokenizer_map = {"AutoTokenizer": ["modeling.Tokenizer", None]}
+    edit(drafter / "tokenizer_config.json", auto_map=tokenizer_map)
+    built = build(asking(model=drafter), trust_remote_code=True)
+    assert built.model_config.trust_remote_code  # the target keeps it
+    assert not built.speculative_config.draft_model_config.trust_remote_code
+    assert not (drafter / "executed").exists()
+    assert not list(drafter.rglob("*.pyc"))

@@ -1,0 +1,93 @@
+"""Hidden states from committed blocks equal a full recompute, after every step."""
+
+import pytest
+import torch
+
+from engine import core, engine, generate, greedy_params, mixed_prompts, proposer, watch
+from failfast_vllm.config import MODELS_DIR
+from literal import DenseDrafter
+
+TOLERANCE = 1e-4  # float32, four layers; the order of sums differs between the two paths
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return DenseDrafter(MODELS_DIR / "drafter", num_draftable_tokens=1)
+
+
+def largest_error(llm, dense, run):
+    """Run `run()` while every drafter pass is checked; returns (max difference, passes)."""
+    own = proposer(llm)
+    drafter, forward, propose = own._drafter, own.forward, own._drafter.propose
+    errors, current = [], []
+
+    def remembering_propose(step):
+        current[:] = [step]
+        return propose(step)
+
+    def checking_forward(batch):
+        hidden_states = forward(batch)
+        step = current[0]
+        tables = {tuple(row): i for i, row in enumerate(step.block_table.tolist())}
+        bounds = batch.query_start_loc.tolist()
+        for s, start in enumerate(batch.committed_lens.tolist()):
+            i = tables[tuple(batch.block_table[s].tolist())]
+            rows = slice(bounds[s], bounds[s + 1])
+            prefix = step.token_ids[i, :start].tolist()
+            expected = dense.hidden_states(prefix + batch.input_ids[rows].tolist())[start:]
+            errors.append((hidden_states[rows] - expected).abs().max().item())
+        return hidden_states
+
+    own.forward, drafter.propose = checking_forward, remembering_propose
+    try:
+        run()
+    finally:
+        own.forward, drafter.propose = forward, propose
+    return max(errors), len(errors)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"enable_prefix_caching": True}, id="prefix hits"),
+        pytest.param({"max_num_batched_tokens": 160}, id="split prompts"),
+        pytest.param({"num_gpu_blocks_override": 28, "block_size": 64}, id="preemption"),
+        pytest.param({"block_size": 32}, id="smallest page"),
+    ],
+)
+def test_committed_blocks(dense, overrides):
+    with engine("failfast", **overrides) as llm, watch(llm) as record:
+        prompts = mixed_prompts(llm.get_tokenizer(), 48)
+        prompts = [prompt for prompt in prompts if len(prompt) < 700]
+        # the same prompts at once and again: hits within a step and across steps
+        prompts = prompts + prompts[:16]
+        params = greedy_params(prompts)
+        error, num_checked = largest_error(llm, dense, lambda: generate(llm, prompts, params))
+        record.assert_not_vacuous()
+    assert num_checked > 200
+    assert error < TOLERANCE
+
+
+def test_the_check_sees_a_block_that_was_never_committed(dense):
+    """Without the commit the check must fail, or it proves nothing."""
+    with engine("failfast") as llm:
+        drafter = proposer(llm)._drafter
+        rows = drafter._rows
+
+        def rows_without_commit(*args):
+            return rows(*args)._replace(slot_mapping=None)
+
+        drafter._rows = rows_without_commit
+        prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 12) if 40 < len(p) < 300]
+        params = greedy_params(prompts)
+        error, _ = largest_error(llm, dense, lambda: generate(llm, prompts, params))
+    assert error > 100 * TOLERANCE
+
+
+def test_kv_blocks_return_to_the_pool():
+    with engine("failfast") as llm:
+        prompts = mixed_prompts(llm.get_tokenizer(), 20)
+        generate(llm, prompts, greedy_params(prompts))
+        assert core(llm).scheduler.kv_cache_manager.usage == 0.0
+        assert torch.isfinite(torch.tensor(proposer(llm).stats.total_ms))

@@ -1,0 +1,70 @@
+"""Import direction: config, policy <- drafter <- proposer <- plugin; kernels import none of it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {  # module -> our modules it may import
+    "failfast_vllm/__init__.py": set(),
+    "failfast_vllm/config.py": set(),
+    "failfast_vllm/policy.py": set(),
+    "failfast_vllm/hf_config.py": set(),
+    "failfast_vllm/drafter.py": {"failfast_kernels", "failfast_vllm.policy"},
+    "failfast_vllm/attention.py": {"failfast_kernels"},
+    "failfast_vllm/model.py": {"failfast_vllm.attention"},
+    "failfast_vllm/proposer.py": {
+        "failfast_kernels",
+        "failfast_vllm.attention",
+        "failfast_vllm.config",
+        "failfast_vllm.drafter",
+        "failfast_vllm.policy",
+    },
+    "failfast_vllm/plugin.py": {
+        "failfast_vllm",
+        "failfast_vllm.config",
+        "failfast_vllm.hf_config",
+        "failfast_vllm.proposer",
+    },
+}
+WITHOUT_VLLM = {
+    "failfast_vllm/__init__.py",
+    "failfast_vllm/config.py",
+    "failfast_vllm/policy.py",
+    "failfast_vllm/drafter.py",
+    "failfast_vllm/hf_config.py",
+}
+
+
+def imported_modules(path):
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module)
+    return modules
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_imports_go_one_way(name):
+    ours = {m for m in imported_modules(ROOT / name) if m.split(".")[0].startswith("failfast")}
+    assert ours <= ALLOWED[name]
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_VLLM))
+def test_the_core_knows_no_engine(name):
+    assert not {m for m in imported_modules(ROOT / name) if m.split(".")[0] == "vllm"}
+
+
+def test_kernels_import_nobody_of_ours():
+    for path in (ROOT / "kernels" / "failfast_kernels").glob("*.py"):
+        roots = {module.split(".")[0] for module in imported_modules(path)}
+        assert not roots & {"vllm", "failfast_vllm", "transformers"}, path
+
+
+def test_every_module_has_a_rule():
+    rest = {"cli.py", "demo.py"}  # commands may import anything
+    found = {f"failfast_vllm/{p.name}" for p in (ROOT / "failfast_vllm").glob("*.py")}
+    assert found - {f"failfast_vllm/{name}" for name in rest} == set(ALLOWED)

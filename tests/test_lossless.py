@@ -1,0 +1,109 @@
+"""Greedy output with failfast equals greedy output without it, token for token."""
+
+import pytest
+
+from engine import core, engine, generate, greedy_params, mixed_prompts, watch
+
+NUM_PROMPTS = 204
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Prompts, their sampling parameters, and what vLLM alone answers."""
+    with engine() as llm:
+        prompts = mixed_prompts(llm.get_tokenizer(), NUM_PROMPTS)
+        params = greedy_params(prompts)
+        return prompts, params, generate(llm, prompts, params)
+
+
+def assert_equal(found, expected):
+    different = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
+    assert not different, f"prompts {different} answer differently"
+
+
+def test_batches_of_up_to_16(plain):
+    prompts, params, expected = plain
+    with engine("failfast") as llm, watch(llm) as record:
+        assert_equal(generate(llm, prompts, params), expected)
+        record.assert_not_vacuous()
+        assert {len(lens) for lens in record.draft_lens} >= {1, 8, 16}
+
+
+def test_one_and_three_at_a_time(plain):
+    prompts, params, expected = plain
+    with engine("failfast") as llm, watch(llm) as record:
+        for i in range(0, 24, 3):
+            part = slice(i, i + 3)
+            assert_equal(generate(llm, prompts[part], params[part]), expected[part])
+        for i in range(24, 36):
+            assert generate(llm, [prompts[i]], params[i]) == [expected[i]]
+        record.assert_not_vacuous()
+
+
+def test_prefix_cache_hits(plain):
+    """Blocks that another request committed are read; the same text also arrives within a step."""
+    prompts, params, expected = plain
+    with engine("failfast", enable_prefix_caching=True) as llm, watch(llm) as record:
+        doubled = [p for prompt in prompts for p in (prompt, prompt)]
+        answers = generate(llm, doubled, [p for param in params for p in (param, param)])
+        assert_equal(answers[::2], expected)
+        assert_equal(answers[1::2], expected)
+        stats = core(llm).scheduler.kv_cache_manager.prefix_cache_stats
+        assert_equal(generate(llm, prompts, params), expected)
+        record.assert_not_vacuous()
+        assert stats is None or stats.hits >= 0
+        assert num_cached_tokens(llm, prompts) > 1000
+
+
+def num_cached_tokens(llm, prompts):
+    from vllm import SamplingParams
+
+    requests = [{"prompt_token_ids": list(ids)} for ids in prompts[:60]]
+    outputs = llm.generate(requests, SamplingParams(max_tokens=1), use_tqdm=False)
+    return sum(output.num_cached_tokens or 0 for output in outputs)
+
+
+def test_prompts_split_by_a_small_token_budget(plain):
+    prompts, params, expected = plain
+    with engine("failfast", max_num_batched_tokens=160) as llm, watch(llm) as record:
+        assert max(len(prompt) for prompt in prompts) > 8 * 160
+        assert_equal(generate(llm, prompts, params), expected)
+        record.assert_not_vacuous()
+
+
+def test_forced_preemption(plain):
+    prompts, params, expected = plain
+    with engine("failfast", num_gpu_blocks_override=28, block_size=64) as llm:
+        scheduler, preempted = core(llm).scheduler, []
+        preempt = scheduler._preempt_request
+
+        def counting_preempt(request, *args, **kwargs):
+            preempted.append(request.request_id)
+            return preempt(request, *args, **kwargs)
+
+        scheduler._preempt_request = counting_preempt
+        few = [i for i, prompt in enumerate(prompts) if len(prompt) < 1600]
+        with watch(llm) as record:
+            answers = generate(llm, [prompts[i] for i in few], [params[i] for i in few])
+            assert_equal(answers, [expected[i] for i in few])
+            record.assert_not_vacuous()
+        assert preempted
+
+
+def test_the_longest_context(plain):
+    """A request that reaches max_model_len stops there, beside others that go on."""
+    from vllm import SamplingParams
+
+    prompts, _, _ = plain
+    long = [prompt for prompt in prompts if 200 <= len(prompt) <= 300][:2]
+    short = [prompt for prompt in prompts if len(prompt) < 100][:4]
+    params = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+    with engine(max_model_len=320) as llm:
+        expected = generate(llm, long + short, params)
+    with engine("failfast", max_model_len=320) as llm, watch(llm) as record:
+        assert_equal(generate(llm, long + short, params), expected)
+        record.assert_not_vacuous()
+    assert all(
+        len(prompt) + len(answer) == 320
+        for prompt, answer in zip(long + short, expected, strict=True)
+    )
