@@ -14,7 +14,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-deps
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-# The CPU backend takes 40 % of the memory for its KV cache and pins its threads unless told otherwise.
+# Unless told otherwise, vLLM on a CPU takes most of the memory and pins its threads to cores.
 test: export VLLM_CPU_KVCACHE_SPACE = 1
 test: export VLLM_CPU_OMP_THREADS_BIND = nobind
 check test: export HF_HUB_OFFLINE = 1

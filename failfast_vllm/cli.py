@@ -223,7 +223,7 @@ def _hook_checks() -> list[Check]:
     from failfast_vllm import plugin
 
     checks = []
-    for hook in (*plugin.CONFIG_HOOKS, *plugin.RUNNER_HOOKS):
+    for hook in (*plugin.CONFIG_HOOKS, plugin.WORKER_HOOK, *plugin.RUNNER_HOOKS):
         problem = plugin.hook_problem(hook) or ""
         name = f"hook {hook.owner}.{hook.function}"
         checks.append(Check(name, hook.module, problem, INSTALL_VLLM if problem else ""))
@@ -257,6 +257,8 @@ def _demo(args: argparse.Namespace) -> int:
     from failfast_vllm import demo
 
     target, drafter = args.target or MODELS_DIR / "target", args.drafter
+    if not args.target:  # 5 M parameters: waiting for a second thread costs more than it computes
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     with _engine_environment():
         try:
             chosen = demo.choose_prompts(prompts, args.num_prompts)

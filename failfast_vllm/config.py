@@ -19,6 +19,9 @@ QWEN25_VOCAB_SIZES = (151936, 152064)  # up to 3B, from 7B on; one tokenizer
 # MASK of the published checkpoints, whose config.json does not name it (arXiv 2512.20573, code)
 PUBLISHED_MASK_TOKEN_ID = 151665
 MASK_TOKEN = "|<MASK>|"
+MODEL_TYPES = ("Fast_dLLM_Qwen", "qwen2")
+# vLLM's SpeculativeConfig changes the method of a draft model whose path contains one of these
+METHOD_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
 MAX_SPECULATIVE_TOKENS = 128  # MAX_SPEC_LEN of vLLM's rejection sampler
 DIFFUSION_BLOCK_SIZE = 32
 
@@ -62,6 +65,11 @@ PASSED_ON = ("model", "revision", "draft_tensor_parallel_size")
 KNOWN_KEYS = ("method", *PASSED_ON, *(field.name for field in fields(FailFastConfig)))
 
 
+def is_bare_word(text: str) -> bool:
+    """Whether the whole speculative config is the word `failfast`."""
+    return text.strip().lower() == METHOD
+
+
 def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The keys that the user gave, or None when failfast was not asked for.
 
@@ -69,7 +77,7 @@ def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any] 
         ValueError: an unknown key, with the nearest known one.
     """
     if isinstance(speculative_config, str):
-        return {} if speculative_config.strip() == METHOD else None
+        return {} if is_bare_word(speculative_config) else None
     if not isinstance(speculative_config, Mapping) or speculative_config.get("method") != METHOD:
         return None
     given = {str(key).replace("-", "_"): value for key, value in speculative_config.items()}
@@ -103,6 +111,12 @@ def choose_drafter(target: str, model_type: str, vocab_size: int) -> str:
 
 def check_local_drafter(model: str) -> None:
     """Refuse a local drafter that cannot be one, before vLLM loads anything; raises ValueError."""
+    for word in METHOD_WORDS:
+        if word in model.lower():
+            raise ValueError(
+                f"failfast: vLLM takes a drafter with {word!r} in its path for another method; "
+                f"got {model!r}. Rename the directory."
+            )
     path = Path(model)
     if not path.is_dir():
         if model.startswith(("/", ".", "~")) or model.count("/") > 1:  # no hub id looks so
@@ -137,6 +151,11 @@ def check_drafter_config(model: str, config: Mapping[str, Any]) -> None:
             f"failfast: the drafter {model!r} must be a {DRAFTER_ARCHITECTURE}; "
             f"got {', '.join(map(str, architectures)) or 'no architecture'}. "
             "For an autoregressive drafter use vLLM's own method 'draft_model'."
+        )
+    if config.get("model_type") not in MODEL_TYPES:
+        raise ValueError(
+            f"failfast: the drafter {model!r} must have the 'model_type' {MODEL_TYPES[0]!r}; "
+            f"got {config.get('model_type')!r}. Set it in its config.json."
         )
     size = config.get("bd_size", DIFFUSION_BLOCK_SIZE)
     if size != DIFFUSION_BLOCK_SIZE:

@@ -123,6 +123,7 @@ def choose_prompts(path: Path, num_prompts: int) -> list[Prompt]:
 
 def compare(target: str, drafter: str | None, prompts: list[Prompt], max_tokens: int) -> Comparison:
     """Answer `prompts` without, then with failfast; raises ValueError where vLLM refuses."""
+    import torch
     from tqdm import tqdm  # type: ignore[import-untyped]
     from vllm.platforms import current_platform
 
@@ -133,7 +134,10 @@ def compare(target: str, drafter: str | None, prompts: list[Prompt], max_tokens:
             baseline = _answer_all(llm, prompts, max_tokens, bar)
         with _engine(target, speculative, bar) as llm:
             failfast = _answer_all(llm, prompts, max_tokens, bar)
-    return Comparison(prompts, baseline, failfast, str(current_platform.device_type), tokenizer)
+    device = str(current_platform.device_type)
+    if device == "cpu":
+        device = f"cpu (threads: {torch.get_num_threads()})"
+    return Comparison(prompts, baseline, failfast, device, tokenizer)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import importlib.metadata
 import inspect
 import logging
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,8 +53,8 @@ CONFIG_HOOKS = (
         ("self",),
     ),
     Hook("vllm.config.vllm", "VllmConfig", "_get_v2_model_runner_unsupported_features", ("self",)),
-    Hook("vllm.v1.worker.worker_base", "WorkerBase", "__init__", ("self", "vllm_config")),
 )
+WORKER_HOOK = Hook("vllm.v1.worker.worker_base", "WorkerBase", "__init__", ("self", "vllm_config"))
 RUNNER_HOOKS = (
     Hook(
         "vllm.v1.spec_decode.draft_model",
@@ -155,23 +156,35 @@ def _install_config_hooks(problem: str | None) -> None:
         def refuse(original: Any) -> Any:
             def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
                 if user_config.parse(self.speculative_config) is not None:
-                    raise ValueError(f"failfast was asked for, but {problem}")
+                    raise ValueError(f"failfast: this vLLM cannot run it: {problem}")
                 return original(self, *args, **kwargs)
 
             return create_speculative_config
 
         if hasattr(EngineArgs, "create_speculative_config"):
             _wrap(EngineArgs, "create_speculative_config", refuse)
+        if hasattr(EngineArgs, "add_cli_args"):  # so that the bare word meets the refusal
+            _wrap(EngineArgs, "add_cli_args", _adding_cli_args)
         return
 
     from vllm.config.speculative import SpeculativeConfig
     from vllm.config.vllm import VllmConfig
-    from vllm.v1.worker.worker_base import WorkerBase
 
     _wrap(EngineArgs, "create_speculative_config", _creating_speculative_config)
     _wrap(EngineArgs, "add_cli_args", _adding_cli_args)
     _wrap(SpeculativeConfig, "verify_equal_vocab_size_if_draft_model", _verifying_vocab_sizes)
     _wrap(VllmConfig, "_get_v2_model_runner_unsupported_features", _listing_v2_gaps)
+    if WORKER_HOOK.module in sys.modules:  # an engine or worker process, whose config is pickled
+        _install_worker_hook()
+
+
+def _install_worker_hook() -> None:
+    """Apart from the others: importing WorkerBase takes a second. Raises RuntimeError."""
+    problem = missing_hooks((WORKER_HOOK,))
+    if problem:
+        raise RuntimeError(f"failfast cannot run: {problem}")
+    from vllm.v1.worker.worker_base import WorkerBase
+
     _wrap(WorkerBase, "__init__", _initializing_worker)
 
 
@@ -185,7 +198,7 @@ def _adding_cli_args(original: Any) -> Any:
             from_json = action.type
 
             def from_text(value: str) -> Any:
-                return {"method": METHOD} if value.strip() == METHOD else from_json(value)
+                return {"method": METHOD} if user_config.is_bare_word(value) else from_json(value)
 
             from_text.__name__ = "speculative config"  # argparse prints it in its own error
             action.type = from_text
@@ -204,7 +217,7 @@ def _creating_speculative_config(original: Any) -> Any:
         if given is None:
             return original(self, target_model_config, target_parallel_config)
         knobs = FailFastConfig.from_user(given)
-        _check_engine_args(self, target_model_config, knobs)
+        _check_engine_args(self, target_model_config, knobs, given)
         drafter = given.get("model") or user_config.choose_drafter(
             target_model_config.model,
             target_model_config.hf_config.model_type,
@@ -212,6 +225,7 @@ def _creating_speculative_config(original: Any) -> Any:
         )
         user_config.check_local_drafter(drafter)
         register_model()
+        _install_worker_hook()
 
         # the drafter's config takes the target's flag; remote code is never run for a drafter
         guarded = copy.copy(target_model_config)
@@ -230,11 +244,7 @@ def _creating_speculative_config(original: Any) -> Any:
         finally:
             self.speculative_config = asked
         speculative.target_model_config = target_model_config
-        if speculative.method != "draft_model":
-            raise ValueError(
-                f"failfast: vLLM takes the drafter path {drafter!r} for a drafter of the method "
-                f"{speculative.method!r}; rename the directory."
-            )
+        assert speculative.method == "draft_model", speculative.method
         hf_config = speculative.draft_model_config.hf_config.to_dict()
         user_config.check_drafter_config(drafter, hf_config)
 
@@ -285,12 +295,29 @@ def _token_facts(
     }
 
 
-def _check_engine_args(args: Any, target_model_config: Any, knobs: FailFastConfig) -> None:
+def _check_engine_args(
+    args: Any, target_model_config: Any, knobs: FailFastConfig, given: dict[str, Any]
+) -> None:
     """Refuse what cannot work, before any weight is read; raises ValueError."""
 
     def refuse(what: str, got: Any, remedy: str) -> None:
         raise ValueError(f"failfast: {what}; got {got!r}. {remedy}")
 
+    for flag in ("spec_method", "spec_model", "spec_tokens"):
+        if getattr(args, flag, None) is not None:
+            refuse(
+                f"--{flag.replace('_', '-')} does not go with --speculative-config",
+                getattr(args, flag),
+                "Put the key into the JSON of --speculative-config.",
+            )
+    drafter_ranks = given.get("draft_tensor_parallel_size", args.tensor_parallel_size)
+    if drafter_ranks != args.tensor_parallel_size:
+        refuse(
+            "'draft_tensor_parallel_size' must equal the target's "
+            f"tensor_parallel_size ({args.tensor_parallel_size})",
+            drafter_ranks,
+            "Leave it out.",
+        )
     if args.pipeline_parallel_size > 1:
         refuse(
             "pipeline parallelism is not supported",

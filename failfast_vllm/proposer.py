@@ -130,7 +130,9 @@ class FailFastProposer(DraftModelProposer):
             slot_mapping={},
         ):
             hidden_states: torch.Tensor = self.model(
-                input_ids=batch.input_ids, positions=batch.positions
+                # int32 as in `dummy_run`: a compiled model keeps no guard on the type
+                input_ids=batch.input_ids.int(),
+                positions=batch.positions,
             )
         self.stats.forward_ms += (time.perf_counter() - began) * 1e3
         return hidden_states

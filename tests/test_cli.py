@@ -113,7 +113,7 @@ def test_doctor_is_content_here(capsys, monkeypatch):
     assert {"python", "vllm", "torch", "triton", "transformers", "platform"} <= set(found)
     assert found["model runner"].startswith("V1")
     num_hooks = sum(name.startswith("hook ") for name in found)
-    assert num_hooks == len(plugin.CONFIG_HOOKS) + len(plugin.RUNNER_HOOKS)
+    assert num_hooks == len(plugin.CONFIG_HOOKS) + 1 + len(plugin.RUNNER_HOOKS)
 
 
 def test_doctor_names_a_missing_hook_and_the_remedy(capsys, monkeypatch):

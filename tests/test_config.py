@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 from vllm.engine.arg_utils import EngineArgs
 
 from failfast_vllm import config
@@ -389,22 +390,21 @@ def test_a_drafter_may_have_a_mask_token_that_the_target_lacks():
     config.check_tokenizers("target", target, "drafter", {**target, "|<MASK>|": 20}, 20)
 
 
-CODE = """
-from pathlib import Path
-Path(__file__).with_name("executed").touch()
-raise ImportError("remote code ran")
-"""
-
-
-def test_the_code_of_a_drafter_is_never_run(drafter):
+def test_the_code_of_a_drafter_is_never_run(drafter, tmp_path, monkeypatch):
     """Catches vLLM's rule that a drafter inherits the trust given to the target."""
-    (drafter / "modeling.py").write_text(CODE)
+    executed = tmp_path / "executed"
+    (drafter / "modeling.py").write_text(f"open({str(executed)!r}, 'w')\nraise RuntimeError('ran')")
     auto_map = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
     edit(drafter / "config.json", auto_map=auto_map)
     tokenizer_map = {"AutoTokenizer": ["modeling.Tokenizer", None]}
     edit(drafter / "tokenizer_config.json", auto_map=tokenizer_map)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+
     built = build(asking(model=drafter), trust_remote_code=True)
+    assert not executed.exists()
     assert built.model_config.trust_remote_code  # the target keeps it
     assert not built.speculative_config.draft_model_config.trust_remote_code
-    assert not (drafter / "executed").exists()
-    assert not list(drafter.rglob("*.pyc"))
+
+    with pytest.raises(RuntimeError, match="ran"):  # the trap is live
+        AutoTokenizer.from_pretrained(drafter, trust_remote_code=True)
+    assert executed.exists()

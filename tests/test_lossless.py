@@ -73,7 +73,7 @@ def test_prompts_split_by_a_small_token_budget(plain):
 
 def test_forced_preemption(plain):
     prompts, params, expected = plain
-    with engine("failfast", num_gpu_blocks_override=28, block_size=64) as llm:
+    with engine("failfast", num_gpu_blocks_override=36, block_size=64) as llm:
         scheduler, preempted = core(llm).scheduler, []
         preempt = scheduler._preempt_request
 

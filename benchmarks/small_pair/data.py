@@ -166,51 +166,50 @@ def _quote_example(rng: random.Random) -> Example:
     )
 
 
-_Rows = list[tuple[str, ...]]
+_Row = tuple[str, ...]
 
 
-def _json(header: tuple[str, ...], rows: _Rows) -> str:
-    def cell(value: str) -> str:
-        return value if value.isdigit() else f'"{value}"'
-
-    lines = [
-        "  {" + ", ".join(f'"{key}": {cell(v)}' for key, v in zip(header, row, strict=True)) + "}"
-        for row in rows
-    ]
-    return "[\n" + ",\n".join(lines) + "\n]"
+def _json_row(header: _Row, row: _Row) -> str:
+    index, *words = row
+    cells = "".join(f', "{key}": "{word}"' for key, word in zip(header[1:], words, strict=True))
+    return f'{{"{header[0]}": {index}{cells}}}'
 
 
-def _csv(header: tuple[str, ...], rows: _Rows) -> str:
-    return "\n".join(",".join(row) for row in [header, *rows])
+def _json_example(header: _Row, rows: list[_Row]) -> tuple[str, str]:
+    records = [_json_row(header, row) for row in rows]
+    return "\n".join(records), "[\n  " + ",\n  ".join(records) + "\n]"
 
 
-def _table(header: tuple[str, ...], rows: _Rows) -> str:
-    rule = tuple("---" for _ in header)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+def _csv_example(header: _Row, rows: list[_Row]) -> tuple[str, str]:
+    lines = [",".join(row) for row in (header, *rows)]
+    return "\n".join(lines), "\n".join(lines)
 
 
-_FORMATS: dict[str, tuple[str, str, Callable[[tuple[str, ...], _Rows], str]]] = {
-    "json": ("JSON", "json", _json),
-    "csv": ("CSV", "csv", _csv),
-    "table": ("a Markdown table", "markdown", _table),
+def _table_example(header: _Row, rows: list[_Row]) -> tuple[str, str]:
+    lines = [" | ".join(row) for row in (header, tuple("---" for _ in header), *rows)]
+    return "\n".join((lines[0], *lines[2:])), "\n".join(f"| {line} |" for line in lines)
+
+
+_FORMATS: dict[str, tuple[str, str, Callable[[_Row, list[_Row]], tuple[str, str]]]] = {
+    "json": ("a JSON list", "json", _json_example),
+    "csv": ("a CSV file", "csv", _csv_example),
+    "table": ("a Markdown table", "markdown", _table_example),
 }
-_SCHEMAS: tuple[tuple[tuple[str, ...], tuple[list[str], ...]], ...] = (
-    (("name", "city", "age"), (NAMES, CITIES)),
-    (("item", "color", "price"), (ITEMS, COLORS)),
-    (("owner", "item", "count"), (NAMES, ITEMS)),
-    (("city", "owner", "score"), (CITIES, NAMES)),
+_SCHEMAS: tuple[tuple[_Row, tuple[list[str], ...]], ...] = (
+    (("index", "name", "city", "item"), (NAMES, CITIES, ITEMS)),
+    (("index", "owner", "item", "color"), (NAMES, ITEMS, COLORS)),
+    (("index", "city", "name", "color"), (CITIES, NAMES, COLORS)),
 )
 
 
 def _rows_example(rng: random.Random) -> Example:
     header, pools = rng.choice(_SCHEMAS)
-    num_rows = rng.randint(3, 6)
-    columns = [rng.sample(pool, num_rows) for pool in pools]
-    columns.append([str(rng.randint(10, 99)) for _ in range(num_rows)])
-    rows: _Rows = list(zip(*columns, strict=True))
-    target = rng.choice(("json", "json", "csv", "table"))
-    source = rng.choice([f for f in ("csv", "csv", "json") if f != target])
-    title, fence, render = _FORMATS[target]
+    num_rows = rng.randint(3, 5)
+    columns = [[str(i + 1) for i in range(num_rows)]]
+    columns += [rng.sample(pool, num_rows) for pool in pools]
+    kind = rng.choice(("json", "json", "csv", "table"))
+    title, fence, render = _FORMATS[kind]
+    source, result = render(header, list(zip(*columns, strict=True)))
     request = rng.choice(
         (
             f"Convert these rows to {title}.",
@@ -219,9 +218,9 @@ def _rows_example(rng: random.Random) -> Example:
         )
     )
     return Example(
-        f"rows_{target}",
-        f"{request}\n\n{_FORMATS[source][2](header, rows)}",
-        f"Here are the {num_rows} rows as {title}:\n\n```{fence}\n{render(header, rows)}\n```",
+        f"rows_{kind}",
+        f"{request}\n\n{source}",
+        f"Here are the {num_rows} rows as {title}:\n\n```{fence}\n{result}\n```",
     )
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from data import Example, examples
+from data import CITIES, COLORS, ITEMS, NAMES, Example, examples
 
 MODELS_DIR = Path(__file__).resolve().parents[2] / "failfast_vllm" / "models"
 BLOCK_SIZE = 32
@@ -52,16 +52,17 @@ class Stage:
     num_decay_steps: int
     num_curriculum_steps: int
     tokens_per_batch: int
+    batches_per_step: int
     learning_rate: float
     seed: int
 
 
-TARGET = Stage("target", 256, 6, 4, 2, 704, 2048, 1700, 500, 400, 4096, 3e-3, 1)
-AR_DRAFTER = Stage("ar-drafter", 192, 4, 3, 1, 448, 1984, 600, 200, 200, 4096, 4e-3, 2)
-DRAFTER = replace(
-    AR_DRAFTER, name="drafter", num_steps=1600, num_curriculum_steps=0, learning_rate=3e-3, seed=3
-)
-NUM_REPEAT_STEPS = 150
+TARGET = Stage("target", 256, 6, 4, 2, 704, 2048, 1600, 600, 400, 1024, 2, 3e-3, 1)
+AR_DRAFTER = Stage("ar-drafter", 192, 4, 3, 1, 448, 1984, 900, 150, 200, 2048, 1, 3e-3, 2)
+DRAFTER = Stage("drafter", 192, 4, 3, 1, 448, 1984, 1250, 450, 0, 1024, 2, 3e-3, 3)
+NUM_REPEAT_BATCHES = 600
+REPEAT_LEN = 80
+REPEAT_SEPARATORS = (" ", ",", " | ", '", "')
 NUM_PREFIX_SEGMENTS = 6
 PREFIX_MASK_LENS = (10, 16)
 SHORT_LEN, FULL_LEN = 110, 448
@@ -209,23 +210,25 @@ def encoded_batches(stage: Stage, tokenizer: PreTrainedTokenizerFast) -> Iterato
 
 
 def repeated_batch(rng: random.Random, stage: Stage, tokenizer: PreTrainedTokenizerFast) -> Batch:
-    """Random tokens, some noise, then the same tokens again: induction heads form on it early."""
-    seq_len = 96
-    seqs = []
-    for _ in range(stage.tokens_per_batch // seq_len // 2):
-        part = [rng.randrange(4, len(tokenizer)) for _ in range(rng.randint(6, 40))]
-        gap = [rng.randrange(4, len(tokenizer)) for _ in range(rng.randint(0, 12))]
-        seqs.append(((part + gap + part) * 8)[:seq_len])
-    input_ids = torch.tensor(seqs)
-    rows = torch.arange(input_ids.numel()).view_as(input_ids)[:, 47:-1]
-    position_ids = torch.arange(seq_len).expand_as(input_ids)
-    return Batch(input_ids, position_ids, None, rows.flatten(), input_ids[:, 48:].flatten())
+    """Lines of random words, each line written again: the densest lesson in copying there is."""
+    lines = []
+    for _ in range(stage.tokens_per_batch // REPEAT_LEN):
+        words = rng.sample([*NAMES, *CITIES, *ITEMS, *COLORS], rng.randint(5, 20))
+        lines.append(rng.choice(REPEAT_SEPARATORS).join(words) + "\n")
+    ids = tokenizer(lines)["input_ids"]
+    input_ids = torch.tensor([(line * REPEAT_LEN)[:REPEAT_LEN] for line in ids])
+    rows = [
+        i * REPEAT_LEN + k for i, line in enumerate(ids) for k in range(len(line), REPEAT_LEN - 1)
+    ]
+    position_ids = torch.arange(REPEAT_LEN).expand_as(input_ids)
+    flat_rows = torch.tensor(rows)
+    return Batch(input_ids, position_ids, None, flat_rows, input_ids.flatten()[flat_rows + 1])
 
 
 def autoregressive_batches(stage: Stage, tokenizer: PreTrainedTokenizerFast) -> Iterator[Batch]:
     rng = random.Random(stage.seed)
     for step, batch in enumerate(encoded_batches(stage, tokenizer)):
-        if rng.random() < 1 - step / NUM_REPEAT_STEPS:
+        if step < NUM_REPEAT_BATCHES:
             yield repeated_batch(rng, stage, tokenizer)
         seq_len = max(len(e.ids) for e in batch)
         input_ids = torch.full((len(batch), seq_len), tokenizer.pad_token_id)
@@ -393,7 +396,7 @@ def fit(
         for optim, saved in zip(optims, state["optims"], strict=True):
             optim.load_state_dict(saved)
         first_step = state["step"]
-        for _ in range(first_step):
+        for _ in range(first_step * stage.batches_per_step):
             next(batches)
     model.train()
     started = saved_at = time.monotonic()
@@ -403,13 +406,15 @@ def fit(
         for optim in optims:
             for group in optim.param_groups:
                 group["lr"] = stage.learning_rate * decay
-        loss = batch_loss(model, next(batches))
-        loss.backward()
+        value = 0.0
+        for _ in range(stage.batches_per_step):
+            loss = batch_loss(model, next(batches)) / stage.batches_per_step
+            loss.backward()
+            value += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optim in optims:
             optim.step()
             optim.zero_grad()
-        value = loss.item()
         running = value if math.isnan(running) else 0.95 * running + 0.05 * value
         if step % 20 == 0 or step == stage.num_steps - 1:
             seconds = time.monotonic() - started
@@ -446,7 +451,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     write_prompts(MODELS_DIR / "prompts.jsonl")
-    tokenizer = build_tokenizer()
+    tokenizer_path = MODELS_DIR / "target"
+    if (tokenizer_path / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_path)
+    else:
+        tokenizer = build_tokenizer()
     for name in args.stages:
         stage = stages[name]
         if args.steps is not None:

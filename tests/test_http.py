@@ -1,0 +1,297 @@
+"""`vllm serve TARGET --speculative-config failfast`, over HTTP, with clients that come and go.
+
+Every answer is compared with what an engine without speculation says offline.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine import TARGET, chat_ids, engine, shipped_prompts
+
+NAME = "tiny"
+NUM_CLIENTS = 32
+START_SECONDS = 120  # a quarter of it on an idle machine
+SETTLE_SECONDS = 15  # the engine notices a lost client between two steps
+REQUEST_SECONDS = 60
+LONG = 1500  # tokens: a client that leaves after two pieces cannot have had them all
+
+
+class Question(NamedTuple):
+    messages: list[dict[str, str]]
+    prompt_ids: list[int]  # the same question after the chat template
+    max_tokens: int
+    answer: str  # greedy, of an engine without speculation
+    finish_reason: str
+
+
+@pytest.fixture(scope="module")
+def questions():
+    """Questions with different lengths of answers, some cut off and some ended by the model."""
+    from vllm import SamplingParams
+
+    asked = shipped_prompts()[:NUM_CLIENTS]
+    limits = [24 + i * 37 % 90 for i in range(NUM_CLIENTS)]
+    with engine() as llm:
+        ids = [chat_ids(llm.get_tokenizer(), prompt) for prompt in asked]
+        outputs = llm.generate(
+            [{"prompt_token_ids": i} for i in ids],
+            [SamplingParams(temperature=0.0, max_tokens=limit) for limit in limits],
+            use_tqdm=False,
+        )
+    answers = [output.outputs[0] for output in outputs]
+    return [
+        Question(prompt["messages"], prompt_ids, limit, answer.text, answer.finish_reason)
+        for prompt, prompt_ids, limit, answer in zip(asked, ids, limits, answers, strict=True)
+    ]
+
+
+def serve_command(speculative_config, port):
+    vllm = str(Path(sys.executable).with_name("vllm"))
+    engine_flags = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "2048"]
+    http_flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME]
+    command = [vllm, "serve", TARGET, "--speculative-config", speculative_config]
+    return [*command, *engine_flags, *http_flags]
+
+
+def server_environment():
+    ours = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "HF_HUB_OFFLINE": "1",
+    }
+    # a server always runs its engine in a process of its own
+    theirs = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    return {**theirs, **ours}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server(NamedTuple):
+    url: str
+    log: Path
+
+    def get(self, path):
+        return httpx.get(self.url + path, timeout=10, trust_env=False)
+
+    def is_healthy(self):
+        try:
+            return self.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def metric(self, name):
+        """Sum over the labels of one metric."""
+        families = text_string_to_metric_families(self.get("/metrics").text)
+        found = [s.value for f in families for s in f.samples if s.name == f"vllm:{name}"]
+        assert found, name
+        return sum(found)
+
+    def client(self):
+        http_client = httpx.Client(trust_env=False)
+        return openai.OpenAI(**self._settings(), http_client=http_client)
+
+    def async_client(self):
+        http_client = httpx.AsyncClient(trust_env=False, limits=httpx.Limits())
+        return openai.AsyncOpenAI(**self._settings(), http_client=http_client)
+
+    def _settings(self):
+        url = f"{self.url}/v1"
+        return {"base_url": url, "api_key": "none", "max_retries": 0, "timeout": REQUEST_SECONDS}
+
+
+@pytest.fixture(scope="module")
+def server(questions, tmp_path_factory):
+    """A running server; `questions` first, so that the two engines do not share the cores."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    running = Server(f"http://127.0.0.1:{port}", log)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            serve_command("failfast", port),
+            env=server_environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not running.is_healthy():
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the server did not start:\n{log.read_text()[-8000:]}")
+            time.sleep(0.5)
+        yield running
+    finally:
+        stop_group(process)
+
+
+def stop_group(process):
+    """End the server and its engine process, politely at first."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=15)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+@pytest.fixture(autouse=True)
+def server_log_of_the_test(request):
+    """Printed after each test; pytest shows it for those that fail."""
+    if "server" not in request.fixturenames:
+        yield
+        return
+    log = request.getfixturevalue("server").log
+    begin = log.stat().st_size
+    yield
+    with log.open() as output:
+        output.seek(begin)
+        print(output.read()[-8000:])
+
+
+def test_completion(server, questions):
+    """Token ids as the prompt; several prompts in one request."""
+    asked = questions[:4]
+    limit = min(q.max_tokens for q in asked)
+    completion = server.client().completions.create(
+        model=NAME, prompt=[q.prompt_ids for q in asked], max_tokens=limit, temperature=0
+    )
+    answers = [choice.text for choice in completion.choices]
+    assert len(answers) == len(asked)
+    assert all(q.answer.startswith(a) for q, a in zip(asked, answers, strict=True))
+    assert sum(map(len, answers)) > 0
+
+
+def test_chat_completion(server, questions):
+    """The chat template, both ends of an answer: the model's and the limit's."""
+    by_reason = {q.finish_reason: q for q in questions}
+    assert set(by_reason) == {"stop", "length"}
+    for reason, question in by_reason.items():
+        completion = server.client().chat.completions.create(
+            model=NAME,
+            messages=question.messages,
+            max_completion_tokens=question.max_tokens,
+            temperature=0,
+        )
+        assert completion.choices[0].message.content == question.answer
+        assert completion.choices[0].finish_reason == reason
+        assert completion.usage.prompt_tokens == len(question.prompt_ids)
+
+
+def test_streaming_sends_several_pieces(server, questions):
+    """Catches a server that holds the text back until the draft machinery is done."""
+    question = max(questions, key=lambda q: len(q.answer))
+    stream = server.client().completions.create(
+        model=NAME,
+        prompt=question.prompt_ids,
+        max_tokens=question.max_tokens,
+        temperature=0,
+        stream=True,
+    )
+    pieces = [chunk.choices[0].text for chunk in stream]
+    assert "".join(pieces) == question.answer
+    assert len([piece for piece in pieces if piece]) > 1
+
+
+async def ask(client, question, is_chat, leaves):
+    """Stream one answer; a client that leaves does so after the second piece of text."""
+    settings = {"model": NAME, "temperature": 0, "stream": True}
+    settings["max_tokens"] = LONG if leaves else question.max_tokens
+    settings["extra_body"] = {"ignore_eos": leaves}
+    if is_chat:
+        stream = await client.chat.completions.create(messages=question.messages, **settings)
+    else:
+        stream = await client.completions.create(prompt=question.prompt_ids, **settings)
+    pieces, finish_reason = [], None
+    async with stream:
+        async for chunk in stream:
+            choice = chunk.choices[0]
+            piece = choice.delta.content if is_chat else choice.text
+            pieces += [piece] if piece else []
+            finish_reason = choice.finish_reason
+            if leaves and len(pieces) == 2:
+                break
+    return "".join(pieces), finish_reason
+
+
+async def ask_all(server, questions, leavers):
+    async with server.async_client() as client:
+        return await asyncio.gather(
+            *(ask(client, q, i % 2 == 0, i in leavers) for i, q in enumerate(questions))
+        )
+
+
+def test_a_third_of_32_clients_leave_midway(server, questions):
+    """Catches answers mixed between requests, and pages or requests that nobody frees."""
+    leavers = set(range(0, NUM_CLIENTS, 3))
+    answers = asyncio.run(ask_all(server, questions, leavers))
+    for i, (question, (text, finish_reason)) in enumerate(zip(questions, answers, strict=True)):
+        if i in leavers:
+            assert finish_reason is None, f"client {i} left too late"
+            shorter = min(len(text), len(question.answer))
+            assert text[:shorter] == question.answer[:shorter], f"client {i}"
+        else:
+            assert (text, finish_reason) == (question.answer, question.finish_reason), f"client {i}"
+
+    deadline = time.monotonic() + SETTLE_SECONDS
+    gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    while any(left := {name: server.metric(name) for name in gauges}.values()):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+    assert server.is_healthy()
+    assert server.metric("spec_decode_num_drafts_total") > 0
+    assert server.metric("spec_decode_num_accepted_tokens_total") > 0
+
+
+def test_wrong_request_is_the_clients_fault(server, questions):
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.client().completions.create(model=NAME, prompt="a", max_tokens=-5)
+    assert caught.value.status_code == 400
+    assert server.is_healthy()
+    test_completion(server, questions)
+
+
+@pytest.mark.parametrize(
+    ("speculative_config", "message"),
+    [
+        ("fialfast", "Value fialfast cannot be converted"),
+        (
+            json.dumps({"method": "failfast", "confidence_treshold": 0.3}),
+            "failfast: unknown key 'confidence_treshold' in the speculative config; "
+            "did you mean 'confidence_threshold'?",
+        ),
+    ],
+)
+def test_server_refuses_to_start(speculative_config, message):
+    """Catches an error that only the engine process sees: its parent says 'see above'."""
+    process = subprocess.run(
+        serve_command(speculative_config, free_port()),
+        env=server_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=START_SECONDS,
+        check=False,
+    )
+    assert process.returncode != 0
+    assert message in process.stdout.strip().splitlines()[-1]
+    assert "Starting to load model" not in process.stdout
