@@ -2,8 +2,9 @@
 
 Methods: no speculation, vLLM's `ngram`, vLLM's `draft_model` with the autoregressive drafter of the
 drafter's own size (K 3, 5, 8), the diffusion drafter with a fixed length (K 8, 10, 16), failfast.
-All answer the same held-out prompts greedily; engines take turns, every figure is the median over
-the repeats. Acceptance length = accepted + 1 per verified draft, over the whole run.
+All answer the same held-out prompts greedily, once untimed (a CPU compiles its matrix kernels per
+row count) and once timed; engines take turns, every figure is the median over the repeats.
+Acceptance length = accepted + 1 per verified draft, over the whole run.
 
     python benchmarks/bench_offline.py --json benchmarks/results/offline_cpu.json
 """
@@ -148,8 +149,13 @@ def run_once(speculative_config, args, batch_size, prompts):
 
     with engine(speculative_config, args, batch_size) as llm:
         params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
-        llm.generate(prompts[:2], params, use_tqdm=False)  # warm-up
 
+        def answer_all():
+            if batch_size == 1:
+                return [llm.generate([p], params, use_tqdm=False)[0] for p in prompts]
+            return llm.generate(prompts, params, use_tqdm=False)
+
+        answer_all()  # warm-up
         core = llm.llm_engine.engine_core.engine_core
         runner = core.model_executor.driver_worker.worker.model_runner
         verified = {"drafts": 0, "accepted": 0}
@@ -180,10 +186,7 @@ def run_once(speculative_config, args, batch_size, prompts):
             stats.on_round = count
 
         began = time.perf_counter()
-        if batch_size == 1:
-            outputs = [llm.generate([p], params, use_tqdm=False)[0] for p in prompts]
-        else:
-            outputs = llm.generate(prompts, params, use_tqdm=False)
+        outputs = answer_all()
         seconds = time.perf_counter() - began
 
         answers = [list(output.outputs[0].token_ids) for output in outputs]

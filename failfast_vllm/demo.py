@@ -128,7 +128,7 @@ def compare(target: str, drafter: str | None, prompts: list[Prompt], max_tokens:
     from vllm.platforms import current_platform
 
     speculative = {"method": "failfast", **({"model": drafter} if drafter else {})}
-    with tqdm(total=2 * (len(prompts) + 2), unit="step", leave=False) as bar:
+    with tqdm(total=2 * (2 * len(prompts) + 1), unit="step", leave=False) as bar:
         with _engine(target, None, bar) as llm:
             tokenizer = llm.get_tokenizer()
             baseline = _answer_all(llm, prompts, max_tokens, bar)
@@ -166,7 +166,7 @@ def _engine(target: str, speculative_config: dict[str, str] | None, bar: Any) ->
 
 
 def _answer_all(llm: Any, prompts: list[Prompt], max_tokens: int, bar: Any) -> list[Answer]:
-    """One prompt at a time, after one that warms up."""
+    """One prompt at a time, after a first go that warms up (a CPU compiles per row count)."""
     from vllm import SamplingParams
 
     executor = llm.llm_engine.engine_core.engine_core.model_executor
@@ -189,7 +189,8 @@ def _answer_all(llm: Any, prompts: list[Prompt], max_tokens: int, bar: Any) -> l
         bar.update()
         return Answer(token_ids, seconds, trace(rounds, len(token_ids)))
 
-    answer(prompts[0])
+    for prompt in prompts:
+        answer(prompt)
     return [answer(prompt) for prompt in prompts]
 
 

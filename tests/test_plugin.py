@@ -229,7 +229,7 @@ def test_unknown_vllm_serves_everything_but_failfast(monkeypatch, pretend_versio
 
 
 @pytest.mark.parametrize(
-    "hook", (*plugin.CONFIG_HOOKS, plugin.WORKER_HOOK, *plugin.RUNNER_HOOKS), ids=lambda h: h.name
+    "hook", [*plugin.CONFIG_HOOKS, plugin.WORKER_HOOK, *plugin.RUNNER_HOOKS], ids=lambda h: h.name
 )
 def test_this_vllm_has_every_hook(hook):
     assert plugin.hook_problem(hook) is None

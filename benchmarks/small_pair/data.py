@@ -2,7 +2,7 @@
 
 Speculative decoding is worth measuring on text that alternates between tokens nobody can guess
 and long stretches everybody can. The tasks below have both: arithmetic and free phrasing are
-the hard parts; re-emitted rows, quoted questions and boilerplate code are the easy ones.
+the hard parts; listed fields, quoted questions and boilerplate code are the easy ones.
 
 Training and held-out prompts are disjoint by construction: `is_held_out` assigns every prompt
 text to one side by its hash, and each side draws until the prompt is its own.
@@ -75,7 +75,7 @@ def _one_step(rng: random.Random) -> _Problem:
     item = rng.choice(ITEMS)
     kind = rng.choice(("receive", "buy", "give", "lose", "group"))
     if kind == "group":
-        a, b = rng.randint(2, 5), rng.randint(2, 6)
+        a, b = rng.randint(2, 4), rng.randint(2, 5)
         return _Problem(
             f"{name} has {a} bags with {b} {item} in each bag. "
             f"How many {item} does {name} have in total?",
@@ -84,7 +84,7 @@ def _one_step(rng: random.Random) -> _Problem:
             a * b,
         )
     if kind in ("receive", "buy"):
-        a, b = rng.randint(2, 12), rng.randint(2, 12)
+        a, b = rng.randint(2, 9), rng.randint(2, 9)
         event, step = {
             "receive": (
                 f"{other} gives {name} {b} more {item}.",
@@ -97,8 +97,8 @@ def _one_step(rng: random.Random) -> _Problem:
         }[kind]
         reasoning, result = f"So we add: {a} + {b} = {a + b}.", a + b
     else:
-        a = rng.randint(6, 18)
-        b = rng.randint(2, min(a - 1, 9))
+        a = rng.randint(5, 12)
+        b = rng.randint(2, min(a - 1, 6))
         event, step = {
             "give": (
                 f"{name} gives {b} {item} to {other}.",
@@ -120,8 +120,8 @@ def _one_step(rng: random.Random) -> _Problem:
 def _two_step(rng: random.Random) -> _Problem:
     name, other = rng.sample(NAMES, 2)
     item = rng.choice(ITEMS)
-    a, b = rng.randint(2, 10), rng.randint(2, 10)
-    c = rng.randint(2, min(a + b - 1, 9))
+    a, b = rng.randint(2, 9), rng.randint(2, 9)
+    c = rng.randint(2, min(a + b - 1, 6))
     return _Problem(
         f"{name} has {a} {item}. {name} buys {b} more {item} and then gives {c} {item} to {other}. "
         f"How many {item} does {name} have now?",
@@ -166,61 +166,48 @@ def _quote_example(rng: random.Random) -> Example:
     )
 
 
-_Row = tuple[str, ...]
+_Fields = list[tuple[str, str]]
 
 
-def _json_row(header: _Row, row: _Row) -> str:
-    index, *words = row
-    cells = "".join(f', "{key}": "{word}"' for key, word in zip(header[1:], words, strict=True))
-    return f'{{"{header[0]}": {index}{cells}}}'
+def _json_schema(fields: _Fields) -> str:
+    lines = ",\n".join(f'  "{field}": {SAMPLE_VALUES[kind]}' for field, kind in fields)
+    return f"{{\n{lines}\n}}"
 
 
-def _json_example(header: _Row, rows: list[_Row]) -> tuple[str, str]:
-    records = [_json_row(header, row) for row in rows]
-    return "\n".join(records), "[\n  " + ",\n  ".join(records) + "\n]"
+def _csv_schema(fields: _Fields) -> str:
+    values = ",".join(SAMPLE_VALUES[kind] for _, kind in fields)
+    return ",".join(field for field, _ in fields) + f"\n{values}"
 
 
-def _csv_example(header: _Row, rows: list[_Row]) -> tuple[str, str]:
-    lines = [",".join(row) for row in (header, *rows)]
-    return "\n".join(lines), "\n".join(lines)
+def _table_schema(fields: _Fields) -> str:
+    rows = "".join(f"\n| {field} | {kind} |" for field, kind in fields)
+    return f"| field | type |\n| --- | --- |{rows}"
 
 
-def _table_example(header: _Row, rows: list[_Row]) -> tuple[str, str]:
-    lines = [" | ".join(row) for row in (header, tuple("---" for _ in header), *rows)]
-    return "\n".join((lines[0], *lines[2:])), "\n".join(f"| {line} |" for line in lines)
-
-
-_FORMATS: dict[str, tuple[str, str, Callable[[_Row, list[_Row]], tuple[str, str]]]] = {
-    "json": ("a JSON list", "json", _json_example),
-    "csv": ("a CSV file", "csv", _csv_example),
-    "table": ("a Markdown table", "markdown", _table_example),
+_FORMATS: dict[str, tuple[str, str, Callable[[_Fields], str]]] = {
+    "json": ("a JSON example", "json", _json_schema),
+    "csv": ("a CSV example", "csv", _csv_schema),
+    "table": ("a Markdown table", "markdown", _table_schema),
 }
-_SCHEMAS: tuple[tuple[_Row, tuple[list[str], ...]], ...] = (
-    (("index", "name", "city", "item"), (NAMES, CITIES, ITEMS)),
-    (("index", "owner", "item", "color"), (NAMES, ITEMS, COLORS)),
-    (("index", "city", "name", "color"), (CITIES, NAMES, COLORS)),
-)
 
 
-def _rows_example(rng: random.Random) -> Example:
-    header, pools = rng.choice(_SCHEMAS)
-    num_rows = rng.randint(3, 5)
-    columns = [[str(i + 1) for i in range(num_rows)]]
-    columns += [rng.sample(pool, num_rows) for pool in pools]
-    kind = rng.choice(("json", "json", "csv", "table"))
+def _schema_example(rng: random.Random) -> Example:
+    name = rng.choice(ENTITIES)
+    fields = rng.sample(FIELDS, rng.randint(2, 4))
+    kind = rng.choice(("json", "json", "csv", "table", "table"))
     title, fence, render = _FORMATS[kind]
-    source, result = render(header, list(zip(*columns, strict=True)))
-    request = rng.choice(
+    listed = ", ".join(f"{field}: {field_kind}" for field, field_kind in fields)
+    prompt = rng.choice(
         (
-            f"Convert these rows to {title}.",
-            f"Write the following records as {title}.",
-            f"Please turn this data into {title}.",
+            f"Write {title} for {name} with the fields {listed}.",
+            f"Create {title} for {name} with these fields: {listed}.",
         )
     )
     return Example(
-        f"rows_{kind}",
-        f"{request}\n\n{source}",
-        f"Here are the {num_rows} rows as {title}:\n\n```{fence}\n{result}\n```",
+        f"schema_{kind}",
+        prompt,
+        f"Here is {title} for {name}:\n\n```{fence}\n{render(fields)}\n```\n\n"
+        f"It has these fields: {listed}.",
     )
 
 
@@ -360,17 +347,17 @@ def _letter_example(rng: random.Random) -> Example:
 
 
 _TASKS: tuple[tuple[float, Callable[[random.Random], Example]], ...] = (
-    (0.24, _one_step_example),
+    (0.27, _one_step_example),
     (0.08, _two_step_example),
     (0.10, _quote_example),
-    (0.25, _rows_example),
+    (0.22, _schema_example),
     (0.10, _rename_example),
     (0.12, _class_example),
     (0.05, _function_example),
     (0.06, _letter_example),
 )
 
-COPY_TASKS = ("rows_json", "rows_csv", "rows_table", "rename", "quote")
+COPY_TASKS = ("schema_json", "schema_csv", "schema_table", "rename", "quote")
 
 
 def is_held_out(prompt: str) -> bool:

@@ -150,7 +150,7 @@ def is_correct(task: str, answer: str, expected: str) -> bool:
         return re.findall(pattern, answer)[-1:] == re.findall(pattern, expected)
     if task == "quote":
         return answer.split("\n")[0] == expected.split("\n")[0]
-    if task.startswith("rows") or task == "rename":
+    if task.startswith("schema") or task == "rename":
         return answer == expected
     return answer.split("\n")[:-1] == expected.split("\n")[:-1]
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from data import CITIES, COLORS, ITEMS, NAMES, Example, examples
+from data import Example, examples
 
 MODELS_DIR = Path(__file__).resolve().parents[2] / "failfast_vllm" / "models"
 BLOCK_SIZE = 32
@@ -57,12 +57,43 @@ class Stage:
     seed: int
 
 
-TARGET = Stage("target", 256, 6, 4, 2, 704, 2048, 1600, 600, 400, 1024, 2, 3e-3, 1)
-AR_DRAFTER = Stage("ar-drafter", 192, 4, 3, 1, 448, 1984, 900, 150, 200, 2048, 1, 3e-3, 2)
-DRAFTER = Stage("drafter", 192, 4, 3, 1, 448, 1984, 1250, 450, 0, 1024, 2, 3e-3, 3)
-NUM_REPEAT_BATCHES = 600
-REPEAT_LEN = 80
-REPEAT_SEPARATORS = (" ", ",", " | ", '", "')
+TARGET = Stage(
+    name="target",
+    hidden_size=256,
+    num_layers=6,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=704,
+    vocab_size=2048,
+    num_steps=2100,
+    num_decay_steps=500,
+    num_curriculum_steps=400,
+    tokens_per_batch=1024,
+    batches_per_step=2,
+    learning_rate=3e-3,
+    seed=1,
+)
+AR_DRAFTER = replace(
+    TARGET,
+    name="ar-drafter",
+    hidden_size=192,
+    num_layers=4,
+    num_heads=3,
+    num_kv_heads=1,
+    intermediate_size=448,
+    vocab_size=1984,
+    num_steps=1300,
+    num_decay_steps=300,
+    seed=2,
+)
+DRAFTER = replace(
+    AR_DRAFTER,
+    name="drafter",
+    num_steps=1400,
+    num_decay_steps=400,
+    num_curriculum_steps=0,
+    seed=3,
+)
 NUM_PREFIX_SEGMENTS = 6
 PREFIX_MASK_LENS = (10, 16)
 SHORT_LEN, FULL_LEN = 110, 448
@@ -121,6 +152,13 @@ def build_tokenizer(num_examples: int = 8000) -> PreTrainedTokenizerFast:
     )
 
 
+def load_tokenizer() -> PreTrainedTokenizerFast:
+    """The embedded tokenizer if there is one, so that retrained models fit those not retrained."""
+    if (MODELS_DIR / "target" / "tokenizer.json").exists():
+        return PreTrainedTokenizerFast.from_pretrained(MODELS_DIR / "target")
+    return build_tokenizer()
+
+
 def build_model(stage: Stage, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     torch.manual_seed(stage.seed)
     config = Qwen2Config(
@@ -148,6 +186,7 @@ def save_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, name
     exported.load_state_dict(model.state_dict())
     exported.generation_config.do_sample = False
     exported.save_pretrained(path)
+    (path / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(path)
     config_path = path / "config.json"
     config = json.loads(config_path.read_text())
@@ -206,30 +245,11 @@ def encoded_batches(stage: Stage, tokenizer: PreTrainedTokenizerFast) -> Iterato
             batches[-1].append(example)
         rng.shuffle(batches)
         yield from batches
-        step += len(batches)
-
-
-def repeated_batch(rng: random.Random, stage: Stage, tokenizer: PreTrainedTokenizerFast) -> Batch:
-    """Lines of random words, each line written again: the densest lesson in copying there is."""
-    lines = []
-    for _ in range(stage.tokens_per_batch // REPEAT_LEN):
-        words = rng.sample([*NAMES, *CITIES, *ITEMS, *COLORS], rng.randint(5, 20))
-        lines.append(rng.choice(REPEAT_SEPARATORS).join(words) + "\n")
-    ids = tokenizer(lines)["input_ids"]
-    input_ids = torch.tensor([(line * REPEAT_LEN)[:REPEAT_LEN] for line in ids])
-    rows = [
-        i * REPEAT_LEN + k for i, line in enumerate(ids) for k in range(len(line), REPEAT_LEN - 1)
-    ]
-    position_ids = torch.arange(REPEAT_LEN).expand_as(input_ids)
-    flat_rows = torch.tensor(rows)
-    return Batch(input_ids, position_ids, None, flat_rows, input_ids.flatten()[flat_rows + 1])
+        step += len(batches) // stage.batches_per_step
 
 
 def autoregressive_batches(stage: Stage, tokenizer: PreTrainedTokenizerFast) -> Iterator[Batch]:
-    rng = random.Random(stage.seed)
-    for step, batch in enumerate(encoded_batches(stage, tokenizer)):
-        if step < NUM_REPEAT_BATCHES:
-            yield repeated_batch(rng, stage, tokenizer)
+    for batch in encoded_batches(stage, tokenizer):
         seq_len = max(len(e.ids) for e in batch)
         input_ids = torch.full((len(batch), seq_len), tokenizer.pad_token_id)
         rows, labels = [], []
@@ -451,11 +471,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     write_prompts(MODELS_DIR / "prompts.jsonl")
-    tokenizer_path = MODELS_DIR / "target"
-    if (tokenizer_path / "tokenizer.json").exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_path)
-    else:
-        tokenizer = build_tokenizer()
+    tokenizer = load_tokenizer()
     for name in args.stages:
         stage = stages[name]
         if args.steps is not None:
