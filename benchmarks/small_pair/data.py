@@ -174,11 +174,6 @@ def _json_schema(fields: _Fields) -> str:
     return f"{{\n{lines}\n}}"
 
 
-def _csv_schema(fields: _Fields) -> str:
-    values = ",".join(SAMPLE_VALUES[kind] for _, kind in fields)
-    return ",".join(field for field, _ in fields) + f"\n{values}"
-
-
 def _table_schema(fields: _Fields) -> str:
     rows = "".join(f"\n| {field} | {kind} |" for field, kind in fields)
     return f"| field | type |\n| --- | --- |{rows}"
@@ -186,7 +181,6 @@ def _table_schema(fields: _Fields) -> str:
 
 _FORMATS: dict[str, tuple[str, str, Callable[[_Fields], str]]] = {
     "json": ("a JSON example", "json", _json_schema),
-    "csv": ("a CSV example", "csv", _csv_schema),
     "table": ("a Markdown table", "markdown", _table_schema),
 }
 
@@ -194,7 +188,7 @@ _FORMATS: dict[str, tuple[str, str, Callable[[_Fields], str]]] = {
 def _schema_example(rng: random.Random) -> Example:
     name = rng.choice(ENTITIES)
     fields = rng.sample(FIELDS, rng.randint(2, 4))
-    kind = rng.choice(("json", "json", "csv", "table", "table"))
+    kind = rng.choice(("json", "table"))
     title, fence, render = _FORMATS[kind]
     listed = ", ".join(f"{field}: {field_kind}" for field, field_kind in fields)
     prompt = rng.choice(
@@ -357,7 +351,7 @@ _TASKS: tuple[tuple[float, Callable[[random.Random], Example]], ...] = (
     (0.06, _letter_example),
 )
 
-COPY_TASKS = ("schema_json", "schema_csv", "schema_table", "rename", "quote")
+COPY_TASKS = ("schema_json", "schema_table", "rename", "quote")
 
 
 def is_held_out(prompt: str) -> bool:

@@ -25,6 +25,11 @@ from data import Example, examples
 
 MODELS_DIR = Path(__file__).resolve().parents[2] / "failfast_vllm" / "models"
 BLOCK_SIZE = 32
+# transformers' AutoTokenizer imposes this splitting on every `qwen2` checkpoint.
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 MAX_TOKENIZER_SIZE = 1948
 END_OF_TEXT, MESSAGE_START, MESSAGE_END, MASK = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "|<MASK>|",
@@ -126,7 +131,7 @@ def build_tokenizer(num_examples: int = 8000) -> PreTrainedTokenizerFast:
     chats = (next(source) for _ in range(num_examples))
     texts = (text for e in chats for text in ("user\n" + e.prompt, "assistant\n" + e.answer))
     tokenizer = Tokenizer(models.BPE())
-    words = Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    words = Regex(QWEN2_WORDS)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(words, "isolated"),
