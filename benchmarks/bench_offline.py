@@ -3,7 +3,8 @@
 Methods: no speculation, vLLM's `ngram`, vLLM's `draft_model` with the autoregressive drafter of the
 drafter's own size (K 3, 5, 8), the diffusion drafter with a fixed length (K 8, 10, 16), failfast.
 All answer the same held-out prompts greedily, once untimed (a CPU compiles its matrix kernels per
-row count) and once timed; engines take turns, every figure is the median over the repeats.
+row count) and once timed; engines take turns, each in a process of its own, and every figure is the
+median over the repeats.
 Acceptance length = accepted + 1 per verified draft, over the whole run.
 
     python benchmarks/bench_offline.py --json benchmarks/results/offline_cpu.json
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import platform
 import shlex
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -289,7 +292,7 @@ def table(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--num-prompts", type=int, default=24)
+    parser.add_argument("--num-prompts", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
@@ -328,7 +331,9 @@ def main():
         jobs = [(b, r, m) for b in args.batch_sizes for r in range(args.repeats) for m in chosen]
         runs = defaultdict(list)
         for batch_size, _, name in tqdm(jobs, file=sys.stderr):
-            runs[batch_size, name].append(run_once(chosen[name], args, batch_size, prompts))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                run = process.submit(run_once, chosen[name], args, batch_size, prompts).result()
+            runs[batch_size, name].append(run)
     for batch_size in args.batch_sizes:
         baselines = runs[batch_size, "none"]
         for name in chosen:
