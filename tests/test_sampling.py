@@ -63,9 +63,9 @@ def question():
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
-    prompts = [p for p in mixed_prompts(tokenizer, 60) if 20 < len(p) < 200]
+    prompts = [p for p in mixed_prompts(tokenizer, 60) if 20 < len(p) < 70]
     cuts = [p[: len(p) - cut] for p in prompts for cut in (0, 4, 9)]
-    cuts = sorted(cuts, key=exact.entropy)[-12:]
+    cuts = sorted(cuts, key=exact.entropy)[-4:]
     eos = tokenizer.eos_token_id
 
     def usefulness(prompt):
