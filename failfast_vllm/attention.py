@@ -19,8 +19,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import register_backend
 
 from failfast_kernels import PaddedGroup, block_diffusion_attention, commit_kv, plan_padding
+from failfast_vllm.config import DIFFUSION_BLOCK_SIZE
 
-DIFFUSION_BLOCK_SIZE = 32  # bd_size of Fast-dLLM v2; the KV page must be a multiple of it
 BACKEND_NAME = "FAILFAST_BLOCK_DIFFUSION"
 
 

@@ -23,7 +23,7 @@ MODEL_TYPES = ("Fast_dLLM_Qwen", "qwen2")
 # vLLM's SpeculativeConfig changes the method of a draft model whose path contains one of these
 METHOD_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
 MAX_SPECULATIVE_TOKENS = 128  # MAX_SPEC_LEN of vLLM's rejection sampler
-DIFFUSION_BLOCK_SIZE = 32
+DIFFUSION_BLOCK_SIZE = 32  # bd_size of Fast-dLLM v2; the KV page must be a multiple of it
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ The rows of one pass, for each sequence, at absolute positions:
 pass commits the newly complete blocks and denoises in one forward; later passes start at `final`.
 The logit at position i predicts token i + 1 (Fast-dLLM v2's shift).
 
-Differences from the authors' Algorithm 1, all measured to cost next to nothing in acceptance:
+Differences from the authors' Algorithm 1, each with a test of its own:
 all masks of an increment are read from one pass (theirs: one pass per sub-block of 8), trailing
 MASK rows of the last block are left out, increments may cross a block's end, the cap is exact,
 and only drafted positions count for the confidence.

@@ -22,8 +22,8 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from failfast_kernels import TokenConfidence, confidence_argmax
-from failfast_vllm.attention import DIFFUSION_BLOCK_SIZE, BlockDiffusionMetadata
-from failfast_vllm.config import METHOD
+from failfast_vllm.attention import BlockDiffusionMetadata
+from failfast_vllm.config import DIFFUSION_BLOCK_SIZE, METHOD
 from failfast_vllm.drafter import DraftBatch, Drafter, DraftStep
 from failfast_vllm.policy import make_policy
 

@@ -12,7 +12,7 @@ ALLOWED = {  # module -> our modules it may import
     "failfast_vllm/policy.py": set(),
     "failfast_vllm/hf_config.py": set(),
     "failfast_vllm/drafter.py": {"failfast_kernels", "failfast_vllm.policy"},
-    "failfast_vllm/attention.py": {"failfast_kernels"},
+    "failfast_vllm/attention.py": {"failfast_kernels", "failfast_vllm.config"},
     "failfast_vllm/model.py": {"failfast_vllm.attention"},
     "failfast_vllm/proposer.py": {
         "failfast_kernels",
