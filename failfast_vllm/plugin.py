@@ -29,13 +29,13 @@ class Hook(NamedTuple):
     """A function of vLLM that we wrap, and the parameters that we rely on."""
 
     module: str
-    owner: str
+    owner: str  # a class, or empty
     function: str
     parameters: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        return f"{self.module}.{self.owner}.{self.function}"
+        return ".".join(part for part in self[:3] if part)
 
 
 CONFIG_HOOKS = (
@@ -85,6 +85,12 @@ RUNNER_HOOKS = (
             "slot_mappings",
         ),
     ),
+    Hook(
+        "vllm.v1.sample.rejection_sampler",
+        "",
+        "expand_batch_to_tokens",
+        ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+    ),
 )
 
 
@@ -127,7 +133,8 @@ def missing_hooks(hooks: tuple[Hook, ...]) -> str | None:
 def hook_problem(hook: Hook) -> str | None:
     """Why one hook cannot be installed, or None."""
     try:
-        owner = getattr(importlib.import_module(hook.module), hook.owner)
+        module = importlib.import_module(hook.module)
+        owner = getattr(module, hook.owner) if hook.owner else module
         function = inspect.unwrap(getattr(owner, hook.function))
     except (ImportError, AttributeError):
         return f"vLLM has no {hook.name}"
@@ -414,9 +421,12 @@ def install_runner_hooks() -> None:
     problem = missing_hooks(RUNNER_HOOKS)
     if problem:
         raise RuntimeError(f"failfast cannot run: {problem}")
+    from vllm.triton_utils import HAS_TRITON
+    from vllm.v1.sample import rejection_sampler
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    from failfast_vllm import cpu_sampling
     from failfast_vllm.proposer import FailFastProposer
 
     def constructing_proposer(original: Any) -> Any:
@@ -469,3 +479,5 @@ def install_runner_hooks() -> None:
     _wrap(DraftModelProposer, "__new__", constructing_proposer)
     _wrap(GPUModelRunner, "_input_fits_in_drafter", fitting_drafter)
     _wrap(GPUModelRunner, "propose_draft_token_ids", proposing)
+    if not HAS_TRITON:
+        _wrap(rejection_sampler, "expand_batch_to_tokens", cpu_sampling.expanding)

@@ -178,10 +178,7 @@ class FailFastProposer(DraftModelProposer):
             stops_at_eos[i] = not params.ignore_eos
             num_left = (params.max_tokens or limit) - (known[i] - request.num_prompt_tokens)
             ended = sampled[i] and self._ends(params, sampled_token_ids[i][-1])
-            # at temperature > 0 drafts changed the distribution on a CPU (vLLM 0.32); until that is
-            # understood such requests are not drafted for
-            undrafted = ended or params.temperature > 0.0
-            room[i] = 0 if undrafted else min(cap, num_left - 1, limit - known[i] - 1)
+            room[i] = 0 if ended else min(cap, num_left - 1, limit - known[i] - 1)
         max_draft_lens = np.where(sampled, np.maximum(room, 0), 0)
 
         def on_device(array: np.ndarray[Any, Any]) -> torch.Tensor:

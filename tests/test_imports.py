@@ -11,6 +11,7 @@ ALLOWED = {  # module -> our modules it may import
     "failfast_vllm/config.py": set(),
     "failfast_vllm/policy.py": set(),
     "failfast_vllm/hf_config.py": set(),
+    "failfast_vllm/cpu_sampling.py": set(),
     "failfast_vllm/drafter.py": {"failfast_kernels", "failfast_vllm.policy"},
     "failfast_vllm/attention.py": {"failfast_kernels", "failfast_vllm.config"},
     "failfast_vllm/model.py": {"failfast_vllm.attention"},
@@ -29,6 +30,7 @@ ALLOWED = {  # module -> our modules it may import
     },
 }
 WITHOUT_VLLM = {
+    "failfast_vllm/cpu_sampling.py",
     "failfast_vllm/__init__.py",
     "failfast_vllm/config.py",
     "failfast_vllm/policy.py",

@@ -1,19 +1,18 @@
 """Deterministic generator of the chat examples behind the embedded small pair.
 
 Speculative decoding is worth measuring on text that alternates between tokens nobody can guess
-and long stretches everybody can. The tasks below have both: arithmetic and free phrasing are
-the hard parts; listed fields, quoted questions and boilerplate code are the easy ones.
+and long stretches everybody can. The tasks below have both: arithmetic, free phrasing (each
+sentence is one of several, equally likely) and remarks are the hard parts; copied rows, quoted
+questions and boilerplate code are the easy ones.
 
-Training and held-out prompts are disjoint by construction: `is_held_out` assigns every prompt
-text to one side by its hash, and each side draws until the prompt is its own.
+Training, development and test prompts are disjoint by construction: `split_of` assigns every
+prompt text to one side by its hash, and each side draws until the prompt is its own.
 """
 
 import random
 import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
-
-HELD_OUT_MODULUS = 32
 
 
 def _words(text: str) -> list[str]:
@@ -65,54 +64,115 @@ class _Problem(NamedTuple):
     result: int
 
 
-def _weighted(rng: random.Random, options: tuple[str, ...]) -> str:
-    """Pick one option, each about half as likely as the one before: uncertain, with a mode."""
-    return rng.choices(options, weights=[0.5**i for i in range(len(options))])[0]
+_REMARK_PARTS = (
+    ("Note that", "Keep in mind that", "Remember that", "It helps that", "Of course", "As usual,"),
+    ("this", "the whole text", "every line", "the result", "each part", "the answer"),
+    ("is", "stays", "looks", "remains", "should be", "will be"),
+    ("short", "simple", "clear", "easy to read", "complete", "correct", "easy to check"),
+    ("for now.", "in most cases.", "as you asked.", "without more work.", "and small.", "today."),
+)
+
+
+def _remark(rng: random.Random) -> str:
+    """A sentence that nothing in the prompt decides."""
+    return " ".join(rng.choice(part) for part in _REMARK_PARTS)
+
+
+def _start(rng: random.Random, name: str, count: int, item: str) -> str:
+    return rng.choice(
+        (
+            f"{name} starts with {count} {item}.",
+            f"At first {name} has {count} {item}.",
+            f"We know that {name} has {count} {item}.",
+            f"The story begins with {count} {item}.",
+            f"Before anything happens, {name} owns {count} {item}.",
+        )
+    )
+
+
+def _sum(rng: random.Random, a: int, b: int) -> str:
+    return rng.choice(
+        (
+            f"So we add: {a} + {b} = {a + b}.",
+            f"Together that makes {a} + {b} = {a + b}.",
+            f"Adding both numbers gives {a} + {b} = {a + b}.",
+            f"We need the sum, which is {a} + {b} = {a + b}.",
+        )
+    )
+
+
+def _difference(rng: random.Random, a: int, b: int) -> str:
+    return rng.choice(
+        (
+            f"So we subtract: {a} - {b} = {a - b}.",
+            f"What is left is {a} - {b} = {a - b}.",
+            f"Taking them away gives {a} - {b} = {a - b}.",
+            f"We need the difference, which is {a} - {b} = {a - b}.",
+        )
+    )
+
+
+def _gain(rng: random.Random, name: str, other: str, count: int, item: str) -> str:
+    return rng.choice(
+        (
+            f"Then {other} brings {count} more {item}.",
+            f"Next {name} gets {count} more {item} from {other}.",
+            f"After that come {count} more {item}.",
+            f"Now {count} {item} are added.",
+        )
+    )
+
+
+def _loss(rng: random.Random, name: str, other: str, count: int, item: str) -> str:
+    return rng.choice(
+        (
+            f"Then {count} {item} are gone.",
+            f"Next {name} is without {count} of the {item}.",
+            f"After that {count} {item} are missing.",
+            f"Now {count} {item} are with {other}.",
+        )
+    )
 
 
 def _one_step(rng: random.Random) -> _Problem:
     name, other = rng.sample(NAMES, 2)
     item = rng.choice(ITEMS)
-    kind = rng.choice(("receive", "buy", "give", "lose", "group"))
+    kind = rng.choice(("receive", "buy", "give", "lend", "group"))
     if kind == "group":
         a, b = rng.randint(2, 4), rng.randint(2, 5)
+        grouping = rng.choice(
+            (
+                f"There are {a} bags and each bag holds {b} {item}.",
+                f"Each of the {a} bags holds {b} {item}.",
+                f"We count {a} bags with {b} {item} each.",
+            )
+        )
         return _Problem(
             f"{name} has {a} bags with {b} {item} in each bag. "
             f"How many {item} does {name} have in total?",
-            f"There are {a} bags and each bag holds {b} {item}.\nSo we multiply: "
-            f"{a} * {b} = {a * b}.",
+            f"{grouping}\nSo we multiply: {a} * {b} = {a * b}.",
             a * b,
         )
     if kind in ("receive", "buy"):
         a, b = rng.randint(2, 9), rng.randint(2, 9)
-        event, step = {
-            "receive": (
-                f"{other} gives {name} {b} more {item}.",
-                f"Then {other} gives {name} {b} more {item}.",
-            ),
-            "buy": (
-                f"{name} buys {b} more {item} from {other}.",
-                f"Then {name} buys {b} more {item} from {other}.",
-            ),
+        event = {
+            "receive": f"{other} gives {name} {b} more {item}.",
+            "buy": f"{name} buys {b} more {item} from {other}.",
         }[kind]
-        reasoning, result = f"So we add: {a} + {b} = {a + b}.", a + b
+        step, reasoning = _gain(rng, name, other, b, item), _sum(rng, a, b)
+        result = a + b
     else:
         a = rng.randint(5, 12)
         b = rng.randint(2, min(a - 1, 6))
-        event, step = {
-            "give": (
-                f"{name} gives {b} {item} to {other}.",
-                f"Then {name} gives {b} {item} to {other}.",
-            ),
-            "lose": (
-                f"{name} loses {b} {item} on the way to {other}.",
-                f"Then {name} loses {b} {item} on the way to {other}.",
-            ),
+        event = {
+            "give": f"{name} gives {b} {item} to {other}.",
+            "lend": f"{name} lends {b} {item} to {other}.",
         }[kind]
-        reasoning, result = f"So we subtract: {a} - {b} = {a - b}.", a - b
+        step, reasoning = _loss(rng, name, other, b, item), _difference(rng, a, b)
+        result = a - b
     return _Problem(
         f"{name} has {a} {item}. {event} How many {item} does {name} have now?",
-        f"{name} starts with {a} {item}.\n{step}\n{reasoning}",
+        f"{_start(rng, name, a, item)}\n{step}\n{reasoning}",
         result,
     )
 
@@ -125,21 +185,22 @@ def _two_step(rng: random.Random) -> _Problem:
     return _Problem(
         f"{name} has {a} {item}. {name} buys {b} more {item} and then gives {c} {item} to {other}. "
         f"How many {item} does {name} have now?",
-        f"{name} starts with {a} {item}.\n{name} buys {b} more {item}, so we add: "
-        f"{a} + {b} = {a + b}.\nThen {name} gives {c} {item} to {other}, so we subtract: "
-        f"{a + b} - {c} = {a + b - c}.",
+        f"{_start(rng, name, a, item)}\n{_gain(rng, name, other, b, item)}\n"
+        f"{_sum(rng, a, b)}\n{_loss(rng, name, other, c, item)}\n{_difference(rng, a + b, c)}",
         a + b - c,
     )
 
 
 def _solution(rng: random.Random, problem: _Problem) -> str:
-    opener = _weighted(
-        rng,
+    opener = rng.choice(
         (
             "Let us work through this step by step.",
             "We can solve this one step at a time.",
             "First we collect what we know.",
-        ),
+            "This is not hard if we go slowly.",
+            "Here is one way to think about it.",
+            "The question asks for a number.",
+        )
     )
     return f"{opener}\n\n{problem.steps}\n\nThe answer is {problem.result}."
 
@@ -200,9 +261,51 @@ def _schema_example(rng: random.Random) -> Example:
     return Example(
         f"schema_{kind}",
         prompt,
-        f"Here is {title} for {name}:\n\n```{fence}\n{render(fields)}\n```\n\n"
-        f"It has these fields: {listed}.",
+        f"Here is {title} for {name}:\n\n```{fence}\n{render(fields)}\n```\n\n{_remark(rng)}",
     )
+
+
+def _columns(rng: random.Random, num_rows: int) -> dict[str, list[str]]:
+    """Two or three columns without a repeated value, so that each cell tells which comes next."""
+    columns = {
+        "name": rng.sample(NAMES, num_rows),
+        "city": rng.sample(CITIES, num_rows),
+        "item": rng.sample(ITEMS, num_rows),
+        "color": rng.sample(COLORS, num_rows),
+        "count": [str(n) for n in rng.sample(range(1, 10), num_rows)],
+    }
+    return {key: columns[key] for key in rng.sample(list(columns), rng.randint(2, 3))}
+
+
+def _rows_example(rng: random.Random) -> Example:
+    columns = _columns(rng, rng.randint(2, 3))
+    keys, rows = list(columns), list(zip(*columns.values(), strict=True))
+    kind = rng.choice(("json", "csv"))
+    if kind == "json":
+        asked, title = "a JSON list", "json"
+        objects = (
+            ", ".join(f'"{key}": "{cell}"' for key, cell in zip(keys, row, strict=True))
+            for row in rows
+        )
+        body = "[\n" + ",\n".join(f"  {{{o}}}" for o in objects) + "\n]"
+    else:
+        asked, title = "CSV", "csv"
+        body = "\n".join(",".join(row) for row in (keys, *rows))
+    table = "\n".join(" | ".join(row) for row in (keys, *rows))
+    request = rng.choice((f"Write these rows as {asked}.", f"Convert this table to {asked}."))
+    lead = rng.choice(("Here are the rows", "This is the same table", "Your rows", "As asked"))
+    return Example(
+        f"rows_{kind}",
+        f"{request}\n\n{table}",
+        f"{lead}:\n\n```{title}\n{body}\n```\n\n{_remark(rng)}",
+    )
+
+
+def _repeat_example(rng: random.Random) -> Example:
+    pool = [*NAMES, *CITIES, *ITEMS, *COLORS, *ENTITIES, *VARIABLES, *WEEKDAYS, *EVENTS]
+    words = ", ".join(rng.sample(pool, rng.randint(4, 12)))
+    request = rng.choice(("Repeat this list", "Say these words again"))
+    return Example("repeat", f"{request}: {words}.", f"{words}.\n\n{_remark(rng)}")
 
 
 _SNIPPETS = (
@@ -232,11 +335,12 @@ def _rename_example(rng: random.Random) -> Example:
     return Example(
         "rename",
         f"{request}\n\n```python\n{before}\n```",
-        f"Here is the code with `{old}` renamed to `{new}`:\n\n```python\n{after}\n```",
+        f"Here is the code with `{old}` renamed to `{new}`:\n\n```python\n{after}\n```\n\n"
+        f"{_remark(rng)}",
     )
 
 
-def _class_code(name: str, fields: list[tuple[str, str]]) -> str:
+def _class_code(rng: random.Random, name: str, fields: list[tuple[str, str]]) -> str:
     variable = name.lower()
     keys = [field for field, _ in fields]
     declared = "\n".join(f"    {field}: {kind}" for field, kind in fields)
@@ -245,11 +349,12 @@ def _class_code(name: str, fields: list[tuple[str, str]]) -> str:
     sample = "".join(f"        {field}={SAMPLE_VALUES[kind]},\n" for field, kind in fields)
     checks = "".join(f"    assert copy.{key} == {variable}.{key}\n" for key in keys)
     return (
-        f"from dataclasses import dataclass\n\n\n@dataclass\nclass {name}:\n{declared}\n\n"
+        f"from dataclasses import dataclass\n\n\n@dataclass\nclass {name}:\n"
+        f'    """{_remark(rng)}"""\n\n{declared}\n\n'
         f"    def to_dict(self):\n        return {{\n{to_dict}        }}\n\n"
         f"    @classmethod\n    def from_dict(cls, data):\n        return cls(\n{from_dict}"
         f"        )\n\n\n"
-        f"def test_{variable}():\n    {variable} = {name}(\n{sample}    )\n"
+        f"def test_{variable}():\n    # {_remark(rng)}\n    {variable} = {name}(\n{sample}    )\n"
         f"    copy = {name}.from_dict({variable}.to_dict())\n{checks}"
     )
 
@@ -265,18 +370,11 @@ def _class_example(rng: random.Random) -> Example:
             f"I need a Python class {name} that holds {listed}.",
         )
     )
-    closing = _weighted(
-        rng,
-        (
-            "The test checks that a round trip through a dictionary keeps every field.",
-            "You can run the test with pytest.",
-        ),
-    )
     return Example(
         "dataclass",
         prompt,
         f"Here is the dataclass {name} with a test:\n\n```python\n"
-        f"{_class_code(name, fields)}```\n\n{closing}",
+        f"{_class_code(rng, name, fields)}```\n\n{_remark(rng)}",
     )
 
 
@@ -306,7 +404,7 @@ def _function_example(rng: random.Random) -> Example:
         "function",
         prompt,
         f"```python\ndef {function}(values):\n"
-        f'    """Return {what}.\n\n    Raises ValueError when there are no values.\n    """\n'
+        f'    """Return {what}.\n\n    {_remark(rng)}\n    """\n'
         f'    if not values:\n        raise ValueError("no values given")\n    {body}\n\n\n'
         f"def test_{function}():\n    assert {function}([1, 2, 3]) == {expected}\n```",
     )
@@ -321,22 +419,37 @@ def _letter_example(rng: random.Random) -> Example:
             f"Draft an invitation from {writer} to {reader} for a {event} on {day} in {city}.",
         )
     )
-    middle = _weighted(
-        rng,
+    opening = rng.choice(
+        (
+            f"I am writing to invite you to our {event}, which will take place in {city} on {day}.",
+            f"On {day} we are planning a {event} in {city}, and you are invited.",
+            f"You are welcome at the {event} that we hold in {city} on {day}.",
+            f"Our {event} is on {day} in {city}.",
+        )
+    )
+    middle = rng.choice(
         (
             "Please let me know by the end of this week whether you are able to attend.",
             "It would mean a lot to everybody here if you could find the time to join us.",
             "We have kept a seat for you and hope very much that you can be there.",
-        ),
+            "Nothing would please us more than to have you with us.",
+            "There will be coffee and cake, and a walk along the river.",
+        )
     )
-    closing = _weighted(rng, ("Kind regards", "Best wishes", "With warm regards"))
+    last = rng.choice(
+        (
+            f"If you have any questions about the {event}, please do not hesitate to contact me.",
+            "Do bring a friend if you like.",
+            f"I look forward to seeing you in {city}.",
+            "More about the day will follow soon.",
+        )
+    )
+    closing = rng.choice(("Kind regards", "Best wishes", "With warm regards", "Yours"))
     return Example(
         "letter",
         prompt,
         f"Subject: Invitation to the {event} in {city}\n\nDear {reader},\n\n"
-        f"I am writing to invite you to our {event}, which will take place in {city} on {day}. "
-        f"{middle} If you have any questions about the {event}, please do not hesitate to contact "
-        f"me at any time.\n\nI look forward to seeing you in {city}.\n\n{closing},\n{writer}",
+        f"{opening} {middle}\n\n{last}\n\n{closing},\n{writer}",
     )
 
 
@@ -344,26 +457,33 @@ _TASKS: tuple[tuple[float, Callable[[random.Random], Example]], ...] = (
     (0.27, _one_step_example),
     (0.08, _two_step_example),
     (0.10, _quote_example),
-    (0.22, _schema_example),
-    (0.10, _rename_example),
-    (0.12, _class_example),
-    (0.05, _function_example),
-    (0.06, _letter_example),
+    (0.08, _repeat_example),
+    (0.16, _rows_example),
+    (0.08, _schema_example),
+    (0.08, _rename_example),
+    (0.06, _class_example),
+    (0.04, _function_example),
+    (0.05, _letter_example),
 )
 
-COPY_TASKS = ("schema_json", "schema_table", "rename", "quote")
+COPY_TASKS = (
+    "quote", "repeat", "rows_json", "rows_csv", "schema_json", "schema_table", "rename",
+)  # fmt: skip
 
 
-def is_held_out(prompt: str) -> bool:
-    """Whether `prompt` belongs to the held-out side: about 1 in `HELD_OUT_MODULUS` does."""
-    return zlib.crc32(prompt.encode()) % HELD_OUT_MODULUS == 0
+SPLITS = ("test", "dev", "train")
 
 
-def examples(seed: int, *, held_out: bool = False) -> Iterator[Example]:
+def split_of(prompt: str) -> str:
+    """The side that `prompt` belongs to: about 1 in 32 is "test", as many are "dev"."""
+    return SPLITS[min(zlib.crc32(prompt.encode()) % 32, 2)]
+
+
+def examples(seed: int, split: str = "train") -> Iterator[Example]:
     """Endless examples of one side of the split, the same for the same `seed`."""
     rng = random.Random(seed)
     weights, makers = zip(*_TASKS, strict=True)
     while True:
         example = rng.choices(makers, weights=weights)[0](rng)
-        if is_held_out(example.prompt) == held_out:
+        if split_of(example.prompt) == split:
             yield example

@@ -7,6 +7,7 @@ increment and stops after the first increment with an unsure token (FailFast, ar
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -143,23 +144,29 @@ def draft_rounds(
 
 
 def is_correct(task: str, answer: str, expected: str) -> bool:
-    """Exactness where the prompt decides the text: the result of word problems, the quotation,
-    the copied code and schemas; elsewhere everything but the freely phrased sentences."""
-    lines, expected_lines = answer.split("\n"), expected.split("\n")
+    """Exactness where the prompt decides the text: the result of a word problem, what was to be
+    quoted, repeated or written between code fences (there without remarks)."""
     if task in ("one_step", "two_step"):
-        return lines[-1] == expected_lines[-1]
-    if task == "quote":
-        return lines[0] == expected_lines[0]
+        return answer.split("\n")[-1] == expected.split("\n")[-1]
+    if task in ("quote", "repeat"):
+        return answer.split("\n")[0] == expected.split("\n")[0]
     if task == "letter":
-        return lines[:3] + lines[-1:] == expected_lines[:3] + expected_lines[-1:]
-    if task == "dataclass":
-        return lines[:-1] == expected_lines[:-1]
-    return answer == expected
+        return [answer.split("\n")[k] for k in (0, 2, -1)] == [
+            expected.split("\n")[k] for k in (0, 2, -1)
+        ]
+    return decided_code(answer) == decided_code(expected)
+
+
+def decided_code(text: str) -> list[str]:
+    """The lines between the code fences, without comments, docstrings and their text."""
+    fenced = re.sub(r'"""(.|\n)*?"""', "", text.partition("```")[2].rpartition("```")[0])
+    return [line for line in fenced.split("\n") if not line.lstrip().startswith("#")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models-dir", type=Path, default=MODELS_DIR)
+    parser.add_argument("--prompts", type=Path, help="default: MODELS_DIR/prompts.jsonl")
     parser.add_argument("--num-prompts", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--draft-increment", type=int, default=10)
@@ -174,7 +181,9 @@ def main() -> None:
     target = load_model(args.models_dir / "target")
     drafter = load_model(args.models_dir / "drafter")
     mask_id = tokenizer.convert_tokens_to_ids("|<MASK>|")
-    prompts = load_prompts(args.models_dir / "prompts.jsonl", tokenizer)[: args.num_prompts]
+    prompts = load_prompts(args.prompts or args.models_dir / "prompts.jsonl", tokenizer)[
+        : args.num_prompts
+    ]
     answers = target_answers(target, tokenizer, prompts)
 
     correct: dict[str, list[bool]] = defaultdict(list)
