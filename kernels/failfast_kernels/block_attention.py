@@ -1,0 +1,430 @@
+"""Block-diffusion attention and KV commits in Triton; `reference` says what they compute.
+
+One program of the attention owns BLOCK_M packed rows of one sequence and one KV head: packed row
+p is query row p // GROUP_SIZE with head p % GROUP_SIZE of the KV head's group, so ten rows of six
+heads fill a tile of 64 and each key is read once for all of them. It walks over the committed
+prefix page by page, then over the pass's own keys up to the end of its last row's block, with an
+online softmax (Milakov and Gimelshein, arXiv 1805.02867).
+
+The number of tiles of a sequence is known on the device only. Sequence s starts at tile
+`query_start_loc[s] * GROUP_SIZE // BLOCK_M + s`, which leaves every sequence enough tiles and
+bounds their sum by shapes alone, so the launch needs no copy to the host. Programs without rows
+return at once.
+
+Where few programs would face long prefixes, NUM_SPLITS of them share the prefix (the first also
+takes the pass's own keys), and `_merge_kernel` adds their results up.
+
+Never materialised: the gathered prefix, the mask, the scores. Addresses are computed in int64.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from failfast_kernels import launch_table
+from failfast_kernels.launch_table import ATTENTION
+from failfast_kernels.reference import PaddedGroup
+
+LOG2_E = math.log2(math.e)
+HEAD_DIMS = (16, 32, 64, 128)
+SPLITS = (1, 4, 16)  # classes: each is compiled once
+
+
+@triton.jit
+def _softmax_step(  # type: ignore[no-untyped-def]
+    q, k, v, sees, scores_scale, best, mass, attended
+):
+    """Add the keys of one tile; `best` is in units of log2."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scores_scale  # [BLOCK_M, BLOCK_N]
+    scores = tl.where(sees, scores, float("-inf"))
+    new_best = tl.maximum(best, tl.max(scores, 1))  # [BLOCK_M]
+    weights = tl.exp2(scores - new_best[:, None])
+    shrink = tl.exp2(best - new_best)
+    mass = mass * shrink + tl.sum(weights, 1)
+    attended = tl.dot(
+        weights.to(v.dtype), v, attended * shrink[:, None], input_precision="ieee"
+    )  # [BLOCK_M, HEAD_DIM]
+    return new_best, mass, attended
+
+
+@triton.jit(
+    do_not_specialize=["num_seqs", "num_rows", "page_size", "min_split_keys", "stride_table"],
+    do_not_specialize_on_alignment=["block_table", "committed_lens", "query_start_loc"],
+)
+def _attention_kernel(  # type: ignore[no-untyped-def]
+    output,  # [num_rows, num_heads, HEAD_DIM]; float32 with NUM_SPLITS in front when split
+    log_mass,  # [NUM_SPLITS, num_rows, num_heads] float32, in units of log2; unused without splits
+    query,  # [num_rows, num_heads, HEAD_DIM]
+    key,  # [num_rows, num_kv_heads, HEAD_DIM]
+    value,
+    kv_cache,  # [num_pages, num_kv_heads, page_size, 2 * HEAD_DIM]
+    block_table,  # [num_seqs, max_pages]
+    committed_lens,  # [num_seqs]
+    query_start_loc,  # [num_seqs + 1]
+    num_seqs,
+    num_rows,
+    page_size,
+    min_split_keys,
+    scores_scale,
+    stride_out_row,
+    stride_out_head,
+    stride_q_row,
+    stride_q_head,
+    stride_q_dim,
+    stride_k_row,
+    stride_k_head,
+    stride_k_dim,
+    stride_v_row,
+    stride_v_head,
+    stride_v_dim,
+    stride_page,
+    stride_page_head,
+    stride_page_slot,
+    stride_page_dim,
+    stride_table,
+    HEAD_DIM: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    DIFFUSION_BLOCK: tl.constexpr,
+    TILE_IN_PAGE: tl.constexpr,  # a tile of keys never crosses the end of a page
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+
+    # the last sequence whose first tile is not behind this one
+    seq = 0
+    behind = num_seqs
+    while behind - seq > 1:
+        middle = (seq + behind) // 2
+        first = tl.load(query_start_loc + middle).to(tl.int32) * GROUP_SIZE // BLOCK_M + middle
+        if first <= tile:
+            seq = middle
+        else:
+            behind = middle
+    seq_begin = tl.load(query_start_loc + seq).to(tl.int32)
+    seq_rows = tl.load(query_start_loc + seq + 1).to(tl.int32) - seq_begin
+    packed_begin = (tile - seq_begin * GROUP_SIZE // BLOCK_M - seq) * BLOCK_M
+    if packed_begin >= seq_rows * GROUP_SIZE:
+        return
+    prefix_len = tl.load(committed_lens + seq).to(tl.int32)
+
+    packed = packed_begin + tl.arange(0, BLOCK_M)
+    row = packed // GROUP_SIZE  # [BLOCK_M], within the sequence
+    row_valid = row < seq_rows
+    row_index = (seq_begin + row).to(tl.int64)
+    head = (kv_head * GROUP_SIZE + packed % GROUP_SIZE).to(tl.int64)
+    dims = tl.arange(0, HEAD_DIM)
+    keys = tl.arange(0, BLOCK_N)
+
+    begin = 0
+    end = prefix_len
+    own_end = tl.minimum(packed_begin + BLOCK_M - 1, seq_rows * GROUP_SIZE - 1) // GROUP_SIZE
+    own_end = tl.minimum((own_end // DIFFUSION_BLOCK + 1) * DIFFUSION_BLOCK, seq_rows)
+    # index of each packed row in a [NUM_SPLITS, num_rows, num_heads] tensor
+    piece = (split * num_rows.to(tl.int64) + row_index) * (tl.num_programs(1) * GROUP_SIZE) + head
+    if NUM_SPLITS > 1:
+        share = tl.maximum(tl.cdiv(prefix_len, NUM_SPLITS), min_split_keys)
+        share = tl.cdiv(share, BLOCK_N) * BLOCK_N
+        begin = split * share
+        end = tl.minimum(begin + share, prefix_len)
+        if split > 0:
+            own_end = 0
+            if begin >= end:
+                tl.store(log_mass + piece, float("-inf"), mask=row_valid)
+                return
+
+    q = tl.load(
+        query
+        + (row_index * stride_q_row + head * stride_q_head)[:, None]
+        + dims[None, :] * stride_q_dim,
+        mask=row_valid[:, None],
+        other=0.0,
+    )  # [BLOCK_M, HEAD_DIM]
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    attended = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+
+    # every tile below has a key that every row sees, so `best` is finite after it
+    table = block_table + seq * stride_table.to(tl.int64)
+    cache = kv_cache + kv_head * stride_page_head
+    for start in range(begin, end, BLOCK_N):
+        committed = start + keys < end
+        if TILE_IN_PAGE:
+            page = tl.load(table + start // page_size).to(tl.int64)
+            slot = (start % page_size + keys).to(tl.int64)
+        else:
+            page = tl.load(table + (start + keys) // page_size, mask=committed, other=0)
+            page = page.to(tl.int64)
+            slot = ((start + keys) % page_size).to(tl.int64)
+        pointers = (cache + page * stride_page + slot * stride_page_slot)[:, None]
+        k = tl.load(
+            pointers + dims[None, :] * stride_page_dim, mask=committed[:, None], other=0.0
+        )  # [BLOCK_N, HEAD_DIM]
+        v = tl.load(
+            pointers + (HEAD_DIM + dims)[None, :] * stride_page_dim,
+            mask=committed[:, None],
+            other=0.0,
+        )
+        best, mass, attended = _softmax_step(
+            q, k, v, committed[None, :], scores_scale, best, mass, attended
+        )
+
+    row_block = row // DIFFUSION_BLOCK
+    for start in range(0, own_end, BLOCK_N):
+        own = start + keys
+        fresh = own < own_end
+        own_index = (seq_begin + own).to(tl.int64)
+        k = tl.load(
+            key
+            + (own_index * stride_k_row + kv_head * stride_k_head)[:, None]
+            + dims[None, :] * stride_k_dim,
+            mask=fresh[:, None],
+            other=0.0,
+        )  # [BLOCK_N, HEAD_DIM]
+        v = tl.load(
+            value
+            + (own_index * stride_v_row + kv_head * stride_v_head)[:, None]
+            + dims[None, :] * stride_v_dim,
+            mask=fresh[:, None],
+            other=0.0,
+        )
+        sees = ((own // DIFFUSION_BLOCK)[None, :] <= row_block[:, None]) & fresh[None, :]
+        best, mass, attended = _softmax_step(q, k, v, sees, scores_scale, best, mass, attended)
+
+    attended = attended / mass[:, None]
+    if NUM_SPLITS > 1:
+        tl.store(log_mass + piece, best + tl.log2(mass), mask=row_valid)
+        out = output + piece * HEAD_DIM
+    else:
+        out = output + row_index * stride_out_row + head * stride_out_head
+    tl.store(
+        out[:, None] + dims[None, :],
+        attended.to(output.dtype.element_ty),
+        mask=row_valid[:, None],
+    )
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _merge_kernel(  # type: ignore[no-untyped-def]
+    output,  # [num_rows, num_heads, HEAD_DIM]
+    pieces,  # [NUM_SPLITS, num_rows, num_heads, HEAD_DIM] float32; undefined where no mass is
+    log_mass,  # [NUM_SPLITS, num_rows, num_heads] float32, in units of log2
+    num_rows,
+    stride_out_row,
+    stride_out_head,
+    HEAD_DIM: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    dims = tl.arange(0, HEAD_DIM)
+    piece = (tl.arange(0, NUM_SPLITS) * num_rows.to(tl.int64) + row) * tl.num_programs(1) + head
+    masses = tl.load(log_mass + piece)  # [NUM_SPLITS]
+    weights = tl.exp2(masses - tl.max(masses, 0))
+    parts = tl.load(
+        pieces + piece[:, None] * HEAD_DIM + dims[None, :], mask=(weights > 0)[:, None], other=0.0
+    )  # [NUM_SPLITS, HEAD_DIM]
+    attended = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
+    tl.store(
+        output + row * stride_out_row + head * stride_out_head + dims,
+        attended.to(output.dtype.element_ty),
+    )
+
+
+def block_diffusion_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    committed_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+    diffusion_block_size: int = 32,
+    groups: Sequence[PaddedGroup] | None = None,
+    output: torch.Tensor | None = None,
+    *,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    """See `reference.block_diffusion_attention`; `groups` is not needed and ignored.
+
+    Rows behind the last sequence's (a captured graph's padding) are left undefined.
+
+    Args:
+        num_splits: one of `SPLITS`, programs that share a prefix; None chooses by shapes.
+
+    Raises:
+        ValueError: a head_dim, type, page or layout that the kernel was not written for.
+    """
+    num_rows, num_heads, head_dim = query.shape
+    num_kv_heads, page_size = kv_cache.shape[1], kv_cache.shape[2]
+    if output is None:
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    _check(query, key, value, kv_cache, output, diffusion_block_size)
+    num_seqs, max_pages = block_table.shape
+    if num_rows == 0 or num_seqs == 0:
+        return output
+    group_size = num_heads // num_kv_heads
+    block_m = _tile_rows(query, group_size, num_seqs)
+    launch = ATTENTION[64 if head_dim <= 64 else 128, query.element_size(), block_m]
+    num_tiles = num_rows * group_size // block_m + num_seqs  # see the module's docstring
+    if num_splits is None:
+        num_splits = _num_splits(num_tiles * num_kv_heads, max_pages * page_size)
+    pieces, log_mass = output, output  # neither is touched without splits
+    if num_splits > 1:
+        shape = (num_splits, num_rows, num_heads)
+        pieces = torch.empty(*shape, head_dim, dtype=torch.float32, device=query.device)
+        log_mass = torch.empty(shape, dtype=torch.float32, device=query.device)
+    _attention_kernel[num_tiles, num_kv_heads, num_splits](
+        pieces,
+        log_mass,
+        query,
+        key,
+        value,
+        kv_cache,
+        block_table,
+        committed_lens,
+        query_start_loc,
+        num_seqs,
+        num_rows,
+        page_size,
+        launch_table.MIN_SPLIT_KEYS,
+        scale * LOG2_E,
+        output.stride(0),
+        output.stride(1),
+        *query.stride(),
+        *key.stride(),
+        *value.stride(),
+        *kv_cache.stride(),
+        block_table.stride(0),
+        HEAD_DIM=head_dim,
+        GROUP_SIZE=group_size,
+        DIFFUSION_BLOCK=diffusion_block_size,
+        TILE_IN_PAGE=page_size % launch.block_n == 0,
+        NUM_SPLITS=num_splits,
+        BLOCK_M=block_m,
+        BLOCK_N=launch.block_n,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    if num_splits > 1:
+        _merge_kernel[num_rows, num_heads](
+            output,
+            pieces,
+            log_mass,
+            num_rows,
+            output.stride(0),
+            output.stride(1),
+            HEAD_DIM=head_dim,
+            NUM_SPLITS=num_splits,
+            num_warps=1,
+        )
+    return output
+
+
+def _check(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    output: torch.Tensor,
+    diffusion_block_size: int,
+) -> None:
+    num_heads, head_dim = query.shape[1:]
+    num_kv_heads, page_size = kv_cache.shape[1], kv_cache.shape[2]
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"failfast: head_dim must be one of {HEAD_DIMS}; got {head_dim}.")
+    dtypes = {tensor.dtype for tensor in (query, key, value, kv_cache, output)}
+    if len(dtypes) > 1 or not query.is_floating_point():
+        raise ValueError(
+            f"failfast: rows and cache must share one float type; got {sorted(map(str, dtypes))}. "
+            "Leave kv_cache_dtype at auto."
+        )
+    if page_size % diffusion_block_size:
+        raise ValueError(
+            f"failfast: the KV page must be a multiple of {diffusion_block_size} tokens; "
+            f"got {page_size}."
+        )
+    assert kv_cache.shape[3] == 2 * head_dim
+    assert key.shape == value.shape == (query.shape[0], num_kv_heads, head_dim)
+    assert num_heads % num_kv_heads == 0
+    assert output.shape == query.shape
+    assert output.stride(2) == 1
+
+
+def _tile_rows(query: torch.Tensor, group_size: int, num_seqs: int) -> int:
+    """The smallest tile that holds the packed rows of an average sequence."""
+    average = -(-query.shape[0] // num_seqs) * group_size
+    classes = sorted({m for _, size, m in ATTENTION if size == query.element_size()})
+    return next((m for m in classes if m >= average), classes[-1])
+
+
+def _num_splits(num_programs: int, max_prefix_len: int) -> int:
+    """The smallest class that fills the device, if prefixes can be long enough for two pieces."""
+    if max_prefix_len < 2 * launch_table.MIN_SPLIT_KEYS:
+        return 1
+    enough = (s for s in SPLITS if s * num_programs >= launch_table.TARGET_PROGRAMS)
+    return next(enough, SPLITS[-1])
+
+
+@triton.jit(
+    do_not_specialize=["page_size"], do_not_specialize_on_alignment=["slot_mapping"]
+)
+def _commit_kernel(  # type: ignore[no-untyped-def]
+    key,  # [num_rows, num_kv_heads, HEAD_DIM]
+    value,
+    kv_cache,  # [num_pages, num_kv_heads, page_size, 2 * HEAD_DIM]
+    slot_mapping,  # [num_rows]
+    page_size,
+    stride_k_row,
+    stride_k_head,
+    stride_k_dim,
+    stride_v_row,
+    stride_v_head,
+    stride_v_dim,
+    stride_page,
+    stride_page_head,
+    stride_page_slot,
+    stride_page_dim,
+    HEAD_DIM: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slot_mapping + row).to(tl.int64)
+    if slot < 0:
+        return
+    dims = tl.arange(0, HEAD_DIM)
+    k = tl.load(key + row * stride_k_row + head * stride_k_head + dims * stride_k_dim)
+    v = tl.load(value + row * stride_v_row + head * stride_v_head + dims * stride_v_dim)
+    cache = kv_cache + slot // page_size * stride_page + head * stride_page_head
+    cache += slot % page_size * stride_page_slot
+    tl.store(cache + dims * stride_page_dim, k)
+    tl.store(cache + (HEAD_DIM + dims) * stride_page_dim, v)
+
+
+def commit_kv(
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """See `reference.commit_kv`."""
+    num_rows, num_kv_heads, head_dim = key.shape
+    assert key.dtype == value.dtype == kv_cache.dtype
+    if num_rows == 0:
+        return
+    _commit_kernel[num_rows, num_kv_heads](
+        key,
+        value,
+        kv_cache,
+        slot_mapping,
+        kv_cache.shape[2],
+        *key.stride(),
+        *value.stride(),
+        *kv_cache.stride(),
+        HEAD_DIM=head_dim,
+        num_warps=1,
+    )

@@ -1,0 +1,53 @@
+"""Launch configurations of the Triton kernels, one per shape class. Imports no Triton.
+
+A launcher looks its class up here and nothing else decides: no autotuning, no device query, and
+no value that depends on a batch, so a server compiles each class once.
+"""
+
+from typing import NamedTuple
+
+
+class AttentionLaunch(NamedTuple):
+    """How one program of the attention kernel is built."""
+
+    block_n: int  # keys per step
+    num_warps: int
+    num_stages: int  # depth of the software pipeline over the keys
+
+
+class ConfidenceLaunch(NamedTuple):
+    """How one program of the confidence kernel is built."""
+
+    block_n: int  # columns per step
+    num_warps: int
+
+
+# Below this line `benchmarks/tune_kernels.py` writes.
+
+PROVENANCE = "untuned: chosen by hand, no GPU has run them"
+
+# (head_dim class, bytes per element, packed rows per program); a smaller head_dim uses the next
+# class. The shapes of float32 are small because its exact products run outside the tensor cores.
+ATTENTION = {
+    (64, 2, 16): AttentionLaunch(64, 4, 3),
+    (64, 2, 64): AttentionLaunch(64, 4, 3),
+    (64, 2, 128): AttentionLaunch(64, 8, 3),
+    (128, 2, 16): AttentionLaunch(64, 4, 3),
+    (128, 2, 64): AttentionLaunch(64, 4, 3),
+    (128, 2, 128): AttentionLaunch(64, 8, 2),
+    (64, 4, 16): AttentionLaunch(32, 4, 2),
+    (64, 4, 64): AttentionLaunch(32, 8, 2),
+    (128, 4, 16): AttentionLaunch(32, 4, 2),
+    (128, 4, 64): AttentionLaunch(32, 8, 2),
+}
+
+# bytes per element
+CONFIDENCE = {
+    2: ConfidenceLaunch(4096, 8),
+    4: ConfidenceLaunch(4096, 8),
+}
+
+# Programs that a launch should have before it stops splitting prefixes or columns.
+TARGET_PROGRAMS = 256
+# A shorter piece of a prefix is not worth a merge.
+MIN_SPLIT_KEYS = 256
