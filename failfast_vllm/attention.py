@@ -18,7 +18,13 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.registry import register_backend
 
-from failfast_kernels import PaddedGroup, block_diffusion_attention, commit_kv, plan_padding
+from failfast_kernels import (
+    PaddedGroup,
+    block_diffusion_attention,
+    commit_kv,
+    plan_padding,
+    uses_triton,
+)
 from failfast_vllm.config import DIFFUSION_BLOCK_SIZE
 
 BACKEND_NAME = "FAILFAST_BLOCK_DIFFUSION"
@@ -32,7 +38,9 @@ class BlockDiffusionMetadata:
     committed_lens: torch.Tensor  # [num_seqs] int64
     block_table: torch.Tensor  # [num_seqs, max_pages] int
     slot_mapping: torch.Tensor | None  # [num_rows] int64, -1 = not committed; None: none is
-    groups: list[PaddedGroup] | None = field(default=None)  # made by the first layer
+    groups: list[PaddedGroup] | None = field(
+        default=None
+    )  # made by the first layer; not for Triton
 
 
 @register_backend(BACKEND_NAME)
@@ -125,7 +133,7 @@ class BlockDiffusionImpl(AttentionImpl[BlockDiffusionMetadata]):
         meta = attn_metadata
         if meta.slot_mapping is not None:
             commit_kv(key, value, kv_cache, meta.slot_mapping)
-        if meta.groups is None:
+        if meta.groups is None and not uses_triton(query):
             meta.groups = plan_padding(
                 meta.block_table,
                 meta.committed_lens,
@@ -135,7 +143,7 @@ class BlockDiffusionImpl(AttentionImpl[BlockDiffusionMetadata]):
                 query.dtype,
                 DIFFUSION_BLOCK_SIZE,
             )
-        attended = block_diffusion_attention(
+        return block_diffusion_attention(
             query,
             key,
             value,
@@ -146,5 +154,5 @@ class BlockDiffusionImpl(AttentionImpl[BlockDiffusionMetadata]):
             self.scale,
             DIFFUSION_BLOCK_SIZE,
             meta.groups,
+            output,
         )
-        return output.copy_(attended)

@@ -5,79 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from attention_case import LAYOUTS, Case
 from failfast_kernels import block_diffusion_attention, commit_kv, confidence_argmax, plan_padding
 
 FLOAT32_TOLERANCE = 2e-5  # sums of at most a few hundred products of unit normals
-BLOCK = 32
-
-
-def dense_attention(query, keys, values, first_position, block_size):
-    """[rows, heads, dim] against all keys of one sequence, float64, mask spelled out."""
-    heads, kv_heads = query.shape[1], keys.shape[1]
-    output = torch.empty_like(query, dtype=torch.float64)
-    for i in range(query.shape[0]):
-        visible = [
-            k for k in range(keys.shape[0]) if k // block_size <= (first_position + i) // block_size
-        ]
-        for head in range(heads):
-            kv_head = head // (heads // kv_heads)
-            scores = keys[visible, kv_head].double() @ query[i, head].double()
-            weights = torch.softmax(scores * query.shape[2] ** -0.5, dim=0)
-            output[i, head] = weights @ values[visible, kv_head].double()
-    return output
-
-
-class Case:
-    """A ragged batch with a paged cache whose unused slots hold garbage."""
-
-    def __init__(self, sequences, page_size, kv_heads, group_size, block_size=BLOCK, seed=0):
-        # sequences: (committed blocks, rows)
-        torch.manual_seed(seed)
-        dim = 16
-        num_pages = [-(-blocks * block_size // page_size) for blocks, _ in sequences]
-        order = (torch.randperm(sum(num_pages)) + 1).tolist()  # page 0 belongs to nobody
-        self.block_table = torch.zeros(len(sequences), max([*num_pages, 1]), dtype=torch.int32)
-        storage = torch.full((sum(num_pages) + 1, page_size, kv_heads, 2 * dim), torch.nan)
-        self.kv_cache = storage.transpose(1, 2)  # strided, as vLLM hands it over
-        self.committed = torch.tensor([b * block_size for b, _ in sequences])
-        lens = torch.tensor([rows for _, rows in sequences])
-        self.query_start_loc = torch.cat([torch.zeros(1, dtype=torch.int64), lens.cumsum(0)])
-        total = int(lens.sum())
-        self.query = torch.randn(total, kv_heads * group_size, dim)
-        self.key, self.value = torch.randn(2, total, kv_heads, dim)
-        self.scale, self.block_size = dim**-0.5, block_size
-        self.keys, self.values = [], []
-        for s, (blocks, rows) in enumerate(sequences):
-            for page in range(num_pages[s]):
-                self.block_table[s, page] = order.pop()
-            prefix = torch.randn(2, blocks * block_size, kv_heads, dim)
-            for i in range(blocks * block_size):
-                page = self.block_table[s, i // page_size]
-                self.kv_cache[page, :, i % page_size] = torch.cat([prefix[0, i], prefix[1, i]], -1)
-            own = slice(int(self.query_start_loc[s]), int(self.query_start_loc[s]) + rows)
-            self.keys.append(torch.cat([prefix[0], self.key[own]]))
-            self.values.append(torch.cat([prefix[1], self.value[own]]))
-
-    def run(self):
-        return block_diffusion_attention(
-            self.query,
-            self.key,
-            self.value,
-            self.kv_cache,
-            self.block_table,
-            self.committed,
-            self.query_start_loc,
-            self.scale,
-            self.block_size,
-        )
-
-    def expected(self):
-        parts = []
-        for s, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            own = slice(int(self.query_start_loc[s]), int(self.query_start_loc[s + 1]))
-            first = int(self.committed[s])
-            parts.append(dense_attention(self.query[own], keys, values, first, self.block_size))
-        return torch.cat(parts)
 
 
 @settings(max_examples=60, deadline=None)
@@ -89,12 +20,19 @@ class Case:
     kv_heads=st.sampled_from([1, 2]),
     group_size=st.sampled_from([1, 3]),
     block_size=st.sampled_from([4, 8, 32]),
+    layout=st.sampled_from(LAYOUTS),
     seed=st.integers(0, 2**16),
 )
-def test_attention_matches_dense_float64(sequences, pages, kv_heads, group_size, block_size, seed):
-    case = Case(sequences, pages * block_size, kv_heads, group_size, block_size, seed)
+def test_attention_matches_dense_float64(
+    sequences, pages, kv_heads, group_size, block_size, layout, seed
+):
+    page_size = pages * block_size
+    case = Case(sequences, page_size, kv_heads, group_size, block_size, seed, layout=layout)
     torch.testing.assert_close(
-        case.run().double(), case.expected(), atol=FLOAT32_TOLERANCE, rtol=FLOAT32_TOLERANCE
+        case.run(block_diffusion_attention).double(),
+        case.expected(),
+        atol=FLOAT32_TOLERANCE,
+        rtol=FLOAT32_TOLERANCE,
     )
 
 
@@ -111,7 +49,10 @@ def test_attention_matches_dense_float64(sequences, pages, kv_heads, group_size,
 def test_attention_regimes(sequences):
     case = Case(sequences, 128, 1, 3)
     torch.testing.assert_close(
-        case.run().double(), case.expected(), atol=FLOAT32_TOLERANCE, rtol=FLOAT32_TOLERANCE
+        case.run(block_diffusion_attention).double(),
+        case.expected(),
+        atol=FLOAT32_TOLERANCE,
+        rtol=FLOAT32_TOLERANCE,
     )
 
 
@@ -157,6 +98,17 @@ def test_confidence_matches_softmax(num_rows, vocab_size, padding, seed):
     found = confidence_argmax(logits, vocab_size, forbidden)
     assert torch.equal(found.token_ids, token_ids)
     torch.testing.assert_close(found.probabilities.double(), probabilities, rtol=1e-5, atol=1e-7)
+    assert found.entropies is None
+    assert found.margins is None
+    detailed = confidence_argmax(logits, vocab_size, forbidden, details=True)
+    assert torch.equal(detailed.token_ids, found.token_ids)
+    assert torch.equal(detailed.probabilities, found.probabilities)
+    softmax = allowed.softmax(-1)
+    entropies = torch.special.entr(softmax).sum(-1)
+    torch.testing.assert_close(detailed.entropies.double(), entropies, rtol=1e-5, atol=1e-5)
+    runners_up = softmax.scatter(1, token_ids[:, None], 0.0).amax(-1)
+    margins = probabilities - runners_up
+    torch.testing.assert_close(detailed.margins.double(), margins, rtol=1e-5, atol=1e-6)
     assert torch.equal(logits, before), "the logits are the caller's"
 
 
@@ -164,3 +116,32 @@ def test_confidence_tie_goes_to_the_lowest_id():
     logits = torch.zeros(2, 20_000)
     logits[1, [9_000, 17_000]] = 3.0
     assert confidence_argmax(logits, 20_000).token_ids.tolist() == [0, 9_000]
+
+
+def test_confidence_of_undefined_rows():
+    """The lowest allowed id and no confidence: a policy stops, whatever it looks at."""
+    logits = torch.randn(5, 20_000)
+    logits[0] = -torch.inf
+    logits[1, 9_000] = torch.nan
+    logits[2, 17_000] = torch.inf
+    logits[3, :10_000] = -torch.inf  # defined: a whole tile of -inf is no NaN
+    logits[4, [0, 19_999]] = torch.nan  # defined: neither column may win
+    found = confidence_argmax(logits, 19_999, (0, 1), details=True)
+    assert found.token_ids[:3].tolist() == [2, 2, 2]
+    assert found.probabilities[:3].tolist() == [0.0, 0.0, 0.0]
+    assert found.entropies[:3].tolist() == [torch.inf] * 3
+    assert found.margins[:3].tolist() == [0.0, 0.0, 0.0]
+    allowed = logits[3:, 2:19_999].double()
+    assert torch.equal(found.token_ids[3:], allowed.argmax(-1) + 2)
+    torch.testing.assert_close(
+        found.probabilities[3:].double(), allowed.softmax(-1).amax(-1), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_valid_tokens", "forbidden", "message"),
+    [(0, (), "between 1 and the 5"), (6, (), "got 6"), (2, (0, 1), "all 2 tokens are forbidden")],
+)
+def test_confidence_needs_an_allowed_token(num_valid_tokens, forbidden, message):
+    with pytest.raises(ValueError, match=message):
+        confidence_argmax(torch.zeros(1, 5), num_valid_tokens, forbidden)

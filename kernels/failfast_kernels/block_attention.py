@@ -373,9 +373,7 @@ def _num_splits(num_programs: int, max_prefix_len: int) -> int:
     return next(enough, SPLITS[-1])
 
 
-@triton.jit(
-    do_not_specialize=["page_size"], do_not_specialize_on_alignment=["slot_mapping"]
-)
+@triton.jit(do_not_specialize=["page_size"], do_not_specialize_on_alignment=["slot_mapping"])
 def _commit_kernel(  # type: ignore[no-untyped-def]
     key,  # [num_rows, num_kv_heads, HEAD_DIM]
     value,

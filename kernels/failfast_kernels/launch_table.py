@@ -33,12 +33,12 @@ ATTENTION = {
     (64, 2, 64): AttentionLaunch(64, 4, 3),
     (64, 2, 128): AttentionLaunch(64, 8, 3),
     (128, 2, 16): AttentionLaunch(64, 4, 3),
-    (128, 2, 64): AttentionLaunch(64, 4, 3),
+    (128, 2, 64): AttentionLaunch(64, 4, 2),
     (128, 2, 128): AttentionLaunch(64, 8, 2),
-    (64, 4, 16): AttentionLaunch(32, 4, 2),
-    (64, 4, 64): AttentionLaunch(32, 8, 2),
-    (128, 4, 16): AttentionLaunch(32, 4, 2),
-    (128, 4, 64): AttentionLaunch(32, 8, 2),
+    (64, 4, 16): AttentionLaunch(32, 8, 2),
+    (64, 4, 32): AttentionLaunch(32, 8, 2),
+    (128, 4, 16): AttentionLaunch(32, 8, 2),
+    (128, 4, 32): AttentionLaunch(16, 8, 2),
 }
 
 # bytes per element

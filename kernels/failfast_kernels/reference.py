@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 VOCAB_TILE = 8192  # columns; bounds the temporary of `confidence_argmax` to rows x 32 KiB
+LEAST = torch.finfo(torch.float32).min
 GROUP_RATIO = 4  # a group's longest sequence has at most this many times the rows of its bound
 GROUP_BASE = 128  # rows; decoding sequences (at most 31 + 60 + 10 rows) always share one group
 
@@ -29,6 +30,8 @@ class TokenConfidence(NamedTuple):
 
     token_ids: torch.Tensor  # [num_rows] int64
     probabilities: torch.Tensor  # [num_rows] float32, softmax probability of `token_ids`
+    entropies: torch.Tensor | None = None  # [num_rows] float32, nats; None: not asked for
+    margins: torch.Tensor | None = None  # [num_rows] float32, probability minus the runner-up's
 
 
 class PaddedGroup(NamedTuple):
@@ -143,6 +146,7 @@ def block_diffusion_attention(
     scale: float,
     diffusion_block_size: int = 32,
     groups: Sequence[PaddedGroup] | None = None,
+    output: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from the ragged rows of many sequences to their prefixes and to each other.
 
@@ -154,9 +158,10 @@ def block_diffusion_attention(
         block_table, committed_lens, query_start_loc, diffusion_block_size: see `plan_padding`.
         scale: multiplies the scores.
         groups: what `plan_padding` returned for this pass, to share it between layers.
+        output: where to write; None allocates.
 
     Returns:
-        [num_rows, num_heads, head_dim], the type of `query`.
+        `output`, [num_rows, num_heads, head_dim], the type of `query`.
     """
     _, num_heads, head_dim = query.shape
     num_kv_heads, page_size = kv_cache.shape[1], kv_cache.shape[2]
@@ -174,7 +179,8 @@ def block_diffusion_attention(
     blocks = kv_cache.view(
         -1, num_kv_heads, page_size // diffusion_block_size, diffusion_block_size, 2 * head_dim
     )
-    output = torch.empty_like(query)
+    if output is None:
+        output = torch.empty_like(query)
     for group in groups:
         num_seqs, max_rows = group.rows.shape
         # [num_seqs, num_blocks, num_kv_heads, block, 2 * head_dim]
@@ -219,8 +225,26 @@ def commit_kv(
     kv_cache[slots // page_size, :, slots % page_size] = torch.cat([key[rows], value[rows]], dim=-1)
 
 
+def lowest_allowed_id(num_columns: int, num_valid_tokens: int, forbidden_ids: Sequence[int]) -> int:
+    """The first id that may win; raises ValueError where the arguments leave none or too many."""
+    if not 0 < num_valid_tokens <= num_columns:
+        raise ValueError(
+            f"failfast: num_valid_tokens must be between 1 and the {num_columns} columns of the "
+            f"logits; got {num_valid_tokens}."
+        )
+    allowed = (i for i in range(num_valid_tokens) if i not in forbidden_ids)
+    lowest = next(allowed, None)
+    if lowest is None:
+        raise ValueError(f"failfast: all {num_valid_tokens} tokens are forbidden; allow one.")
+    return lowest
+
+
 def confidence_argmax(
-    logits: torch.Tensor, num_valid_tokens: int, forbidden_ids: Sequence[int] = ()
+    logits: torch.Tensor,
+    num_valid_tokens: int,
+    forbidden_ids: Sequence[int] = (),
+    *,
+    details: bool = False,
 ) -> TokenConfidence:
     """Best token and its softmax probability, in one pass over column tiles.
 
@@ -229,14 +253,24 @@ def confidence_argmax(
         num_valid_tokens: columns from here on never win and carry no mass (padding, or ids that
             the target does not have).
         forbidden_ids: further columns without mass (MASK).
+        details: also the entropy and the margin to the runner-up.
 
     Returns:
         Ties go to the lowest id, as in `torch.argmax`. Probability = 1 / sum(exp(z - max z)).
+        A row whose softmax is undefined (a NaN, +inf, or -inf in every allowed column) gets
+        the lowest allowed id and the least confidence: probability 0, entropy inf, margin 0.
+
+    Raises:
+        ValueError: no column may win, or `num_valid_tokens` exceeds the columns.
     """
     num_rows = logits.shape[0]
-    best = logits.new_full((num_rows,), -torch.inf, dtype=torch.float32)
+    fallback_id = lowest_allowed_id(logits.shape[1], num_valid_tokens, forbidden_ids)
+    # the least float32 instead of -inf: a tile of -inf alone must not give exp(inf - inf)
+    best = logits.new_full((num_rows,), LEAST, dtype=torch.float32)
     mass = torch.zeros_like(best)  # sum of exp(z - best) so far
-    token_ids = torch.zeros(num_rows, dtype=torch.int64, device=logits.device)
+    token_ids = torch.full_like(best, fallback_id, dtype=torch.int64)
+    second = torch.full_like(best, LEAST)
+    moment = torch.zeros_like(best)  # sum of (z - best) * exp(z - best) so far
     for start in range(0, num_valid_tokens, VOCAB_TILE):
         end = min(start + VOCAB_TILE, num_valid_tokens)
         columns = [i - start for i in forbidden_ids if start <= i < end]
@@ -245,7 +279,20 @@ def confidence_argmax(
             tile[:, columns] = -torch.inf
         tile_best, tile_ids = tile.max(dim=-1)
         new_best = torch.maximum(best, tile_best)
+        if details:
+            others = tile.scatter(1, tile_ids[:, None], -torch.inf).amax(dim=-1)
+            second = torch.maximum(torch.minimum(best, tile_best), torch.maximum(second, others))
+            gaps = (tile - new_best[:, None]).clamp(min=LEAST)
+            moment = (best - new_best).exp() * (moment + (best - new_best) * mass)
+            moment += (gaps * gaps.exp()).sum(dim=-1)
         mass = mass * (best - new_best).exp() + (tile - new_best[:, None]).exp_().sum(dim=-1)
         token_ids = torch.where(tile_best > best, tile_ids + start, token_ids)
         best = new_best
-    return TokenConfidence(token_ids, mass.reciprocal())
+    defined = mass > 0  # false for NaN
+    token_ids = torch.where(defined, token_ids, fallback_id)
+    probabilities = torch.where(defined, mass.reciprocal(), 0.0)
+    if not details:
+        return TokenConfidence(token_ids, probabilities)
+    entropies = torch.where(defined, mass.log() - moment / mass, torch.inf)
+    margins = torch.where(defined, (1.0 - (second - best).exp()) / mass, 0.0)
+    return TokenConfidence(token_ids, probabilities, entropies, margins)

@@ -1,0 +1,281 @@
+"""Best token and confidence of each row in one read of the logits; `reference` is the meaning.
+
+A program walks over the columns of one row in tiles of BLOCK_N with an online softmax (Milakov
+and Gimelshein, arXiv 1805.02867). Its state is five scalars:
+
+    best     max z
+    mass     sum of exp(z - best)
+    token    lowest column that holds `best`
+    second   the largest z without `token`                      only with DETAILS
+    moment   sum of (z - best) * exp(z - best)                  only with DETAILS
+
+so that probability = 1 / mass, entropy = log(mass) - moment / mass and
+margin = (1 - exp(second - best)) / mass. Where rows are few, several programs share a row's
+columns and `_merge_kernel` combines their states.
+
+Never materialised: a float32 copy of the logits, the softmax.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from failfast_kernels import launch_table
+from failfast_kernels.reference import LEAST, TokenConfidence, lowest_allowed_id
+
+SPLITS = (1, 4, 16, 32)  # classes: each is compiled once
+
+
+@triton.jit
+def _store_confidence(  # type: ignore[no-untyped-def]
+    token_ids,
+    probabilities,
+    entropies,
+    margins,
+    row,
+    best,
+    mass,
+    token,
+    second,
+    moment,
+    fallback_id,
+    DETAILS: tl.constexpr,
+):
+    defined = mass > 0  # false for NaN
+    tl.store(token_ids + row, tl.where(defined, token, fallback_id).to(tl.int64))
+    tl.store(probabilities + row, tl.where(defined, 1.0 / mass, 0.0))
+    if DETAILS:
+        entropy = tl.log(mass) - moment / mass
+        tl.store(entropies + row, tl.where(defined, entropy, float("inf")))
+        tl.store(margins + row, tl.where(defined, (1.0 - tl.exp(second - best)) / mass, 0.0))
+
+
+@triton.jit(
+    do_not_specialize=["num_rows", "num_forbidden", "num_valid_tokens", "fallback_id"],
+    do_not_specialize_on_alignment=[
+        "token_ids",
+        "probabilities",
+        "entropies",
+        "margins",
+        "states",
+        "split_tokens",
+        "forbidden_ids",
+    ],
+)
+def _confidence_kernel(  # type: ignore[no-untyped-def]
+    token_ids,  # [num_rows] int64; as the next three, written without splits only
+    probabilities,  # [num_rows] float32
+    entropies,
+    margins,
+    states,  # [4, NUM_SPLITS, num_rows] float32: best, mass, second, moment; with splits only
+    split_tokens,  # [NUM_SPLITS, num_rows] int32; with splits only
+    logits,  # [num_rows, num_columns]
+    forbidden_ids,  # [num_forbidden] int32
+    num_rows,
+    num_forbidden,
+    num_valid_tokens,
+    fallback_id,
+    num_columns,  # specialised, as the strides: the mask must not narrow the loads
+    stride_row,
+    stride_column,
+    LEAST_FLOAT: tl.constexpr,
+    DETAILS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    share = tl.cdiv(tl.cdiv(num_valid_tokens, BLOCK_N), NUM_SPLITS) * BLOCK_N
+    begin = split * share
+    end = tl.minimum(begin + share, num_valid_tokens)
+
+    offsets = tl.arange(0, BLOCK_N)
+    best = tl.full([], LEAST_FLOAT, tl.float32)
+    second = tl.full([], LEAST_FLOAT, tl.float32)
+    mass = tl.zeros([], tl.float32)
+    moment = tl.zeros([], tl.float32)
+    token = tl.zeros([], tl.int32) + fallback_id
+    for start in range(begin, end, BLOCK_N):
+        columns = start + offsets
+        z = tl.load(
+            logits + row * stride_row + columns.to(tl.int64) * stride_column,
+            mask=columns < num_columns,
+            other=float("-inf"),
+        ).to(tl.float32)  # [BLOCK_N]
+        z = tl.where(columns < end, z, float("-inf"))
+        for i in range(num_forbidden):
+            z = tl.where(columns == tl.load(forbidden_ids + i), float("-inf"), z)
+        tile_best = tl.max(z, 0)
+        new_best = tl.maximum(best, tile_best)
+        gaps = z - new_best
+        weights = tl.exp(gaps)
+        shrink = tl.exp(best - new_best)
+        if DETAILS:
+            tile_token = tl.min(tl.where(z == tile_best, columns, 2147483647), 0)
+            others = tl.max(tl.where(columns == tile_token, float("-inf"), z), 0)
+            second = tl.maximum(tl.minimum(best, tile_best), tl.maximum(second, others))
+            moment = shrink * (moment + (best - new_best) * mass)
+            moment += tl.sum(tl.maximum(gaps, LEAST_FLOAT) * weights, 0)
+        mass = mass * shrink + tl.sum(weights, 0)
+        if tile_best > best:  # rare behind the first tiles
+            token = tl.min(tl.where(z == tile_best, columns, 2147483647), 0)
+        best = new_best
+
+    if NUM_SPLITS > 1:
+        state = states + split * num_rows.to(tl.int64) + row
+        plane = NUM_SPLITS * num_rows.to(tl.int64)
+        tl.store(state, best)
+        tl.store(state + plane, mass)
+        tl.store(split_tokens + split * num_rows.to(tl.int64) + row, token)
+        if DETAILS:
+            tl.store(state + 2 * plane, second)
+            tl.store(state + 3 * plane, moment)
+    else:
+        _store_confidence(
+            token_ids,
+            probabilities,
+            entropies,
+            margins,
+            row,
+            best,
+            mass,
+            token,
+            second,
+            moment,
+            fallback_id,
+            DETAILS,
+        )
+
+
+@triton.jit(
+    do_not_specialize=["num_rows", "fallback_id"],
+    do_not_specialize_on_alignment=[
+        "token_ids",
+        "probabilities",
+        "entropies",
+        "margins",
+        "states",
+        "split_tokens",
+    ],
+)
+def _merge_kernel(  # type: ignore[no-untyped-def]
+    token_ids,
+    probabilities,
+    entropies,
+    margins,
+    states,  # as `_confidence_kernel` left them
+    split_tokens,
+    num_rows,
+    fallback_id,
+    DETAILS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    splits = tl.arange(0, NUM_SPLITS)
+    state = states + splits * num_rows.to(tl.int64) + row  # [NUM_SPLITS]
+    plane = NUM_SPLITS * num_rows.to(tl.int64)
+    bests = tl.load(state)
+    masses = tl.load(state + plane)
+    tokens = tl.load(split_tokens + splits * num_rows.to(tl.int64) + row)
+    best = tl.max(bests, 0)
+    shrinks = tl.exp(bests - best)
+    mass = tl.sum(masses * shrinks, 0)
+    # columns rise with the split: the first that holds `best` holds its lowest id
+    winner = tl.min(tl.where(bests == best, splits, NUM_SPLITS), 0)
+    token = tl.sum(tl.where(splits == winner, tokens, 0), 0)
+    second = best
+    moment = mass
+    if DETAILS:
+        runners_up = tl.where(splits == winner, tl.load(state + 2 * plane), bests)
+        second = tl.max(runners_up, 0)
+        moment = tl.sum(shrinks * (tl.load(state + 3 * plane) + (bests - best) * masses), 0)
+    _store_confidence(
+        token_ids,
+        probabilities,
+        entropies,
+        margins,
+        row,
+        best,
+        mass,
+        token,
+        second,
+        moment,
+        fallback_id,
+        DETAILS,
+    )
+
+
+def confidence_argmax(
+    logits: torch.Tensor,
+    num_valid_tokens: int,
+    forbidden_ids: Sequence[int] = (),
+    *,
+    details: bool = False,
+    num_splits: int | None = None,
+) -> TokenConfidence:
+    """See `reference.confidence_argmax`.
+
+    Args:
+        num_splits: one of `SPLITS`, programs that share a row; None chooses by shapes.
+    """
+    num_rows, num_columns = logits.shape
+    fallback_id = lowest_allowed_id(num_columns, num_valid_tokens, forbidden_ids)
+    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    floats = torch.empty(3 if details else 1, num_rows, device=logits.device, dtype=torch.float32)
+    probabilities, entropies, margins = (floats[i if details else 0] for i in range(3))
+    result = TokenConfidence(token_ids, probabilities)
+    if details:
+        result = TokenConfidence(token_ids, probabilities, entropies, margins)
+    if num_rows == 0:
+        return result
+    launch = launch_table.CONFIDENCE[logits.element_size()]
+    if num_splits is None:
+        num_splits = _num_splits(num_rows, -(-num_valid_tokens // launch.block_n))
+    states, split_tokens = floats, floats  # neither is touched without splits
+    if num_splits > 1:
+        planes = torch.empty(5, num_splits, num_rows, device=logits.device, dtype=torch.float32)
+        states, split_tokens = planes[:4], planes[4].view(torch.int32)
+    outputs = (token_ids, probabilities, entropies, margins, states, split_tokens)
+    forbidden = _on_device(tuple(forbidden_ids), logits.device)
+    _confidence_kernel[num_rows, num_splits](
+        *outputs,
+        logits,
+        forbidden,
+        num_rows,
+        forbidden.numel(),
+        num_valid_tokens,
+        fallback_id,
+        num_columns,
+        *logits.stride(),
+        LEAST_FLOAT=LEAST,
+        DETAILS=details,
+        NUM_SPLITS=num_splits,
+        BLOCK_N=launch.block_n,
+        num_warps=launch.num_warps,
+    )
+    if num_splits > 1:
+        _merge_kernel[(num_rows,)](
+            *outputs,
+            num_rows,
+            fallback_id,
+            DETAILS=details,
+            NUM_SPLITS=num_splits,
+            num_warps=1,
+        )
+    return result
+
+
+def _num_splits(num_rows: int, num_tiles: int) -> int:
+    """The smallest class that fills the device, at most one program per tile."""
+    enough = (s for s in SPLITS if s * num_rows >= launch_table.TARGET_PROGRAMS)
+    wanted = next(enough, SPLITS[-1])
+    return max(s for s in SPLITS if s <= min(wanted, max(1, num_tiles)))
+
+
+@lru_cache(maxsize=16)
+def _on_device(ids: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """[num_ids] int32. Cached, so that only a server's first pass copies to the device."""
+    return torch.tensor(ids, dtype=torch.int32, device=device)
