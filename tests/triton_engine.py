@@ -1,0 +1,58 @@
+"""Drafts of the engine with interpreted Triton kernels equal those of the references.
+
+Run by `test_triton_kernels.py` with TRITON_INTERPRET=1 (Triton itself; vLLM on a CPU uses none).
+"""
+
+import contextlib
+import os
+
+from engine import chat_ids, engine, generate, shipped_prompts, watch
+
+NUM_ROUNDS = 20
+
+
+@contextlib.contextmanager
+def flag(value):
+    """FAILFAST_TRITON; the dispatch reads it on every call."""
+    before = os.environ["FAILFAST_TRITON"]
+    os.environ["FAILFAST_TRITON"] = value
+    try:
+        yield
+    finally:
+        os.environ["FAILFAST_TRITON"] = before
+
+
+def test_drafts_equal_those_of_the_references(monkeypatch):
+    from vllm import SamplingParams
+
+    from failfast_kernels import block_attention, confidence
+
+    launches = []
+    for home, name in (
+        (block_attention, "block_diffusion_attention"),
+        (block_attention, "commit_kv"),
+        (confidence, "confidence_argmax"),
+    ):
+        original = getattr(home, name)
+
+        def counting(*args, original=original, name=name, **kwargs):
+            launches.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(home, name, counting)
+
+    params = SamplingParams(temperature=0.0, max_tokens=32)
+    records = []
+    with engine("failfast", max_num_seqs=3) as llm:
+        prompts = [chat_ids(llm.get_tokenizer(), prompt) for prompt in shipped_prompts()[:6]]
+        for value in ("0", "1"):
+            with flag(value), watch(llm) as record:
+                answers = generate(llm, prompts, params)
+            records.append((answers, record))
+            assert bool(launches) == (value == "1")
+    assert set(launches) == {"block_diffusion_attention", "commit_kv", "confidence_argmax"}
+    (answers, torch_record), (triton_answers, triton_record) = records
+    assert triton_answers == answers
+    assert triton_record.proposals == torch_record.proposals
+    assert len([p for p in triton_record.proposals if p.draft]) >= NUM_ROUNDS
+    assert triton_record.num_accepted > 0
