@@ -11,8 +11,10 @@ With a GPU leave both variables out; FAILFAST_TEST_SHAPES multiplies the drawn s
 import os
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 
 import failfast_kernels
@@ -48,6 +50,30 @@ def _small_pieces(monkeypatch):
     monkeypatch.setattr(
         launch_table, "CONFIDENCE", {size: ConfidenceLaunch(128, 4) for size in (2, 4)}
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bfloat16_products():
+    """The interpreter multiplies the bit patterns of bfloat16 (triton-lang/triton#11584)."""
+    if DEVICE == "cuda":
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    with pytest.MonkeyPatch.context() as patch:
+        dot = InterpreterBuilder.create_dot
+
+        def dot_of_values(self, a, b, *args):
+            def value(operand):
+                if operand.dtype.scalar != tl.bfloat16:
+                    return operand
+                bits = operand.data.astype(np.uint32) << 16
+                return TensorHandle(bits.view(np.float32), tl.float32)
+
+            return dot(self, value(a), value(b), *args)
+
+        patch.setattr(InterpreterBuilder, "create_dot", dot_of_values)
+        yield
 
 
 def assert_matches(case, **overrides):
