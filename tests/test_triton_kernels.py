@@ -1,8 +1,8 @@
 """The Triton kernels without a GPU: interpreted against float64, and compiled for one offline.
 
-Triton chooses between interpreting and compiling when it is imported, so the interpreted files
-`triton_kernels.py` and `triton_engine.py` run in processes of their own. The compiler runs here:
-it needs no device to build sm_90 code, and it rejects what the interpreter lets through.
+Triton chooses between interpreting and compiling when it is imported, so `interpreted_kernels.py`
+and `interpreted_engine.py` run in processes of their own. The compiler runs in this one: it needs
+no device to build sm_90 code, and it rejects what the interpreter lets through.
 """
 
 import itertools
@@ -34,12 +34,12 @@ def run_interpreted(name):
 
 @pytest.mark.slow
 def test_kernels_match_float64_under_the_interpreter():
-    assert run_interpreted("triton_kernels.py") >= 50
+    assert run_interpreted("interpreted_kernels.py") >= 50
 
 
 @pytest.mark.slow
 def test_drafts_of_the_engine_under_the_interpreter():
-    assert run_interpreted("triton_engine.py") >= 1
+    assert run_interpreted("interpreted_engine.py") >= 1
 
 
 def test_the_package_needs_neither_triton_nor_a_gpu():

@@ -3,7 +3,7 @@
 Triton decides when it is imported whether it interprets, so `test_triton_kernels.py` runs this
 file in a process of its own. By hand:
 
-    TRITON_INTERPRET=1 FAILFAST_TRITON=1 python -m pytest tests/triton_kernels.py
+    TRITON_INTERPRET=1 FAILFAST_TRITON=1 python -m pytest tests/interpreted_kernels.py
 
 With a GPU leave both variables out; FAILFAST_TEST_SHAPES multiplies the drawn shapes.
 """
