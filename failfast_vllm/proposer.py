@@ -108,6 +108,7 @@ class FailFastProposer(DraftModelProposer):
         began = time.perf_counter()
         step = self._gather(scheduler_output, sampled_token_ids, common_attn_metadata)
         drafts = self._drafter.propose(step)
+        lists = drafts.to_lists()
         stats = self.stats
         stats.num_steps += 1
         stats.num_forwards += drafts.num_forwards
@@ -115,7 +116,7 @@ class FailFastProposer(DraftModelProposer):
         stats.total_ms += (time.perf_counter() - began) * 1e3
         if stats.on_round is not None:
             self._report_rounds(stats.on_round, scheduler_output, sampled_token_ids, drafts)
-        return drafts.token_ids
+        return lists
 
     def forward(self, batch: DraftBatch) -> torch.Tensor:
         """`drafter.DraftModel`: run the model over the rows of one pass."""
@@ -181,18 +182,17 @@ class FailFastProposer(DraftModelProposer):
             room[i] = 0 if ended else min(cap, num_left - 1, limit - known[i] - 1)
         max_draft_lens = np.where(sampled, np.maximum(room, 0), 0)
 
-        def on_device(array: np.ndarray[Any, Any]) -> torch.Tensor:
-            return torch.from_numpy(array).to(self.device)
-
-        width = int(known.max()) if num_reqs else 0
+        width = int(known.max(initial=0))
+        tokens = torch.from_numpy(batch.token_ids_cpu[:num_reqs, :width])
         return DraftStep(
-            token_ids=on_device(batch.token_ids_cpu[:num_reqs, :width]),
-            known_lens=on_device(np.where(sampled, known, final)),
-            committed_lens=on_device(committed),
-            final_lens=on_device(final),
-            max_draft_lens=on_device(max_draft_lens),
-            stops_at_eos=on_device(stops_at_eos),
+            token_ids=tokens.to(self.device),
+            slots=np.arange(num_reqs),
             block_table=common_attn_metadata.block_table_tensor[:num_reqs],
+            known_lens=np.where(sampled, known, final),
+            committed_lens=committed,
+            final_lens=final,
+            max_draft_lens=max_draft_lens,
+            stops_at_eos=stops_at_eos,
         )
 
     def _ends(self, params: Any, token_id: int) -> bool:
@@ -215,7 +215,7 @@ class FailFastProposer(DraftModelProposer):
                 drafted = list(verified.get(req_ids[i], ()))
                 num_passes = self._passes.pop(req_ids[i], 0)
                 on_round(Round(req_ids[i], drafted, list(emitted), num_passes))
-            self._passes[req_ids[i]] = drafts.num_passes[i]
+            self._passes[req_ids[i]] = int(drafts.num_passes[i])
 
 
 def _stop_token_ids(model_config: Any) -> list[int]:

@@ -84,13 +84,14 @@ def watch(llm):
 
     def recording_propose(step):
         drafts = propose(step)
+        lists = drafts.to_lists()
         for i, max_draft in enumerate(step.max_draft_lens.tolist()):
             if max_draft:
-                known = step.token_ids[i, : step.known_lens[i]].tolist()
+                known = step.token_ids[step.slots[i], : step.known_lens[i]].tolist()
                 record.proposals.append(
-                    Proposal(known, max_draft, drafts.token_ids[i], drafts.num_passes[i])
+                    Proposal(known, max_draft, lists[i], int(drafts.num_passes[i]))
                 )
-        record.draft_lens.append([len(ids) for ids in drafts.token_ids])
+        record.draft_lens.append(drafts.lens.tolist())
         return drafts
 
     drafter.propose = recording_propose

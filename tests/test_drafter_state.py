@@ -33,7 +33,7 @@ def largest_error(llm, dense, run):
         for s, start in enumerate(batch.committed_lens.tolist()):
             i = tables[tuple(batch.block_table[s].tolist())]
             rows = slice(bounds[s], bounds[s + 1])
-            prefix = step.token_ids[i, :start].tolist()
+            prefix = step.token_ids[step.slots[i], :start].tolist()
             expected = dense.hidden_states(prefix + batch.input_ids[rows].tolist())[start:]
             errors.append((hidden_states[rows] - expected).abs().max().item())
         return hidden_states
@@ -78,7 +78,8 @@ def test_the_check_sees_a_block_that_was_never_committed(dense):
         rows = drafter._rows
 
         def rows_without_commit(*args):
-            return rows(*args)._replace(slot_mapping=None)
+            first_rows, batch = rows(*args)
+            return first_rows, batch._replace(slot_mapping=None)
 
         drafter._rows = rows_without_commit
         prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 12) if 40 < len(p) < 300]
