@@ -40,7 +40,9 @@ def core(llm):
 
 
 def proposer(llm):
-    return core(llm).model_executor.driver_worker.worker.model_runner.drafter
+    """The adapter of the runner in use: `FailFastProposer` (V1) or `FailFastSpeculator` (V2)."""
+    runner = core(llm).model_executor.driver_worker.worker.model_runner
+    return runner.drafter if hasattr(runner, "drafter") else runner.speculator
 
 
 class Proposal(NamedTuple):
@@ -78,7 +80,7 @@ class Watch:
 @contextlib.contextmanager
 def watch(llm):
     """Record the steps and rounds of an engine with failfast."""
-    drafter = proposer(llm)._drafter
+    drafter = proposer(llm).drafter
     propose = drafter.propose
     record = Watch()
 
