@@ -2,7 +2,7 @@
 #   make demo     a batch-1 comparison of the shipped pair, with and without failfast
 #   make test     check, then the whole test suite (what .ci/run does)
 #   make check    formatting, lint, types, import direction
-#   make models   train the shipped models again
+#   make models   train the shipped models again (two cores, about an hour)
 #   make bench    offline benchmark
 #   make clean    remove what the targets above left behind, except trained states (build/small_pair)
 
@@ -28,6 +28,7 @@ demo: .venv/.ready
 
 test: check
 	$(PY) -m pytest
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreted
 
 check: .venv/.ready
 	$(PY) -m ruff check

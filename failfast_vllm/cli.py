@@ -198,13 +198,18 @@ def _platform_check() -> Check:
 
 
 def _runner_check() -> Check:
-    """The drafter's runner, and whether the environment lets vLLM choose it."""
-    why = "V1: it takes drafts of different lengths; failfast has no V2 speculator"
-    forced = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0")
+    """The model runner that vLLM will choose, and how drafts are scheduled and run on it."""
+    from vllm.triton_utils import HAS_TRITON
+
+    how = "synchronous scheduling, eager draft passes"
+    forced = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "")
+    if HAS_TRITON:
+        return Check("model runner", f"{'V1' if forced == '0' else 'V2'}, {how}")
     if forced not in ("", "0"):
-        remedy = "Unset it: vLLM then chooses V1 for failfast and its own for everything else."
-        return Check("model runner", why, f"VLLM_USE_V2_MODEL_RUNNER={forced} forbids V1", remedy)
-    return Check("model runner", why)
+        remedy = "Unset it: without Triton vLLM has the V1 runner only."
+        problem = f"VLLM_USE_V2_MODEL_RUNNER={forced} forbids V1, and vLLM finds no Triton for V2"
+        return Check("model runner", f"V1, {how}", problem, remedy)
+    return Check("model runner", f"V1, {how}")
 
 
 def _plugin_check() -> Check:
@@ -223,9 +228,9 @@ def _hook_checks() -> list[Check]:
     from failfast_vllm import plugin
 
     checks = []
-    for hook in (*plugin.CONFIG_HOOKS, plugin.WORKER_HOOK, *plugin.RUNNER_HOOKS):
+    for hook in plugin.ALL_HOOKS:
         problem = plugin.hook_problem(hook) or ""
-        name = f"hook {hook.owner}.{hook.function}"
+        name = "hook " + ".".join(filter(None, (hook.owner, hook.function)))
         checks.append(Check(name, hook.module, problem, INSTALL_VLLM if problem else ""))
     return checks
 

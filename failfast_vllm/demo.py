@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 if TYPE_CHECKING:
-    from failfast_vllm.proposer import Round
+    from failfast_vllm.hosting import Round
 
 DTYPE = "float32"
 MAX_MODEL_LEN = 2048

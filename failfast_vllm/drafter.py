@@ -14,29 +14,36 @@ Differences from the authors' Algorithm 1, each with a test of its own:
 all masks of an increment are read from one pass (theirs: one pass per sub-block of 8), trailing
 MASK rows of the last block are left out, increments may cross a block's end, the cap is exact,
 and only drafted positions count for the confidence.
+
+Lengths live on the host, tokens on the device: rows are planned with NumPy, a pass needs two small
+copies to the device, and `_denoise` makes the only copy back.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from failfast_kernels import TokenConfidence
 from failfast_vllm.policy import Policy
 
+Lengths = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class DraftStep:
-    """All sequences of one engine step. Lengths are int64 tensors of [num_seqs]."""
+    """All sequences of one engine step. Lengths are host arrays of [num_seqs]."""
 
-    token_ids: torch.Tensor  # [num_seqs, max_model_len] int, known tokens; the rest is undefined
-    known_lens: torch.Tensor  # prompt and accepted tokens
-    committed_lens: torch.Tensor  # tokens whose KV is in the cache; multiples of the block size
-    final_lens: torch.Tensor  # tokens whose KV must be there after this step; likewise
-    max_draft_lens: torch.Tensor  # most tokens to draft; 0 = commit only
-    stops_at_eos: torch.Tensor  # [num_seqs] bool, the draft ends after a stop token
+    token_ids: torch.Tensor  # [num_slots, max_len] int, known tokens; the rest is undefined
+    slots: Lengths  # row of each sequence in `token_ids`
     block_table: torch.Tensor  # [num_seqs, max_pages] int
+    known_lens: Lengths  # prompt and accepted tokens
+    committed_lens: Lengths  # tokens whose KV is in the cache; multiples of the block size
+    final_lens: Lengths  # tokens whose KV must be there after this step; likewise
+    max_draft_lens: Lengths  # most tokens to draft; 0 = commit only
+    stops_at_eos: npt.NDArray[np.bool_]  # the draft ends after a stop token
 
 
 class DraftBatch(NamedTuple):
@@ -65,10 +72,16 @@ class DraftModel(Protocol):
 class Drafts(NamedTuple):
     """What one step proposes, and what it took."""
 
-    token_ids: list[list[int]]  # one list per sequence, empty = no draft
-    num_passes: list[int]  # increments drafted per sequence
+    token_ids: torch.Tensor  # [num_seqs, longest] int64, on the device; undefined beyond `lens`
+    lens: Lengths  # [num_seqs], 0 = no draft
+    num_passes: Lengths  # [num_seqs] increments drafted
     num_forwards: int
     num_rows: int  # over all forwards
+
+    def to_lists(self) -> list[list[int]]:
+        """One list per sequence: a copy to the host."""
+        rows = self.token_ids.tolist()
+        return [row[:length] for row, length in zip(rows, self.lens.tolist(), strict=True)]
 
 
 class Drafter:
@@ -105,139 +118,155 @@ class Drafter:
         self.kv_block_size = kv_block_size
         self.max_num_rows = max_num_rows
         self.diffusion_block_size = diffusion_block_size
+        self.device = stop_token_ids.device
 
     def propose(self, step: DraftStep) -> Drafts:
         """Commit every newly complete block and draft for the sequences that may have a draft."""
         canvas = self._canvas(step)
-        num_seqs = step.known_lens.numel()
-        device = step.known_lens.device
-        starts = step.committed_lens
-        draft_lens = torch.zeros(num_seqs, dtype=torch.int64, device=device)
-        num_passes = torch.zeros_like(draft_lens)
+        draft_lens = np.zeros_like(step.known_lens)
+        num_passes = np.zeros_like(draft_lens)
         num_forwards = num_rows = 0
 
         drafts = step.max_draft_lens > 0
-        active = torch.nonzero(drafts | (starts < step.final_lens)).squeeze(1)
-        increments = step.max_draft_lens.clamp(max=self.draft_increment)
-        ends = torch.where(drafts, step.known_lens + increments, step.final_lens)
-        if int((ends - starts)[active].sum()) > self.max_num_rows:
-            forwards, rows = self._commit_in_parts(step, canvas)
-            num_forwards, num_rows = num_forwards + forwards, num_rows + rows
+        starts = step.committed_lens
+        increments = np.minimum(step.max_draft_lens, self.draft_increment)
+        ends = np.where(drafts, step.known_lens + increments, step.final_lens)
+        active = np.flatnonzero(ends > starts)
+        if (ends - starts).sum() > self.max_num_rows:
+            num_forwards, num_rows = self._commit_in_parts(step, canvas)
             starts = step.final_lens
-            active = torch.nonzero(drafts).squeeze(1)
+            active = np.flatnonzero(drafts)
 
-        while active.numel():
+        while active.size:
             grown = []
-            for seqs in self._split(active, (ends - starts)[active]):
-                batch = self._rows(step, canvas, seqs, starts[seqs], ends[seqs])
+            for seqs in self._split(active, ends - starts):
+                first_rows, batch = self._rows(step, canvas, seqs, starts, ends)
                 hidden_states = self.model.forward(batch)
                 num_forwards, num_rows = num_forwards + 1, num_rows + batch.input_ids.numel()
                 growing = seqs[drafts[seqs]]
-                if growing.numel() == 0:
+                if not growing.size:
                     continue
-                first_rows = batch.query_start_loc[:-1][drafts[seqs]]
                 frontier = step.known_lens[growing] + draft_lens[growing]
-                goes_on = self._denoise(
+                lens, goes_on = self._denoise(
                     step,
                     canvas,
                     growing,
                     hidden_states,
-                    first_rows + frontier - 1 - starts[growing],
+                    first_rows[drafts[seqs]] + frontier - 1 - starts[growing],
                     increments[growing],
-                    draft_lens,
+                    draft_lens[growing],
                 )
+                draft_lens[growing] = lens
                 num_passes[growing] += 1
                 grown.append(growing[goes_on])
             starts = step.final_lens
-            active = torch.cat(grown) if grown else active[:0]
-            increments = (step.max_draft_lens - draft_lens).clamp(max=self.draft_increment)
+            active = np.concatenate(grown) if grown else active[:0]
+            increments = np.minimum(step.max_draft_lens - draft_lens, self.draft_increment)
             ends = step.known_lens + draft_lens + increments
 
-        return Drafts(
-            self._to_lists(step, canvas, draft_lens), num_passes.tolist(), num_forwards, num_rows
-        )
+        token_ids = self._drafted(step, canvas, draft_lens)
+        return Drafts(token_ids, draft_lens, num_passes, num_forwards, num_rows)
 
     def _denoise(
         self,
         step: DraftStep,
         canvas: torch.Tensor,
-        seqs: torch.Tensor,
+        seqs: Lengths,
         hidden_states: torch.Tensor,
-        first_rows: torch.Tensor,
-        increments: torch.Tensor,
-        draft_lens: torch.Tensor,
-    ) -> torch.Tensor:
-        """Fill the increment of `seqs` from one pass; returns which of them go on, [n] bool.
+        first_rows: Lengths,
+        increments: Lengths,
+        draft_lens: Lengths,
+    ) -> tuple[Lengths, npt.NDArray[np.bool_]]:
+        """Fill the increment of `seqs` from one pass: their new lengths, and which of them go on.
 
-        `first_rows` [n] are the rows that predict the first MASK of each sequence. `canvas` and
-        `draft_lens` are updated in place.
+        `first_rows` are the rows that predict the first MASK of each sequence. `canvas` is updated
+        in place; positions that a sequence does not have go to its last column.
         """
-        offsets = torch.arange(self.draft_increment, device=seqs.device)
+        offsets = np.arange(self.draft_increment)
         valid = offsets < increments[:, None]  # [n, draft_increment]
-        rows = first_rows[:, None] + torch.where(valid, offsets, 0)
+        frontier = (step.known_lens - step.committed_lens)[seqs] + draft_lens
+        lens = draft_lens + increments
+        plan = self._to_device(
+            np.stack(
+                np.broadcast_arrays(
+                    first_rows[:, None] + np.where(valid, offsets, 0),
+                    np.where(valid, frontier[:, None] + offsets, canvas.shape[1] - 1),
+                    seqs[:, None],
+                    valid,
+                    valid & step.stops_at_eos[seqs, None],
+                    lens[:, None],
+                )
+            )
+        )
+        rows, columns, owners = plan[0], plan[1], plan[2]
         confidence = self.model.confidence(hidden_states[rows.flatten()])
         token_ids = confidence.token_ids.view_as(rows)
-        probabilities = confidence.probabilities.view_as(rows).masked_fill(~valid, 1.0)
+        canvas[owners, columns] = token_ids
+        probabilities = confidence.probabilities.view_as(rows)
+        probabilities = torch.where(plan[3].bool(), probabilities, 1.0)
+        sure = self.policy.extend(probabilities, plan[5, :, 0])
+        is_stop = (token_ids[:, :, None] == self.stop_token_ids).any(dim=2) & plan[4].bool()
+        first_stop = torch.where(is_stop, 0, self.draft_increment) + torch.arange(
+            self.draft_increment, device=self.device
+        )
+        verdict = torch.stack((first_stop.amin(dim=1), sure.long()))
 
-        columns = (step.known_lens - step.committed_lens + draft_lens)[seqs][:, None] + offsets
-        canvas[seqs[:, None].expand_as(rows)[valid], columns[valid]] = token_ids[valid]
-
-        is_stop = torch.isin(token_ids, self.stop_token_ids) & valid
-        is_stop &= step.stops_at_eos[seqs][:, None]
-        stopped = is_stop.any(dim=1)
-        until_stop = torch.where(stopped, is_stop.int().argmax(dim=1) + 1, increments)
-        draft_lens[seqs] += until_stop
-        lens = draft_lens[seqs]
-        has_room = lens < step.max_draft_lens[seqs]
-        return self.policy.extend(probabilities, lens) & ~stopped & has_room
+        first_stops, surenesses = verdict.cpu().numpy()  # the copy back, once per increment
+        stopped = first_stops < self.draft_increment
+        lens = np.where(stopped, draft_lens + first_stops + 1, lens)
+        return lens, (surenesses > 0) & ~stopped & (lens < step.max_draft_lens[seqs])
 
     def _canvas(self, step: DraftStep) -> torch.Tensor:
         """[num_seqs, width] int64: the uncommitted tokens, then MASK, from `committed_lens` on."""
         uncommitted = step.known_lens - step.committed_lens
-        width = int((uncommitted + step.max_draft_lens).max()) if uncommitted.numel() else 0
-        columns = torch.arange(width, device=uncommitted.device)
-        source = (step.committed_lens[:, None] + columns).clamp(max=step.token_ids.shape[1] - 1)
-        tokens = step.token_ids.gather(1, source).long()
+        width = int((uncommitted + step.max_draft_lens).max(initial=0)) + 1
+        plan = self._to_device(np.stack((step.slots, step.committed_lens, uncommitted)))
+        slots, committed, known = plan[:, :, None]
+        columns = torch.arange(width, device=self.device)
+        tokens = step.token_ids[slots, (committed + columns).clamp(max=step.token_ids.shape[1] - 1)]
         foreign = tokens >= self.vocab_size
-        return tokens.masked_fill_(foreign | (columns >= uncommitted[:, None]), self.mask_token_id)
+        return tokens.long().masked_fill_(foreign | (columns >= known), self.mask_token_id)
 
     def _rows(
         self,
         step: DraftStep,
         canvas: torch.Tensor,
-        seqs: torch.Tensor,
-        starts: torch.Tensor,
-        ends: torch.Tensor,
-    ) -> DraftBatch:
-        """The pass over positions `starts:ends` of `seqs`, each start on the block grid."""
-        lens = ends - starts
-        query_start_loc = torch.zeros(seqs.numel() + 1, dtype=torch.int64, device=seqs.device)
-        torch.cumsum(lens, 0, out=query_start_loc[1:])
+        seqs: Lengths,
+        starts: Lengths,
+        ends: Lengths,
+    ) -> tuple[Lengths, DraftBatch]:
+        """The pass over positions `starts:ends` of `seqs`; also the first row of each."""
+        lens = (ends - starts)[seqs]
+        query_start_loc = np.concatenate(([0], lens.cumsum()))
         num_rows = int(query_start_loc[-1])
-        owners = torch.repeat_interleave(lens, output_size=num_rows)  # index into `seqs`
-        row_seqs = seqs[owners]
-        offsets = torch.arange(num_rows, device=seqs.device) - query_start_loc[owners]
-        positions = starts[owners] + offsets
-        slot_mapping = None
-        if bool((starts < step.final_lens[seqs]).any()):
-            pages = step.block_table[row_seqs, positions // self.kv_block_size].long()
-            slots = pages * self.kv_block_size + positions % self.kv_block_size
-            slot_mapping = torch.where(positions < step.final_lens[row_seqs], slots, -1)
-        return DraftBatch(
-            input_ids=canvas[row_seqs, positions - step.committed_lens[row_seqs]],
-            positions=positions,
-            query_start_loc=query_start_loc,
-            committed_lens=starts,
-            slot_mapping=slot_mapping,
-            block_table=step.block_table[seqs],
+        row_seqs = np.repeat(seqs, lens)
+        positions = np.arange(num_rows) + np.repeat(starts[seqs] - query_start_loc[:-1], lens)
+        commits = positions < step.final_lens[row_seqs]
+        per_row = self._to_device(
+            np.stack((positions, row_seqs, positions - step.committed_lens[row_seqs], commits))
         )
+        per_seq = self._to_device(np.stack((query_start_loc[:-1], starts[seqs], seqs)))
+        slot_mapping = None
+        if commits.any():
+            pages = step.block_table[per_row[1], per_row[0] // self.kv_block_size].long()
+            slots = pages * self.kv_block_size + per_row[0] % self.kv_block_size
+            slot_mapping = torch.where(per_row[3].bool(), slots, -1)
+        batch = DraftBatch(
+            input_ids=canvas[per_row[1], per_row[2]],
+            positions=per_row[0],
+            query_start_loc=torch.nn.functional.pad(per_seq[0], (0, 1), value=num_rows),
+            committed_lens=per_seq[1],
+            slot_mapping=slot_mapping,
+            block_table=step.block_table[per_seq[2]],
+        )
+        return query_start_loc[:-1], batch
 
-    def _split(self, seqs: torch.Tensor, num_rows: torch.Tensor) -> list[torch.Tensor]:
+    def _split(self, seqs: Lengths, num_rows: Lengths) -> list[Lengths]:
         """Consecutive parts of `seqs` of at most `max_num_rows` rows each (usually one part)."""
-        if int(num_rows.sum()) <= self.max_num_rows:
+        if num_rows[seqs].sum() <= self.max_num_rows:
             return [seqs]
         parts, part_rows, begin = [], 0, 0
-        for i, rows in enumerate(num_rows.tolist()):
+        for i, rows in enumerate(num_rows[seqs].tolist()):
             assert rows <= self.max_num_rows
             if part_rows + rows > self.max_num_rows:
                 parts.append(seqs[begin:i])
@@ -251,6 +280,7 @@ class Drafter:
 
         Blocks go in the order of their positions, over all sequences: a sequence that shares
         pages through a prefix hit of this very step starts behind the blocks that it shares.
+        Returns the numbers of forwards and rows.
         """
         size = self.diffusion_block_size
         blocks = sorted(
@@ -261,28 +291,20 @@ class Drafter:
             for position in range(start, end, size)
         )
         per_pass = max(1, self.max_num_rows // size)
+        starts, ends = step.committed_lens.copy(), step.committed_lens.copy()
         for i in range(0, len(blocks), per_pass):
             part = np.array(blocks[i : i + per_pass])
             seqs = np.unique(part[:, 1])
-            starts = [part[part[:, 1] == seq, 0].min() for seq in seqs]
-            ends = [part[part[:, 1] == seq, 0].max() + size for seq in seqs]
-            device = canvas.device
-            batch = self._rows(
-                step,
-                canvas,
-                torch.as_tensor(seqs, device=device),
-                torch.tensor(np.array(starts), device=device),
-                torch.tensor(np.array(ends), device=device),
-            )
-            self.model.forward(batch)
+            starts[seqs] = [part[part[:, 1] == seq, 0].min() for seq in seqs]
+            ends[seqs] = [part[part[:, 1] == seq, 0].max() + size for seq in seqs]
+            self.model.forward(self._rows(step, canvas, seqs, starts, ends)[1])
         return -(-len(blocks) // per_pass), len(blocks) * size
 
-    def _to_lists(
-        self, step: DraftStep, canvas: torch.Tensor, draft_lens: torch.Tensor
-    ) -> list[list[int]]:
-        """The device-to-host copy of a step's drafts."""
-        longest = int(draft_lens.max()) if draft_lens.numel() else 0
-        columns = (step.known_lens - step.committed_lens)[:, None]
-        columns = columns + torch.arange(longest, device=canvas.device)
-        drafted = canvas.gather(1, columns.clamp(max=canvas.shape[1] - 1)).tolist()
-        return [row[:length] for row, length in zip(drafted, draft_lens.tolist(), strict=True)]
+    def _drafted(self, step: DraftStep, canvas: torch.Tensor, draft_lens: Lengths) -> torch.Tensor:
+        """[num_seqs, longest] int64: what was drafted, cut out of `canvas`."""
+        offsets = np.arange(draft_lens.max(initial=0))
+        columns = (step.known_lens - step.committed_lens)[:, None] + offsets
+        return canvas.gather(1, self._to_device(np.minimum(columns, canvas.shape[1] - 1)))
+
+    def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)

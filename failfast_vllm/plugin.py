@@ -22,7 +22,6 @@ from failfast_vllm.config import DIFFUSION_BLOCK_SIZE, DRAFTER_ARCHITECTURE, MET
 logger = logging.getLogger("vllm.failfast")  # vLLM's handlers and format
 
 SUPPORTED_VLLM = ((0, 32), (0, 33))
-CONFIG_MODEL_TYPE = "Fast_dLLM_Qwen"
 
 
 class Hook(NamedTuple):
@@ -52,10 +51,9 @@ CONFIG_HOOKS = (
         "verify_equal_vocab_size_if_draft_model",
         ("self",),
     ),
-    Hook("vllm.config.vllm", "VllmConfig", "_get_v2_model_runner_unsupported_features", ("self",)),
 )
 WORKER_HOOK = Hook("vllm.v1.worker.worker_base", "WorkerBase", "__init__", ("self", "vllm_config"))
-RUNNER_HOOKS = (
+V1_HOOKS = (
     Hook(
         "vllm.v1.spec_decode.draft_model",
         "DraftModelProposer",
@@ -92,6 +90,16 @@ RUNNER_HOOKS = (
         ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
     ),
 )
+V2_HOOKS = (
+    Hook(
+        "vllm.v1.worker.gpu.model_runner",
+        "",
+        "init_speculator",
+        ("vllm_config", "device", "req_states"),
+    ),
+    Hook("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "take_draft_token_ids", ("self",)),
+)
+ALL_HOOKS = (*CONFIG_HOOKS, WORKER_HOOK, *V1_HOOKS, *V2_HOOKS)
 
 
 def register() -> None:
@@ -175,12 +183,10 @@ def _install_config_hooks(problem: str | None) -> None:
         return
 
     from vllm.config.speculative import SpeculativeConfig
-    from vllm.config.vllm import VllmConfig
 
     _wrap(EngineArgs, "create_speculative_config", _creating_speculative_config)
     _wrap(EngineArgs, "add_cli_args", _adding_cli_args)
     _wrap(SpeculativeConfig, "verify_equal_vocab_size_if_draft_model", _verifying_vocab_sizes)
-    _wrap(VllmConfig, "_get_v2_model_runner_unsupported_features", _listing_v2_gaps)
     if WORKER_HOOK.module in sys.modules:  # an engine or worker process, whose config is pickled
         _install_worker_hook()
 
@@ -379,23 +385,16 @@ def _verifying_vocab_sizes(original: Any) -> Any:
     return verify_equal_vocab_size_if_draft_model
 
 
-def _listing_v2_gaps(original: Any) -> Any:
-    """Our drafter sits on the V1 model runner: let vLLM choose it, or say why it cannot."""
-
-    def _get_v2_model_runner_unsupported_features(self: Any) -> list[str]:
-        gaps: list[str] = original(self)
-        return [*gaps, "speculative method 'failfast'"] if asked_for(self) else gaps
-
-    return _get_v2_model_runner_unsupported_features
-
-
 def _initializing_worker(original: Any) -> Any:
     """Runner hooks import CUDA libraries, so they wait for a worker process that needs them."""
 
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         if asked_for(vllm_config):
             register_model()
-            install_runner_hooks()
+            if vllm_config.use_v2_model_runner:
+                install_v2_hooks()
+            else:
+                install_v1_hooks()
         original(self, vllm_config, *args, **kwargs)
 
     return __init__
@@ -410,15 +409,45 @@ def register_model() -> None:
         ModelRegistry.register_model(
             DRAFTER_ARCHITECTURE, "failfast_vllm.model:FastDLLMForCausalLM"
         )
-    if CONFIG_MODEL_TYPE not in _CONFIG_REGISTRY:
+    if user_config.MODEL_TYPES[0] not in _CONFIG_REGISTRY:
         from failfast_vllm.hf_config import FastDLLMConfig
 
-        _CONFIG_REGISTRY[CONFIG_MODEL_TYPE] = FastDLLMConfig
+        _CONFIG_REGISTRY[user_config.MODEL_TYPES[0]] = FastDLLMConfig
 
 
-def install_runner_hooks() -> None:
+def install_v2_hooks() -> None:
+    """Build `FailFastSpeculator` where asked for; raises RuntimeError on a changed vLLM."""
+    problem = missing_hooks(V2_HOOKS)
+    if problem:
+        raise RuntimeError(f"failfast cannot run: {problem}")
+    from vllm.v1.worker.gpu import model_runner
+
+    from failfast_vllm.speculator import FailFastSpeculator
+
+    def building_speculator(original: Any) -> Any:
+        def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+            if asked_for(vllm_config):
+                return FailFastSpeculator(vllm_config, device, req_states)
+            return original(vllm_config, device, req_states)
+
+        return init_speculator
+
+    def taking_drafts(original: Any) -> Any:
+        def take_draft_token_ids(self: Any) -> Any:
+            drafts = original(self)
+            if isinstance(self.speculator, FailFastSpeculator):
+                return self.speculator.trim(drafts)
+            return drafts
+
+        return take_draft_token_ids
+
+    _wrap(model_runner, "init_speculator", building_speculator)
+    _wrap(model_runner.GPUModelRunner, "take_draft_token_ids", taking_drafts)
+
+
+def install_v1_hooks() -> None:
     """Hand failfast's engine steps to `FailFastProposer`; raises RuntimeError on a changed vLLM."""
-    problem = missing_hooks(RUNNER_HOOKS)
+    problem = missing_hooks(V1_HOOKS)
     if problem:
         raise RuntimeError(f"failfast cannot run: {problem}")
     from vllm.triton_utils import HAS_TRITON

@@ -8,3 +8,8 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+if (
+    os.environ.get("TRITON_INTERPRET") != "1"
+):  # these change how vLLM starts: a process of their own
+    collect_ignore = ["interpreted"]

@@ -40,7 +40,9 @@ def core(llm):
 
 
 def proposer(llm):
-    return core(llm).model_executor.driver_worker.worker.model_runner.drafter
+    """The adapter of the runner in use: `FailFastProposer` (V1) or `FailFastSpeculator` (V2)."""
+    runner = core(llm).model_executor.driver_worker.worker.model_runner
+    return runner.drafter if hasattr(runner, "drafter") else runner.speculator
 
 
 class Proposal(NamedTuple):
@@ -78,19 +80,20 @@ class Watch:
 @contextlib.contextmanager
 def watch(llm):
     """Record the steps and rounds of an engine with failfast."""
-    drafter = proposer(llm)._drafter
+    drafter = proposer(llm).drafter
     propose = drafter.propose
     record = Watch()
 
     def recording_propose(step):
         drafts = propose(step)
+        lists = drafts.to_lists()
         for i, max_draft in enumerate(step.max_draft_lens.tolist()):
             if max_draft:
-                known = step.token_ids[i, : step.known_lens[i]].tolist()
+                known = step.token_ids[step.slots[i], : step.known_lens[i]].tolist()
                 record.proposals.append(
-                    Proposal(known, max_draft, drafts.token_ids[i], drafts.num_passes[i])
+                    Proposal(known, max_draft, lists[i], int(drafts.num_passes[i]))
                 )
-        record.draft_lens.append([len(ids) for ids in drafts.token_ids])
+        record.draft_lens.append(drafts.lens.tolist())
         return drafts
 
     drafter.propose = recording_propose

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine import engine, generate, greedy_params, mixed_prompts, proposer, watch
-from failfast_vllm.config import MODELS_DIR
+from failfast_vllm.config import METHOD, MODELS_DIR
 from literal import AUTHORS, BLOCK, OURS, DenseDrafter, literal_draft
 
 INCREMENT, THRESHOLD, CAP = 10, 0.45, 60
@@ -20,8 +20,8 @@ def recorded():
         prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 90) if len(p) < 420]
         generate(llm, prompts, greedy_params(prompts))
         own = proposer(llm)
-        knobs = own.knobs
-        stop_ids = own.stop_token_ids
+        knobs = own.vllm_config.additional_config[METHOD]
+        stop_ids = own.drafter.stop_token_ids.tolist()
         record.assert_not_vacuous()
     assert (knobs["draft_increment"], knobs["num_speculative_tokens"]) == (INCREMENT, CAP)
     dense = DenseDrafter(MODELS_DIR / "drafter", knobs["num_draftable_tokens"])
@@ -137,7 +137,7 @@ def test_fixed_drafts_take_one_pass(recorded):
     with engine(spec) as llm, watch(llm) as record:
         prompts = mixed_prompts(llm.get_tokenizer(), 8)
         generate(llm, prompts, greedy_params(prompts))
-        stop_ids = set(proposer(llm).stop_token_ids)
+        stop_ids = set(proposer(llm).drafter.stop_token_ids.tolist())
     assert {p.num_passes for p in record.proposals} == {1}
     for proposal in record.proposals:
         ended = proposal.draft[-1] in stop_ids

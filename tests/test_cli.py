@@ -113,12 +113,12 @@ def test_doctor_is_content_here(capsys, monkeypatch):
     assert {"python", "vllm", "torch", "triton", "transformers", "platform"} <= set(found)
     assert found["model runner"].startswith("V1")
     num_hooks = sum(name.startswith("hook ") for name in found)
-    assert num_hooks == len(plugin.CONFIG_HOOKS) + 1 + len(plugin.RUNNER_HOOKS)
+    assert num_hooks == len(plugin.ALL_HOOKS)
 
 
 def test_doctor_names_a_missing_hook_and_the_remedy(capsys, monkeypatch):
-    gone = plugin.RUNNER_HOOKS[0]._replace(function="gone")
-    monkeypatch.setattr(plugin, "RUNNER_HOOKS", (gone,))
+    gone = plugin.V1_HOOKS[0]._replace(function="gone")
+    monkeypatch.setattr(plugin, "ALL_HOOKS", (gone,))
     assert cli.main(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
     (where,) = [i for i, line in enumerate(lines) if line.startswith("PROBLEM")]

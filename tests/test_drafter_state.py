@@ -6,44 +6,12 @@ import torch
 from engine import core, engine, generate, greedy_params, mixed_prompts, proposer, watch
 from failfast_vllm.config import MODELS_DIR
 from literal import DenseDrafter
-
-TOLERANCE = 1e-4  # float32, four layers; the order of sums differs between the two paths
+from state_check import TOLERANCE, largest_error
 
 
 @pytest.fixture(scope="module")
 def dense():
     return DenseDrafter(MODELS_DIR / "drafter", num_draftable_tokens=1)
-
-
-def largest_error(llm, dense, run):
-    """Run `run()` while every drafter pass is checked; returns (max difference, passes)."""
-    own = proposer(llm)
-    drafter, forward, propose = own._drafter, own.forward, own._drafter.propose
-    errors, current = [], []
-
-    def remembering_propose(step):
-        current[:] = [step]
-        return propose(step)
-
-    def checking_forward(batch):
-        hidden_states = forward(batch)
-        step = current[0]
-        tables = {tuple(row): i for i, row in enumerate(step.block_table.tolist())}
-        bounds = batch.query_start_loc.tolist()
-        for s, start in enumerate(batch.committed_lens.tolist()):
-            i = tables[tuple(batch.block_table[s].tolist())]
-            rows = slice(bounds[s], bounds[s + 1])
-            prefix = step.token_ids[i, :start].tolist()
-            expected = dense.hidden_states(prefix + batch.input_ids[rows].tolist())[start:]
-            errors.append((hidden_states[rows] - expected).abs().max().item())
-        return hidden_states
-
-    own.forward, drafter.propose = checking_forward, remembering_propose
-    try:
-        run()
-    finally:
-        own.forward, drafter.propose = forward, propose
-    return max(errors), len(errors)
 
 
 @pytest.mark.parametrize(
@@ -74,11 +42,12 @@ def test_committed_blocks(dense, overrides):
 def test_the_check_sees_a_block_that_was_never_committed(dense):
     """Without the commit the check must fail, or it proves nothing."""
     with engine("failfast") as llm:
-        drafter = proposer(llm)._drafter
+        drafter = proposer(llm).drafter
         rows = drafter._rows
 
         def rows_without_commit(*args):
-            return rows(*args)._replace(slot_mapping=None)
+            first_rows, batch = rows(*args)
+            return first_rows, batch._replace(slot_mapping=None)
 
         drafter._rows = rows_without_commit
         prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 12) if 40 < len(p) < 300]

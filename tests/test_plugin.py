@@ -10,7 +10,6 @@ import types
 
 import pytest
 import torch
-from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
@@ -228,9 +227,7 @@ def test_unknown_vllm_serves_everything_but_failfast(monkeypatch, pretend_versio
         assert "install a version of 'vllm>=0.32,<0.34'" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "hook", [*plugin.CONFIG_HOOKS, plugin.WORKER_HOOK, *plugin.RUNNER_HOOKS], ids=lambda h: h.name
-)
+@pytest.mark.parametrize("hook", plugin.ALL_HOOKS, ids=lambda h: h.name)
 def test_this_vllm_has_every_hook(hook):
     assert plugin.hook_problem(hook) is None
 
@@ -288,10 +285,11 @@ def test_hook_on_something_that_is_gone(hook):
     assert plugin.missing_hooks((hook("same"), gone)).startswith("vLLM has no")
 
 
-def test_changed_runner_stops_the_worker_before_it_drafts(monkeypatch, hook):
-    monkeypatch.setattr(plugin, "RUNNER_HOOKS", (hook("renamed"),))
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_changed_runner_stops_the_worker_before_it_drafts(version, monkeypatch, hook):
+    monkeypatch.setattr(plugin, f"{version.upper()}_HOOKS", (hook("renamed"),))
     with pytest.raises(RuntimeError, match=r"failfast cannot run: vllm_of_tomorrow\.Runner"):
-        plugin.install_runner_hooks()
+        getattr(plugin, f"install_{version}_hooks")()
 
 
 def test_other_drafters_must_still_match_the_vocabulary():
@@ -305,16 +303,19 @@ def test_other_drafters_must_still_match_the_vocabulary():
         EngineArgs(model=TARGET, speculative_config=other).create_engine_config()
 
 
-def test_only_failfast_is_kept_off_the_v2_runner():
-    for asked, expected in (("failfast", 1), (NGRAM, 0), (None, 0)):
-        built = EngineArgs(model=TARGET, speculative_config=asked).create_engine_config()
-        gaps = VllmConfig._get_v2_model_runner_unsupported_features(built)
-        assert len([gap for gap in gaps if METHOD in gap]) == expected
+def test_failfast_leaves_the_choice_of_the_runner_to_vllm():
+    gaps = [
+        EngineArgs(model=TARGET, speculative_config=asked)
+        .create_engine_config()
+        ._get_v2_model_runner_unsupported_features()
+        for asked in (None, "failfast")
+    ]
+    assert gaps[0] == gaps[1]
 
 
 def test_proposer_is_ours_only_when_asked_for():
     """Catches vLLM's own drafters being replaced, subclasses included."""
-    plugin.install_runner_hooks()
+    plugin.install_v1_hooks()
     from failfast_vllm.proposer import FailFastProposer
 
     class Another(DraftModelProposer):
@@ -332,7 +333,7 @@ def test_proposer_is_ours_only_when_asked_for():
 
 def test_length_check_of_other_drafters_is_vllms():
     """For failfast alone, a sequence near the end must not stop the drafts of all others."""
-    plugin.install_runner_hooks()
+    plugin.install_v1_hooks()
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from failfast_vllm.proposer import FailFastProposer
@@ -357,7 +358,7 @@ def test_engine_of_another_method_runs_through_the_hooks():
     """All runner hooks are in place; vLLM's own drafter drafts and is verified as without them."""
     from vllm import SamplingParams
 
-    plugin.install_runner_hooks()
+    plugin.install_v1_hooks()
     # the target drafts for itself
     given = {"method": "draft_model", "model": TARGET, "num_speculative_tokens": 3}
     params = SamplingParams(temperature=0.0, max_tokens=32)

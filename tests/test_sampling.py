@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from engine import TARGET, engine, mixed_prompts, watch
+from engine import TARGET, chat_ids, engine, shipped_prompts, watch
 from failfast_vllm import cpu_sampling
 
 NUM_DRAWS = 20_000
@@ -59,26 +59,28 @@ class Exact:
 
 @pytest.fixture(scope="module")
 def question():
-    """A prompt whose continuation is uncertain, and its exact distribution."""
+    """An answer cut before its last sentence, whose words are free, and its exact distribution."""
     exact = Exact()
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
-    # 2 to 6 tokens behind a 32-token page: the prefix cache spares most of the prompt
-    prompts = [p for p in mixed_prompts(tokenizer, 80) if 50 < len(p) < 200]
-    cuts = [p[len(p) - end - 36 : len(p) - end] for p in prompts for end in (0, 3, 8)]
     eos = tokenizer.eos_token_id
+    cuts = []
+    for prompt in shipped_prompts():
+        head, _, last = prompt["answer"].rpartition("\n\n")
+        if head and not last.startswith("The answer is"):
+            cuts.append(chat_ids(tokenizer, prompt) + tokenizer(head + "\n\n")["input_ids"])
+    # up to 8 tokens behind a 32-token page: the prefix cache spares most of the prompt
+    cuts = [cut for cut in cuts if 1 < len(cut) % 32 < 8]
 
-    def usefulness(prompt):
-        """Uncertainty of the tokens that a draft proposes, if the likely triples cover enough."""
-        found = exact.triples(prompt, eos, SMALLEST_EXPECTED / NUM_DRAWS)
+    def later_entropy(cut):
+        """Uncertainty of the second and third token, which drafts propose."""
+        found = exact.triples(cut, eos, SMALLEST_EXPECTED / NUM_DRAWS)
         if sum(found.values()) < 0.7:
             return 0.0
-        return -sum(p * math.log(p) for p in found.values()) - exact.entropy(prompt)
+        return -sum(p * math.log(p) for p in found.values()) - exact.entropy(cut)
 
-    cuts = sorted(cuts, key=exact.entropy)[len(cuts) // 2 :][::12]
-
-    prompt = max(cuts, key=usefulness)
+    prompt = max(cuts[:6], key=later_entropy)
     distribution = exact.triples(prompt, eos, SMALLEST_EXPECTED / NUM_DRAWS)
     assert len(distribution) >= 8
     return prompt, distribution

@@ -453,17 +453,18 @@ def _letter_example(rng: random.Random) -> Example:
     )
 
 
-_TASKS: tuple[tuple[float, Callable[[random.Random], Example]], ...] = (
-    (0.27, _one_step_example),
-    (0.08, _two_step_example),
-    (0.10, _quote_example),
-    (0.08, _repeat_example),
-    (0.16, _rows_example),
-    (0.08, _schema_example),
-    (0.08, _rename_example),
-    (0.06, _class_example),
-    (0.04, _function_example),
-    (0.05, _letter_example),
+# task -> share of the examples at first, and of those that finish the training and test it
+_TASKS: tuple[tuple[Callable[[random.Random], Example], float, float], ...] = (
+    (_one_step_example, 0.27, 0.20),
+    (_two_step_example, 0.08, 0.08),
+    (_quote_example, 0.10, 0.10),
+    (_repeat_example, 0.08, 0.08),
+    (_rows_example, 0.16, 0.14),
+    (_schema_example, 0.08, 0.08),
+    (_rename_example, 0.08, 0.08),
+    (_class_example, 0.06, 0.14),
+    (_function_example, 0.04, 0.05),
+    (_letter_example, 0.05, 0.05),
 )
 
 COPY_TASKS = (
@@ -479,10 +480,11 @@ def split_of(prompt: str) -> str:
     return SPLITS[min(zlib.crc32(prompt.encode()) % 32, 2)]
 
 
-def examples(seed: int, split: str = "train") -> Iterator[Example]:
+def examples(seed: int, split: str = "train", *, finishing: bool = True) -> Iterator[Example]:
     """Endless examples of one side of the split, the same for the same `seed`."""
     rng = random.Random(seed)
-    weights, makers = zip(*_TASKS, strict=True)
+    makers = [maker for maker, _, _ in _TASKS]
+    weights = [last if finishing else first for _, first, last in _TASKS]
     while True:
         example = rng.choices(makers, weights=weights)[0](rng)
         if split_of(example.prompt) == split:

@@ -10,6 +10,8 @@ import argparse
 import json
 import math
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -61,6 +63,8 @@ class Stage:
     batches_per_step: int
     learning_rate: float
     seed: int
+    starts_from: str = ""  # another stage
+    finishing: bool = False  # more long examples; see data.py
 
 
 TARGET = Stage(
@@ -101,7 +105,33 @@ DRAFTER = replace(
     num_curriculum_steps=0,
     num_repeat_steps=0,
     seed=3,
+    starts_from="ar-drafter",
 )
+FINISH = {
+    "num_curriculum_steps": 0,
+    "num_repeat_steps": 0,
+    "learning_rate": 1.5e-3,
+    "finishing": True,
+}
+FINISHED_TARGET = replace(
+    TARGET,
+    name="target-finish",
+    num_steps=500,
+    num_decay_steps=400,
+    seed=4,
+    starts_from="target",
+    **FINISH,
+)
+FINISHED_DRAFTER = replace(
+    DRAFTER,
+    name="drafter-finish",
+    num_steps=600,
+    num_decay_steps=450,
+    seed=5,
+    starts_from="drafter",
+    **FINISH,
+)
+CHAINS = ((TARGET, FINISHED_TARGET), (AR_DRAFTER, DRAFTER, FINISHED_DRAFTER))
 NUM_PREFIX_SEGMENTS = 6
 PREFIX_MASK_LENS = (10, 16)
 SHORT_LEN, FULL_LEN = 110, 448
@@ -130,7 +160,7 @@ def prompt_text(prompt: str) -> str:
 
 def build_tokenizer(num_examples: int = 8000) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the training side of the corpus; digits are single tokens."""
-    source = examples(0)
+    source = examples(0, finishing=False)
     chats = (next(source) for _ in range(num_examples))
     texts = (text for e in chats for text in ("user\n" + e.prompt, "assistant\n" + e.answer))
     tokenizer = Tokenizer(models.BPE())
@@ -255,7 +285,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, batch: list[Example]) -> list[Enc
 def encoded_batches(stage: Stage, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[Encoded]]:
     """Batches of whole examples of similar length, the longest allowed growing with the steps."""
     rng = random.Random(stage.seed)
-    source = examples(1000 + stage.seed)
+    source = examples(1000 + stage.seed, finishing=stage.finishing)
     step = 0
     while True:
         num_steps = stage.num_curriculum_steps
@@ -487,37 +517,40 @@ def fit(
 
 def train_stage(stage: Stage, tokenizer: PreTrainedTokenizerFast, work_dir: Path) -> None:
     model = build_model(stage, tokenizer)
-    if stage.name == "drafter":
-        model.load_state_dict(torch.load(work_dir / "ar-drafter.pt")["model"])
-    source = diffusion_batches if stage.name == "drafter" else autoregressive_batches
+    if stage.starts_from:
+        model.load_state_dict(torch.load(work_dir / f"{stage.starts_from}.pt")["model"])
+    diffuses = stage.name.startswith("drafter")
+    source = diffusion_batches if diffuses else autoregressive_batches
     fit(
         stage,
         model,
         source(stage, tokenizer),
         work_dir,
-        lambda: save_model(model, tokenizer, stage.name),
+        lambda: save_model(model, tokenizer, stage.name.removesuffix("-finish")),
     )
 
 
 def main() -> None:
-    stages = {s.name: s for s in (TARGET, AR_DRAFTER, DRAFTER)}
+    stages = {stage.name: stage for chain in CHAINS for stage in chain}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stages", nargs="*", default=list(stages), help=", ".join(stages))
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(stages)}; default: all")
     parser.add_argument("--work-dir", type=Path, default=Path("build/small_pair"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="override every stage's number of steps")
+    parser.add_argument("--threads", type=int, default=1, help="per process")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    if not (args.work_dir / "dev.jsonl").exists():
+    if not args.stages:  # the drafters beside the target: two processes use two cores best
         prepare(args.work_dir)
+        common = [sys.executable, __file__, "--work-dir", args.work_dir, "--threads", args.threads]
+        jobs = [
+            subprocess.Popen([str(word) for word in (*common, *(stage.name for stage in chain))])
+            for chain in CHAINS
+        ]
+        sys.exit(max(job.wait() for job in jobs))
+    torch.set_num_threads(args.threads)
     # What users will see: AutoTokenizer has its own idea of a `qwen2` tokenizer's word splitting.
     tokenizer = AutoTokenizer.from_pretrained(MODELS_DIR / "target")
     for name in args.stages:
-        stage = stages[name]
-        if args.steps is not None:
-            stage = replace(stage, num_steps=args.steps)
-        train_stage(stage, tokenizer, args.work_dir)
+        train_stage(stages[name], tokenizer, args.work_dir)
 
 
 if __name__ == "__main__":

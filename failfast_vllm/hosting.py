@@ -1,0 +1,174 @@
+"""What the adapters of both model runners share: the draft model inside vLLM's forward context.
+
+An adapter says how a step's state is read and where drafts go; `HostedDraftModel` runs the passes
+and counts them. vLLM owns the weights and the KV cache.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from vllm.config import VllmConfig
+from vllm.config.utils import replace
+from vllm.forward_context import set_forward_context
+
+from failfast_kernels import TokenConfidence, confidence_argmax
+from failfast_vllm.attention import BlockDiffusionMetadata
+from failfast_vllm.config import DIFFUSION_BLOCK_SIZE, METHOD
+from failfast_vllm.drafter import DraftBatch, Drafter, Drafts
+from failfast_vllm.policy import make_policy
+
+
+class Round(NamedTuple):
+    """One verified draft of one request."""
+
+    req_id: str
+    drafted: list[int]  # what the target verified
+    emitted: list[int]  # accepted tokens and the bonus
+    num_passes: int  # draft passes that the draft took
+
+
+@dataclass
+class DraftStats:
+    """Counters since the engine started; `benchmarks/` and `failfast demo` read them."""
+
+    num_steps: int = 0
+    num_forwards: int = 0
+    num_rows: int = 0
+    forward_ms: float = 0.0  # inside the draft model
+    total_ms: float = 0.0  # in the adapter's step, forwards included
+    on_round: Callable[[Round], None] | None = field(default=None, repr=False)
+    _drafts: dict[str, tuple[list[int], int]] = field(default_factory=dict, repr=False)
+
+    def count(self, drafts: Drafts, milliseconds: float) -> None:
+        self.num_steps += 1
+        self.num_forwards += drafts.num_forwards
+        self.num_rows += drafts.num_rows
+        self.total_ms += milliseconds
+
+    def report(self, req_id: str, num_verified: int, emitted: list[int]) -> None:
+        """Hand the round that has just been verified to `on_round`, which must be set."""
+        assert self.on_round is not None
+        drafted, num_passes = self._drafts.pop(req_id, ([], 0))
+        self.on_round(Round(req_id, drafted[:num_verified], emitted, num_passes))
+
+    def remember(self, req_ids: list[str], drafts: Drafts) -> None:
+        """Keep what was drafted until it is reported."""
+        self._drafts.update(
+            zip(
+                req_ids,
+                zip(drafts.to_lists(), drafts.num_passes.tolist(), strict=True),
+                strict=True,
+            )
+        )
+
+
+class HostedDraftModel:
+    """`drafter.DraftModel` on a model that vLLM has loaded."""
+
+    def __init__(
+        self,
+        model: Any,
+        vllm_config: VllmConfig,
+        layer_names: Iterable[str],
+        num_draftable_tokens: int,
+        mask_token_id: int,
+        stats: DraftStats,
+    ) -> None:
+        self.model = model
+        self.vllm_config = vllm_config
+        self.layer_names = sorted(layer_names)
+        self.num_draftable_tokens = num_draftable_tokens
+        self.mask_token_id = mask_token_id
+        self.stats = stats
+
+    def forward(self, batch: DraftBatch) -> torch.Tensor:
+        began = time.perf_counter()
+        meta = BlockDiffusionMetadata(
+            batch.query_start_loc, batch.committed_lens, batch.block_table, batch.slot_mapping
+        )
+        with set_forward_context(
+            dict.fromkeys(self.layer_names, meta),
+            self.vllm_config,
+            num_tokens=batch.input_ids.numel(),
+            slot_mapping={},
+        ):
+            hidden_states: torch.Tensor = self.model(
+                # int32 as in vLLM's dummy runs: a compiled model keeps no guard on the type
+                input_ids=batch.input_ids.int(),
+                positions=batch.positions,
+            )
+        self.stats.forward_ms += (time.perf_counter() - began) * 1e3
+        return hidden_states
+
+    def confidence(self, hidden_states: torch.Tensor) -> TokenConfidence:
+        began = time.perf_counter()
+        logits = self.model.compute_logits(hidden_states)
+        confidence = confidence_argmax(logits, self.num_draftable_tokens, (self.mask_token_id,))
+        self.stats.forward_ms += (time.perf_counter() - began) * 1e3
+        return confidence
+
+
+def make_drafter(
+    model: Any,
+    vllm_config: VllmConfig,
+    layer_names: Iterable[str],
+    stats: DraftStats,
+    kv_block_size: int,
+    device: torch.device,
+) -> Drafter:
+    """Build the drafter once the KV cache is laid out; raises ValueError on an unfit page size."""
+    if kv_block_size % DIFFUSION_BLOCK_SIZE:
+        raise ValueError(
+            f"failfast: the KV page must be a multiple of {DIFFUSION_BLOCK_SIZE} tokens; "
+            f"got {kv_block_size}. Leave --block-size out."
+        )
+    assert vllm_config.speculative_config is not None
+    knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
+    hosted = HostedDraftModel(
+        model,
+        vllm_config,
+        layer_names,
+        knobs["num_draftable_tokens"],
+        knobs["mask_token_id"],
+        stats,
+    )
+    return Drafter(
+        hosted,
+        make_policy(knobs["policy"], knobs["confidence_threshold"]),
+        draft_increment=knobs["draft_increment"],
+        vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
+        mask_token_id=knobs["mask_token_id"],
+        stop_token_ids=torch.tensor(
+            stop_token_ids(vllm_config.model_config), dtype=torch.int64, device=device
+        ),
+        kv_block_size=kv_block_size,
+        max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
+        diffusion_block_size=DIFFUSION_BLOCK_SIZE,
+    )
+
+
+def stop_token_ids(model_config: Any) -> list[int]:
+    """The target's end-of-sequence ids, from its generation config or its config."""
+    eos = model_config.try_get_generation_config().get("eos_token_id")
+    if eos is None:
+        eos = getattr(model_config.hf_config, "eos_token_id", None)
+    return [] if eos is None else [int(i) for i in (eos if isinstance(eos, list) else [eos])]
+
+
+def safetensors_only(draft_vllm_config: VllmConfig) -> VllmConfig:
+    """Drafter weights are never unpickled, whatever the target's load format."""
+    if draft_vllm_config.load_config.load_format == "dummy":
+        return draft_vllm_config
+    load_config = replace(draft_vllm_config.load_config, load_format="safetensors")
+    return replace(draft_vllm_config, load_config=load_config)
+
+
+def max_positions(vllm_config: VllmConfig) -> int:
+    """Tokens that both the target and the drafter can hold."""
+    assert vllm_config.speculative_config is not None
+    drafter = vllm_config.speculative_config.draft_model_config.hf_config
+    target_limit: int = vllm_config.model_config.max_model_len
+    return min(target_limit, int(drafter.max_position_embeddings))

@@ -1,0 +1,218 @@
+"""The drafter on vLLM's V2 model runner: an adapter that owns no algorithm.
+
+vLLM builds it in `init_speculator`; the runner calls `propose` once per step, after the accepted
+tokens are booked on the device, and hands the drafts to the next step. The runner reports one
+length for all requests; `trim` cuts its report to the length that each request was drafted.
+
+As with V1 no state says what is committed: see `proposer.py`.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.compilation.backends import set_model_tag
+from vllm.config import VllmConfig
+from vllm.config.utils import replace
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.model_loader import get_model
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+from failfast_vllm.config import DIFFUSION_BLOCK_SIZE
+from failfast_vllm.drafter import Drafter, Drafts, DraftStep
+from failfast_vllm.hosting import DraftStats, make_drafter, max_positions, safetensors_only
+
+
+class FailFastSpeculator(DraftModelSpeculator):
+    """vLLM's speculator interface over `drafter.Drafter`. Synchronous scheduling only."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any) -> None:
+        super().__init__(vllm_config, device)
+        self.req_states = req_states
+        self.max_positions = max_positions(vllm_config)
+        self.stats = DraftStats()
+        self.drafter: Drafter | None = None  # set by `set_attn`
+        self._lens: dict[str, int] = {}  # request -> length of its current draft
+
+    def load_draft_model(
+        self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
+    ) -> torch.nn.Module:
+        draft_config = replace(
+            self.vllm_config,
+            model_config=self.draft_model_config,
+            quant_config=None,
+            parallel_config=replace(
+                self.speculative_config.draft_parallel_config,
+                rank=self.vllm_config.parallel_config.rank,
+            ),
+        )
+        with set_model_tag("draft_model"):
+            model: torch.nn.Module = get_model(
+                vllm_config=safetensors_only(draft_config), prefix="draft_model"
+            )
+        return model
+
+    def set_attn(
+        self,
+        model_state: Any,
+        kv_cache_config: Any,
+        block_tables: Any,
+        target_input_buffers: Any,
+        target_attn_groups: Any,
+    ) -> None:
+        """Called by the runner once the KV cache is laid out."""
+        super().set_attn(
+            model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups
+        )
+        groups = [
+            i
+            for i, group in enumerate(kv_cache_config.kv_cache_groups)
+            if self.draft_attn_layer_names & set(group.layer_names)
+        ]
+        assert len(groups) == 1, "one KV page shape for target and drafter, checked at start-up"
+        self.kv_group = groups[0]
+        self.drafter = make_drafter(
+            self.model,
+            self.vllm_config,
+            self.draft_attn_layer_names,
+            self.stats,
+            block_tables.block_sizes[self.kv_group],
+            self.device,
+        )
+
+    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
+        """Draft passes run eagerly."""
+
+    def capture(self) -> None:
+        """Draft passes run eagerly."""
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        dp_sync_state: Any = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """One engine step: commit and draft.
+
+        Returns:
+            [num_reqs, num_speculative_steps] int64, -1 beyond each request's draft.
+        """
+        num_reqs = input_batch.num_reqs
+        draft_tokens: torch.Tensor = self.draft_tokens[:num_reqs].fill_(-1)
+        if dummy_run:
+            self._dummy_pass(input_batch.num_tokens)
+            return draft_tokens
+        assert self.drafter is not None
+        began = time.perf_counter()
+        if num_speculative_tokens is None:
+            num_speculative_tokens = self.num_speculative_steps
+        step, emitted_lens = self._gather(
+            input_batch, num_sampled, last_sampled, num_speculative_tokens
+        )
+        drafts = self.drafter.propose(step)
+        longest = drafts.token_ids.shape[1]
+        lens = torch.from_numpy(drafts.lens).to(self.device, non_blocking=True)
+        drafted = torch.arange(longest, device=self.device) < lens[:, None]
+        draft_tokens[:, :longest] = torch.where(drafted, drafts.token_ids, -1)
+        self._lens = dict(zip(input_batch.req_ids, drafts.lens.tolist(), strict=True))
+        self.stats.count(drafts, (time.perf_counter() - began) * 1e3)
+        if self.stats.on_round is not None:
+            self._report_rounds(input_batch, step, emitted_lens, drafts)
+        return draft_tokens
+
+    def trim(self, drafts: DraftTokenIds | None) -> DraftTokenIds | None:
+        """What the scheduler is told: each request's list cut to its draft."""
+        if drafts is None:
+            return None
+        lists = [
+            ids[: self._lens.get(req_id, 0)]
+            for req_id, ids in zip(drafts.req_ids, drafts.draft_token_ids, strict=True)
+        ]
+        return DraftTokenIds(drafts.req_ids, lists)
+
+    def _gather(
+        self,
+        input_batch: Any,
+        num_sampled: torch.Tensor,
+        last_sampled: torch.Tensor,
+        num_speculative_tokens: int,
+    ) -> tuple[DraftStep, np.ndarray[Any, Any]]:
+        """The runner's state after verification; also how many tokens each request emitted."""
+        assert self.drafter is not None
+        states, rows = self.req_states, input_batch.idx_mapping
+        num_reqs = input_batch.num_reqs
+        ended = (last_sampled[rows] == self.drafter.stop_token_ids).any(dim=1)
+        verdict = torch.stack(
+            (
+                states.total_len.gpu[rows].long(),
+                states.num_computed_tokens.gpu[rows].long(),
+                num_sampled[:num_reqs].long(),
+                ended.long(),
+            )
+        )
+        known, now_computed, emitted_lens, ended_np = verdict.cpu().numpy()  # the copy back
+        computed = input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64)
+        sampled = emitted_lens > 0
+
+        size = DIFFUSION_BLOCK_SIZE
+        committed = np.minimum(computed, self.max_positions) // size * size
+        final = np.minimum(now_computed, self.max_positions) // size * size
+        final = np.maximum(final, committed)
+
+        # a draft of k emits up to k + 1 tokens; the step's token budget is shared evenly
+        cap = min(num_speculative_tokens, self.max_num_tokens // max(1, num_reqs) - 1)
+        request_end = states.max_seq_len[input_batch.idx_mapping_np]  # prompt + max_tokens
+        room = np.minimum(request_end, self.max_positions) - known - 1
+        wanted = sampled & (ended_np == 0)
+        step = DraftStep(
+            token_ids=states.all_token_ids.gpu,
+            slots=input_batch.idx_mapping_np.astype(np.int64),
+            block_table=self.block_tables.input_block_tables[self.kv_group][:num_reqs],
+            known_lens=np.where(sampled, known, final),
+            committed_lens=committed,
+            final_lens=final,
+            max_draft_lens=np.where(wanted, np.clip(room, 0, max(cap, 0)), 0),
+            stops_at_eos=np.ones(num_reqs, dtype=bool),
+        )
+        return step, emitted_lens
+
+    def _dummy_pass(self, num_tokens: int) -> None:
+        """A pass without attention, for vLLM's memory profile and warm-up."""
+        positions = torch.arange(num_tokens, device=self.device) % self.max_positions
+        with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
+            hidden_states = self.model(
+                input_ids=torch.zeros_like(positions).int(), positions=positions
+            )
+        self.model.compute_logits(hidden_states[: self.max_num_reqs * self.num_speculative_steps])
+
+    def _report_rounds(
+        self,
+        input_batch: Any,
+        step: DraftStep,
+        emitted_lens: np.ndarray[Any, Any],
+        drafts: Drafts,
+    ) -> None:
+        verified = input_batch.num_draft_tokens_per_req
+        for i, req_id in enumerate(input_batch.req_ids):
+            if emitted_lens[i]:
+                known = step.known_lens[i]
+                emitted = step.token_ids[step.slots[i], known - emitted_lens[i] : known].tolist()
+                self.stats.report(req_id, 0 if verified is None else int(verified[i]), emitted)
+        self.stats.remember(input_batch.req_ids, drafts)

@@ -1,0 +1,192 @@
+"""The V2 model runner: V2 with failfast = V1 with failfast = no speculation."""
+
+import contextlib
+
+import pytest
+
+from engine import core, engine, generate, greedy_params, mixed_prompts, proposer, watch
+from failfast_vllm.config import MODELS_DIR
+from literal import DenseDrafter
+from state_check import TOLERANCE, largest_error
+
+NUM_PROMPTS = 42
+NUM_ROUNDS = 50
+
+
+@contextlib.contextmanager
+def v2_engine(speculative_config="failfast", **overrides):
+    """An engine on the V2 runner."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        with engine(speculative_config, **{"max_num_seqs": 8, **overrides}) as llm:
+            assert type(proposer(llm)).__name__ == "FailFastSpeculator"
+            yield llm
+
+
+@contextlib.contextmanager
+def v1_engine(speculative_config=None, **overrides):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+        with engine(speculative_config, **{"max_num_seqs": 8, **overrides}) as llm:
+            yield llm
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Prompts, their sampling parameters, and what vLLM alone answers."""
+    with v1_engine() as llm:
+        prompts = mixed_prompts(llm.get_tokenizer(), NUM_PROMPTS)
+        params = greedy_params(prompts)
+        return prompts, params, generate(llm, prompts, params)
+
+
+def in_batches(llm, prompts, params):
+    """Some alone, some by three, the others by eight."""
+    answers = []
+    for begin, end, size in ((0, 6, 1), (6, 18, 3), (18, len(prompts), 8)):
+        for i in range(begin, end, size):
+            part = slice(i, min(i + size, end))
+            answers += generate(llm, prompts[part], params[part])
+    return answers
+
+
+@pytest.fixture(scope="module")
+def v1_record(plain):
+    prompts, params, expected = plain
+    with v1_engine("failfast") as llm, watch(llm) as record:
+        assert in_batches(llm, prompts, params) == expected
+    return record
+
+
+def test_v2_equals_v1_round_by_round(plain, v1_record):
+    prompts, params, expected = plain
+    with v2_engine() as llm, watch(llm) as record:
+        assert in_batches(llm, prompts, params) == expected
+    record.assert_not_vacuous()
+    assert len(record.rounds) >= NUM_ROUNDS
+    assert sorted(record.proposals) == sorted(v1_record.proposals)
+
+    def comparable(rounds):
+        return sorted((r.drafted, r.emitted, r.num_passes) for r in rounds)
+
+    assert comparable(record.rounds) == comparable(v1_record.rounds)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return DenseDrafter(MODELS_DIR / "drafter", num_draftable_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param({"enable_prefix_caching": True}, id="prefix hits"),
+        pytest.param({"max_num_batched_tokens": 160}, id="split prompts"),
+        pytest.param({"num_gpu_blocks_override": 20, "block_size": 64}, id="preemption"),
+    ],
+)
+def test_answers_and_drafter_state(plain, dense, overrides):
+    """The same answers, and after every step the same hidden states as a full recompute."""
+    prompts, params, expected = plain
+    few = [i for i, prompt in enumerate(prompts) if len(prompt) < 700][:20] * 2
+    with v2_engine(**overrides) as llm, watch(llm) as record:
+        preempted = count_preemptions(llm)
+        answers = []
+
+        def run():
+            answers.extend(generate(llm, [prompts[i] for i in few], [params[i] for i in few]))
+
+        error, num_checked = largest_error(llm, dense, run)
+        assert answers == [expected[i] for i in few]
+        record.assert_not_vacuous()
+    assert num_checked > 50
+    assert error < TOLERANCE
+    assert bool(preempted) == ("num_gpu_blocks_override" in overrides)
+
+
+def count_preemptions(llm):
+    scheduler, preempted = core(llm).scheduler, []
+    preempt = scheduler._preempt_request
+
+    def counting_preempt(request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = counting_preempt
+    return preempted
+
+
+def test_steps_without_drafts_commit(plain, dense):
+    """vLLM may ask for no draft in a step; blocks completed there are written all the same."""
+    prompts, params, expected = plain
+    some = slice(0, 10)
+    with v2_engine() as llm, watch(llm) as record:
+        speculator = proposer(llm)
+        propose, num_steps = speculator.propose, []
+
+        def sparing_propose(*args, num_speculative_tokens, **kwargs):
+            num_steps.append(None)
+            wanted = 0 if len(num_steps) % 3 else num_speculative_tokens
+            return propose(*args, num_speculative_tokens=wanted, **kwargs)
+
+        speculator.propose = sparing_propose
+        answers = []
+        error, _ = largest_error(
+            llm, dense, lambda: answers.extend(generate(llm, prompts[some], params[some]))
+        )
+    assert answers == expected[some]
+    assert error < TOLERANCE
+    assert sum(not any(lens) for lens in record.draft_lens) > len(record.draft_lens) / 2
+    assert record.num_accepted > 0
+
+
+def test_an_answer_that_ends_inside_an_accepted_run(plain):
+    from vllm import SamplingParams
+
+    prompts = plain[0][0:16:2]  # questions with an answer that ends by itself
+    params = SamplingParams(temperature=0.0, max_tokens=300)
+    with v1_engine() as llm:
+        expected = generate(llm, prompts, params)
+        eos = llm.get_tokenizer().eos_token_id
+    with v2_engine() as llm, watch(llm) as record:
+        assert generate(llm, prompts, params) == expected
+        assert core(llm).scheduler.kv_cache_manager.usage == 0.0
+    assert any(eos in r.emitted[:-1] for r in record.rounds)
+
+
+def test_the_longest_context(plain):
+    from vllm import SamplingParams
+
+    prompts = [p for p in plain[0] if 150 <= len(p) <= 300][:2] + plain[0][:2]
+    params = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+    with v1_engine(max_model_len=320) as llm:
+        expected = generate(llm, prompts, params)
+    with v2_engine(max_model_len=320) as llm, watch(llm) as record:
+        assert generate(llm, prompts, params) == expected
+    assert record.num_accepted > 0
+    assert {len(p) + len(a) for p, a in zip(prompts, expected, strict=True)} == {320}
+
+
+def test_aborted_requests_leave_the_others_alone(plain):
+    from vllm import SamplingParams
+
+    prompts = plain[0][0:12:2]
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    with v1_engine() as llm:
+        expected = generate(llm, prompts, params)
+    with v2_engine() as llm, watch(llm) as record:
+        for i, prompt in enumerate(prompts):
+            llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+        finished = {}
+        for step in range(1000):
+            if not llm.llm_engine.has_unfinished_requests():
+                break
+            if step == 2:
+                llm.llm_engine.abort_request(["1", "4"])
+            for output in llm.llm_engine.step():
+                if output.finished:
+                    finished[output.request_id] = list(output.outputs[0].token_ids)
+        assert core(llm).scheduler.kv_cache_manager.usage == 0.0
+    kept = {i: expected[int(i)] for i in ("0", "2", "3", "5")}
+    assert {i: finished[i] for i in kept} == kept
+    assert record.num_accepted > 0
