@@ -9,7 +9,6 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-if (
-    os.environ.get("TRITON_INTERPRET") != "1"
-):  # these change how vLLM starts: a process of their own
+# these change how vLLM starts: a process of their own
+if "TRITON_INTERPRET" not in os.environ:
     collect_ignore = ["interpreted"]

@@ -1,25 +1,8 @@
-"""Drafts of the engine with interpreted Triton kernels equal those of the references.
-
-Run by `test_triton_kernels.py` with TRITON_INTERPRET=1 (Triton itself; vLLM on a CPU uses none).
-"""
-
-import contextlib
-import os
+"""Drafts of the engine with the Triton kernels equal those with the references."""
 
 from engine import chat_ids, engine, generate, shipped_prompts, watch
 
 NUM_ROUNDS = 20
-
-
-@contextlib.contextmanager
-def flag(value):
-    """FAILFAST_TRITON; the dispatch reads it on every call."""
-    before = os.environ["FAILFAST_TRITON"]
-    os.environ["FAILFAST_TRITON"] = value
-    try:
-        yield
-    finally:
-        os.environ["FAILFAST_TRITON"] = before
 
 
 def test_drafts_equal_those_of_the_references(monkeypatch):
@@ -45,12 +28,14 @@ def test_drafts_equal_those_of_the_references(monkeypatch):
     # short for splits, which cost the interpreter most.
     method = {"method": "failfast", "num_speculative_tokens": 6, "draft_increment": 3}
     params = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     records = []
     with engine(method, max_num_seqs=2, max_model_len=256) as llm:
         prompt = chat_ids(llm.get_tokenizer(), shipped_prompts()[0])
         prompts = [prompt[:n] for n in (1, 9, 20, 31, 32, 33, 40, 55)]
         for value in ("0", "1"):
-            with flag(value), watch(llm) as record:
+            monkeypatch.setenv("FAILFAST_TRITON", value)  # read on every call
+            with watch(llm) as record:
                 answers = generate(llm, prompts, params)
             records.append((answers, record))
             assert bool(launches) == (value == "1")

@@ -1,11 +1,8 @@
 """The Triton kernels against float64: interpreted on a CPU, compiled where there is a GPU.
 
-Triton decides when it is imported whether it interprets, so `test_triton_kernels.py` runs this
-file in a process of its own. By hand:
+    TRITON_INTERPRET=1 python -m pytest tests/interpreted/test_triton_kernels.py
 
-    TRITON_INTERPRET=1 FAILFAST_TRITON=1 python -m pytest tests/interpreted_kernels.py
-
-With a GPU leave both variables out; FAILFAST_TEST_SHAPES multiplies the drawn shapes.
+With a GPU say TRITON_INTERPRET=0 (not run yet); FAILFAST_TEST_SHAPES multiplies the drawn shapes.
 """
 
 import os
@@ -160,6 +157,14 @@ def test_drawn_shapes_with_many_rows(sequences, block_size, group_size, dtype, s
 )
 def test_regimes(sequences, page_size, num_splits):
     assert_matches(Case(sequences, page_size, 1, 6, head_dim=64), num_splits=num_splits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [4, 8, 16, 32])
+def test_a_tile_of_rows_holds_several_blocks(block_size, dtype):
+    """Rows of one tile see different ends: the mask, not the end of the loop, must decide."""
+    case = Case([(3, 70), (0, 9)], 96, 1, 1, block_size, head_dim=64, dtype=dtype)
+    assert_matches(case)
 
 
 @pytest.mark.parametrize("num_splits", [1, 16])
