@@ -167,6 +167,16 @@ def test_a_tile_of_rows_holds_several_blocks(block_size, dtype):
     assert_matches(case)
 
 
+@pytest.mark.parametrize(
+    ("page_size", "block_size", "dtype"),
+    [(4, 4, torch.float32), (48, 16, torch.float32), (32, 32, torch.bfloat16)],
+)
+def test_a_tile_of_keys_crosses_pages(page_size, block_size, dtype):
+    """Each key has its own page; pages are in no order."""
+    case = Case([(9, 5), (6, 2)], page_size, 1, 2, block_size, head_dim=64, dtype=dtype)
+    assert_matches(case, num_splits=1)
+
+
 @pytest.mark.parametrize("num_splits", [1, 16])
 def test_4096_tokens_of_prefix(num_splits):
     """4,095 tokens, rounded to blocks: sums of thousands of terms, the table's last page."""
