@@ -186,26 +186,21 @@ class Drafter:
         valid = offsets < increments[:, None]  # [n, draft_increment]
         frontier = (step.known_lens - step.committed_lens)[seqs] + draft_lens
         lens = draft_lens + increments
-        plan = self._to_device(
-            np.stack(
-                np.broadcast_arrays(
-                    first_rows[:, None] + np.where(valid, offsets, 0),
-                    np.where(valid, frontier[:, None] + offsets, canvas.shape[1] - 1),
-                    seqs[:, None],
-                    valid,
-                    valid & step.stops_at_eos[seqs, None],
-                    lens[:, None],
-                )
-            )
-        )
-        rows, columns, owners = plan[0], plan[1], plan[2]
+        plan = np.empty((6, *valid.shape), dtype=np.int64)
+        plan[0] = first_rows[:, None] + np.where(valid, offsets, 0)
+        plan[1] = np.where(valid, frontier[:, None] + offsets, canvas.shape[1] - 1)
+        plan[2] = seqs[:, None]
+        plan[3] = valid
+        plan[4] = valid & step.stops_at_eos[seqs, None]
+        plan[5] = lens[:, None]
+        rows, columns, owners, is_valid, may_stop, new_lens = self._to_device(plan)
         confidence = self.model.confidence(hidden_states[rows.flatten()])
         token_ids = confidence.token_ids.view_as(rows)
         canvas[owners, columns] = token_ids
         probabilities = confidence.probabilities.view_as(rows)
-        probabilities = torch.where(plan[3].bool(), probabilities, 1.0)
-        sure = self.policy.extend(probabilities, plan[5, :, 0])
-        is_stop = (token_ids[:, :, None] == self.stop_token_ids).any(dim=2) & plan[4].bool()
+        probabilities = torch.where(is_valid.bool(), probabilities, 1.0)
+        sure = self.policy.extend(probabilities, new_lens[:, 0])
+        is_stop = (token_ids[:, :, None] == self.stop_token_ids).any(dim=2) & may_stop.bool()
         first_stop = torch.where(is_stop, 0, self.draft_increment) + torch.arange(
             self.draft_increment, device=self.device
         )
@@ -220,7 +215,7 @@ class Drafter:
         """[num_seqs, width] int64: the uncommitted tokens, then MASK, from `committed_lens` on."""
         uncommitted = step.known_lens - step.committed_lens
         width = int((uncommitted + step.max_draft_lens).max(initial=0)) + 1
-        plan = self._to_device(np.stack((step.slots, step.committed_lens, uncommitted)))
+        plan = self._to_device(np.array((step.slots, step.committed_lens, uncommitted)))
         slots, committed, known = plan[:, :, None]
         columns = torch.arange(width, device=self.device)
         tokens = step.token_ids[slots, (committed + columns).clamp(max=step.token_ids.shape[1] - 1)]
@@ -242,10 +237,9 @@ class Drafter:
         row_seqs = np.repeat(seqs, lens)
         positions = np.arange(num_rows) + np.repeat(starts[seqs] - query_start_loc[:-1], lens)
         commits = positions < step.final_lens[row_seqs]
-        per_row = self._to_device(
-            np.stack((positions, row_seqs, positions - step.committed_lens[row_seqs], commits))
-        )
-        per_seq = self._to_device(np.stack((query_start_loc[:-1], starts[seqs], seqs)))
+        columns = positions - step.committed_lens[row_seqs]
+        per_row = self._to_device(np.array((positions, row_seqs, columns, commits)))
+        per_seq = self._to_device(np.array((query_start_loc[:-1], starts[seqs], seqs)))
         slot_mapping = None
         if commits.any():
             pages = step.block_table[per_row[1], per_row[0] // self.kv_block_size].long()

@@ -15,18 +15,30 @@ ALLOWED = {  # module -> our modules it may import
     "failfast_vllm/drafter.py": {"failfast_kernels", "failfast_vllm.policy"},
     "failfast_vllm/attention.py": {"failfast_kernels", "failfast_vllm.config"},
     "failfast_vllm/model.py": {"failfast_vllm.attention"},
-    "failfast_vllm/proposer.py": {
+    "failfast_vllm/hosting.py": {
         "failfast_kernels",
         "failfast_vllm.attention",
         "failfast_vllm.config",
         "failfast_vllm.drafter",
         "failfast_vllm.policy",
     },
+    "failfast_vllm/proposer.py": {
+        "failfast_vllm.config",
+        "failfast_vllm.drafter",
+        "failfast_vllm.hosting",
+    },
+    "failfast_vllm/speculator.py": {
+        "failfast_vllm.config",
+        "failfast_vllm.drafter",
+        "failfast_vllm.hosting",
+    },
     "failfast_vllm/plugin.py": {
         "failfast_vllm",
         "failfast_vllm.config",
         "failfast_vllm.hf_config",
+        "failfast_vllm.cpu_sampling",
         "failfast_vllm.proposer",
+        "failfast_vllm.speculator",
     },
 }
 WITHOUT_VLLM = {
