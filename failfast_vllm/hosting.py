@@ -18,6 +18,7 @@ from failfast_kernels import TokenConfidence, confidence_argmax
 from failfast_vllm.attention import BlockDiffusionMetadata
 from failfast_vllm.config import DIFFUSION_BLOCK_SIZE, METHOD
 from failfast_vllm.drafter import DraftBatch, Drafter, Drafts
+from failfast_vllm.graphs import BucketedPasses, Capture, make_buckets
 from failfast_vllm.policy import make_policy
 
 
@@ -83,9 +84,26 @@ class HostedDraftModel:
         self.num_draftable_tokens = num_draftable_tokens
         self.mask_token_id = mask_token_id
         self.stats = stats
+        self.passes: Callable[[DraftBatch], torch.Tensor] = self._run
+
+    def capture(
+        self, capture: Capture, max_num_seqs: int, table_width: int, device: torch.device
+    ) -> None:
+        """Replay captured passes from now on, where one fits."""
+        buckets = make_buckets(
+            max_num_seqs, self.vllm_config.scheduler_config.max_num_batched_tokens
+        )
+        passes = BucketedPasses(self._run, buckets, table_width, device)
+        passes.capture(capture)
+        self.passes = passes
 
     def forward(self, batch: DraftBatch) -> torch.Tensor:
         began = time.perf_counter()
+        hidden_states = self.passes(batch)
+        self.stats.forward_ms += (time.perf_counter() - began) * 1e3
+        return hidden_states
+
+    def _run(self, batch: DraftBatch) -> torch.Tensor:
         meta = BlockDiffusionMetadata(
             batch.query_start_loc, batch.committed_lens, batch.block_table, batch.slot_mapping
         )
@@ -100,7 +118,6 @@ class HostedDraftModel:
                 input_ids=batch.input_ids.int(),
                 positions=batch.positions,
             )
-        self.stats.forward_ms += (time.perf_counter() - began) * 1e3
         return hidden_states
 
     def confidence(self, hidden_states: torch.Tensor) -> TokenConfidence:

@@ -22,7 +22,14 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from failfast_vllm.config import DIFFUSION_BLOCK_SIZE
 from failfast_vllm.drafter import Drafter, Drafts, DraftStep
-from failfast_vllm.hosting import DraftStats, make_drafter, max_positions, safetensors_only
+from failfast_vllm.graphs import cuda_graph
+from failfast_vllm.hosting import (
+    DraftStats,
+    HostedDraftModel,
+    make_drafter,
+    max_positions,
+    safetensors_only,
+)
 
 
 class FailFastSpeculator(DraftModelSpeculator):
@@ -83,10 +90,18 @@ class FailFastSpeculator(DraftModelSpeculator):
         )
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
-        """Draft passes run eagerly."""
+        """Nothing to set up: `capture` makes its own graphs."""
 
+    @torch.inference_mode()
     def capture(self) -> None:
-        """Draft passes run eagerly."""
+        """Called by the runner where it captures its own graphs."""
+        if self.device.type != "cuda" or self.speculative_config.enforce_eager:
+            return
+        assert self.drafter is not None
+        hosted = self.drafter.model
+        assert isinstance(hosted, HostedDraftModel)
+        table_width = self.block_tables.input_block_tables[self.kv_group].shape[1]
+        hosted.capture(cuda_graph, self.max_num_reqs, table_width, self.device)
 
     @torch.inference_mode()
     def propose(

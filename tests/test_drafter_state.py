@@ -50,7 +50,7 @@ def test_the_check_sees_a_block_that_was_never_committed(dense):
             return first_rows, batch._replace(slot_mapping=None)
 
         drafter._rows = rows_without_commit
-        prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 12) if 40 < len(p) < 300]
+        prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 90) if 40 < len(p) < 300]
         params = greedy_params(prompts)
         error, _ = largest_error(llm, dense, lambda: generate(llm, prompts, params))
     assert error > 100 * TOLERANCE

@@ -15,11 +15,13 @@ ALLOWED = {  # module -> our modules it may import
     "failfast_vllm/drafter.py": {"failfast_kernels", "failfast_vllm.policy"},
     "failfast_vllm/attention.py": {"failfast_kernels", "failfast_vllm.config"},
     "failfast_vllm/model.py": {"failfast_vllm.attention"},
+    "failfast_vllm/graphs.py": {"failfast_vllm.drafter"},
     "failfast_vllm/hosting.py": {
         "failfast_kernels",
         "failfast_vllm.attention",
         "failfast_vllm.config",
         "failfast_vllm.drafter",
+        "failfast_vllm.graphs",
         "failfast_vllm.policy",
     },
     "failfast_vllm/proposer.py": {
@@ -30,6 +32,7 @@ ALLOWED = {  # module -> our modules it may import
     "failfast_vllm/speculator.py": {
         "failfast_vllm.config",
         "failfast_vllm.drafter",
+        "failfast_vllm.graphs",
         "failfast_vllm.hosting",
     },
     "failfast_vllm/plugin.py": {
@@ -42,6 +45,7 @@ ALLOWED = {  # module -> our modules it may import
     },
 }
 WITHOUT_VLLM = {
+    "failfast_vllm/graphs.py",
     "failfast_vllm/cpu_sampling.py",
     "failfast_vllm/__init__.py",
     "failfast_vllm/config.py",

@@ -140,6 +140,27 @@ def test_steps_without_drafts_commit(plain, dense):
     assert record.num_accepted > 0
 
 
+def test_passes_in_buckets(plain):
+    """Padded to fixed shapes as for captured graphs (here each replay runs the pass again)."""
+    prompts, params, expected = plain
+    some, num_replays = slice(0, 12), []
+    with v2_engine() as llm:
+        speculator = proposer(llm)
+        width = speculator.block_tables.input_block_tables[speculator.kv_group].shape[1]
+
+        def capture(run):
+            def replay():
+                num_replays.append(None)
+                return run()
+
+            return replay
+
+        speculator.drafter.model.capture(capture, 8, width, speculator.device)
+        assert generate(llm, prompts[some], params[some]) == expected[some]
+        stats = speculator.stats
+    assert len(num_replays) > stats.num_forwards / 2
+
+
 def test_an_answer_that_ends_inside_an_accepted_run(plain):
     from vllm import SamplingParams
 
