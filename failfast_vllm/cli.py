@@ -203,8 +203,11 @@ def _runner_check() -> Check:
 
     how = "synchronous scheduling, eager draft passes"
     forced = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "")
+    if HAS_TRITON and forced != "0":
+        graphs = "draft passes as CUDA graphs unless enforce_eager (unmeasured)"
+        return Check("model runner", f"V2, synchronous scheduling, {graphs}")
     if HAS_TRITON:
-        return Check("model runner", f"{'V1' if forced == '0' else 'V2'}, {how}")
+        return Check("model runner", f"V1, {how}")
     if forced not in ("", "0"):
         remedy = "Unset it: without Triton vLLM has the V1 runner only."
         problem = f"VLLM_USE_V2_MODEL_RUNNER={forced} forbids V1, and vLLM finds no Triton for V2"
