@@ -25,7 +25,7 @@ from failfast_kernels import (
     plan_padding,
     uses_triton,
 )
-from failfast_vllm.config import DIFFUSION_BLOCK_SIZE
+from failfast_vllm.families import MAX_DIFFUSION_BLOCK_SIZE
 
 BACKEND_NAME = "FAILFAST_BLOCK_DIFFUSION"
 
@@ -38,6 +38,7 @@ class BlockDiffusionMetadata:
     committed_lens: torch.Tensor  # [num_seqs] int64
     block_table: torch.Tensor  # [num_seqs, max_pages] int
     slot_mapping: torch.Tensor | None  # [num_rows] int64, -1 = not committed; None: none is
+    diffusion_block_size: int
     groups: list[PaddedGroup] | None = field(
         default=None
     )  # made by the first layer; not for Triton
@@ -52,7 +53,7 @@ class BlockDiffusionBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(DIFFUSION_BLOCK_SIZE)]
+        return [MultipleOf(MAX_DIFFUSION_BLOCK_SIZE)]
 
     @staticmethod
     def get_name() -> str:
@@ -141,7 +142,7 @@ class BlockDiffusionImpl(AttentionImpl[BlockDiffusionMetadata]):
                 kv_cache.shape[2],
                 self.num_heads // self.num_kv_heads,
                 query.dtype,
-                DIFFUSION_BLOCK_SIZE,
+                meta.diffusion_block_size,
             )
         return block_diffusion_attention(
             query,
@@ -152,7 +153,7 @@ class BlockDiffusionImpl(AttentionImpl[BlockDiffusionMetadata]):
             meta.committed_lens,
             meta.query_start_loc,
             self.scale,
-            DIFFUSION_BLOCK_SIZE,
+            meta.diffusion_block_size,
             meta.groups,
             output,
         )

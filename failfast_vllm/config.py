@@ -6,24 +6,27 @@ Errors are one line: what is wrong, what was got, what to do.
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from failfast_vllm.families import (
+    DIFFUSION_BLOCK_SIZES,
+    FAMILIES,
+    QWEN_VOCAB_SIZES,
+    Family,
+    family_of,
+)
+
 METHOD = "failfast"
-DRAFTER_ARCHITECTURE = "Fast_dLLM_QwenForCausalLM"
 POLICIES = ("failfast", "fixed")
 MODELS_DIR = Path(__file__).parent / "models"
-QWEN25_DRAFTER = "Efficient-Large-Model/Fast_dLLM_v2_1.5B"
-QWEN25_VOCAB_SIZES = (151936, 152064)  # up to 3B, from 7B on; one tokenizer
-# MASK of the published checkpoints, whose config.json does not name it (arXiv 2512.20573, code)
-PUBLISHED_MASK_TOKEN_ID = 151665
-MASK_TOKEN = "|<MASK>|"
-MODEL_TYPES = ("Fast_dLLM_Qwen", "qwen2")
 # vLLM's SpeculativeConfig changes the method of a draft model whose path contains one of these
 METHOD_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
 MAX_SPECULATIVE_TOKENS = 128  # MAX_SPEC_LEN of vLLM's rejection sampler
-DIFFUSION_BLOCK_SIZE = 32  # bd_size of Fast-dLLM v2; the KV page must be a multiple of it
+
+
+_NAMES = " or ".join(family.name for family in FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,16 @@ class FailFastConfig:
         increment = num_tokens if policy == "fixed" else min(10, num_tokens)
         increment = _integer(given, "draft_increment", increment, 1, num_tokens)
         return FailFastConfig(num_tokens, float(threshold), increment, policy)
+
+    def for_block_size(self, size: int, given: Mapping[str, Any]) -> "FailFastConfig":
+        """Unless the user set it, an increment is not longer than the drafter's block.
+
+        Beyond it every mask of a pass would depend on blocks that hold only masks, which no
+        drafter has seen in training.
+        """
+        if "draft_increment" in given or self.policy == "fixed":
+            return self
+        return replace(self, draft_increment=min(self.draft_increment, size))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,11 +113,12 @@ def choose_drafter(target: str, model_type: str, vocab_size: int) -> str:
     """The drafter for a target when the user names none; raises ValueError if there is none."""
     if Path(target).exists() and Path(target).resolve() == (MODELS_DIR / "target").resolve():
         return str(MODELS_DIR / "drafter")
-    if model_type == "qwen2" and vocab_size in QWEN25_VOCAB_SIZES:
-        return QWEN25_DRAFTER
+    for family in FAMILIES:
+        if model_type in family.targets and vocab_size in QWEN_VOCAB_SIZES:
+            return family.drafter
     raise ValueError(
         f"failfast: no drafter is known for the target {target!r} (model type {model_type!r}, "
-        f"{vocab_size} tokens); name a Fast-dLLM v2 checkpoint with the same tokenizer: "
+        f"{vocab_size} tokens); name a {_NAMES} checkpoint with the same tokenizer: "
         '--speculative-config \'{"method": "failfast", "model": "PATH_OR_HUB_ID"}\'.'
     )
 
@@ -131,7 +145,7 @@ def check_local_drafter(model: str) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"failfast: cannot read the drafter's {config_path} ({error}); "
-            "give a complete Fast-dLLM v2 checkpoint."
+            f"give a complete {_NAMES} checkpoint."
         ) from None
     check_drafter_config(model, config if isinstance(config, dict) else {})
     if not any(path.glob("*.safetensors")):
@@ -142,27 +156,31 @@ def check_local_drafter(model: str) -> None:
         )
 
 
-def check_drafter_config(model: str, config: Mapping[str, Any]) -> None:
-    """Refuse another architecture or block size; raises ValueError."""
+def check_drafter_config(model: str, config: Mapping[str, Any]) -> Family:
+    """The drafter's family; raises ValueError on another architecture or block size."""
     architectures = config.get("architectures")
-    architectures = architectures if isinstance(architectures, list) else []
-    if DRAFTER_ARCHITECTURE not in architectures:
+    family = family_of(architectures)
+    if family is None:
+        found = architectures if isinstance(architectures, list) else []
+        known = " or ".join(family.architecture for family in FAMILIES)
         raise ValueError(
-            f"failfast: the drafter {model!r} must be a {DRAFTER_ARCHITECTURE}; "
-            f"got {', '.join(map(str, architectures)) or 'no architecture'}. "
+            f"failfast: the drafter {model!r} must be a {known}; "
+            f"got {', '.join(map(str, found)) or 'no architecture'}. "
             "For an autoregressive drafter use vLLM's own method 'draft_model'."
         )
-    if config.get("model_type") not in MODEL_TYPES:
+    if config.get("model_type") not in family.model_types:
         raise ValueError(
-            f"failfast: the drafter {model!r} must have the 'model_type' {MODEL_TYPES[0]!r}; "
-            f"got {config.get('model_type')!r}. Set it in its config.json."
+            f"failfast: the drafter {model!r} must have the 'model_type' "
+            f"{family.model_types[0]!r}; got {config.get('model_type')!r}. "
+            "Set it in its config.json."
         )
-    size = config.get("bd_size", DIFFUSION_BLOCK_SIZE)
-    if size != DIFFUSION_BLOCK_SIZE:
+    size = family.block_size(config)
+    if isinstance(size, bool) or size not in DIFFUSION_BLOCK_SIZES:
         raise ValueError(
-            f"failfast: the drafter {model!r} must have 'bd_size' {DIFFUSION_BLOCK_SIZE}; "
-            f"got {size!r}."
+            f"failfast: the drafter {model!r} must have a {family.block_size_key!r} of "
+            f"{', '.join(map(str, DIFFUSION_BLOCK_SIZES))}; got {size!r}."
         )
+    return family
 
 
 def check_tokenizers(
@@ -191,16 +209,19 @@ def check_tokenizers(
         )
 
 
-def mask_token_id(config: Mapping[str, Any], drafter_vocab: Mapping[str, int]) -> int:
+def mask_token_id(
+    family: Family, config: Mapping[str, Any], drafter_vocab: Mapping[str, int]
+) -> int:
     """MASK of a drafter: from its config, its tokenizer, or the table; raises ValueError."""
     if config.get("mask_token_id") is not None:
         return _integer(config, "mask_token_id", 0, 0, config["vocab_size"] - 1)
-    if MASK_TOKEN in drafter_vocab:
-        return drafter_vocab[MASK_TOKEN]
-    if config.get("vocab_size") in QWEN25_VOCAB_SIZES:
-        return PUBLISHED_MASK_TOKEN_ID
+    if family.mask_token in drafter_vocab:
+        return drafter_vocab[family.mask_token]
+    if config.get("vocab_size") in QWEN_VOCAB_SIZES:
+        return family.published_mask_token_id
     raise ValueError(
-        f"failfast: the drafter's MASK token is unknown (no {MASK_TOKEN!r} in its tokenizer); "
+        f"failfast: the drafter's MASK token is unknown (no {family.mask_token!r} in its "
+        "tokenizer); "
         "set 'mask_token_id' in its config.json."
     )
 

@@ -8,7 +8,7 @@ The rows of one pass, for each sequence, at absolute positions:
 
 `final` is the last multiple of the diffusion block size that the target has computed. So the first
 pass commits the newly complete blocks and denoises in one forward; later passes start at `final`.
-The logit at position i predicts token i + 1 (Fast-dLLM v2's shift).
+The logit at position i predicts token i + `logit_shift` (see `families`).
 
 Differences from the authors' Algorithm 1, each with a test of its own:
 all masks of an increment are read from one pass (theirs: one pass per sub-block of 8), trailing
@@ -107,6 +107,7 @@ class Drafter:
         kv_block_size: int,
         max_num_rows: int,
         diffusion_block_size: int = 32,
+        logit_shift: int = 1,
     ) -> None:
         assert kv_block_size % diffusion_block_size == 0
         self.model = model
@@ -118,6 +119,7 @@ class Drafter:
         self.kv_block_size = kv_block_size
         self.max_num_rows = max_num_rows
         self.diffusion_block_size = diffusion_block_size
+        self.logit_shift = logit_shift
         self.device = stop_token_ids.device
 
     def propose(self, step: DraftStep) -> Drafts:
@@ -152,7 +154,7 @@ class Drafter:
                     canvas,
                     growing,
                     hidden_states,
-                    first_rows[drafts[seqs]] + frontier - 1 - starts[growing],
+                    first_rows[drafts[seqs]] + frontier - self.logit_shift - starts[growing],
                     increments[growing],
                     draft_lens[growing],
                 )

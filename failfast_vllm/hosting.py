@@ -16,8 +16,9 @@ from vllm.forward_context import set_forward_context
 
 from failfast_kernels import TokenConfidence, confidence_argmax
 from failfast_vllm.attention import BlockDiffusionMetadata
-from failfast_vllm.config import DIFFUSION_BLOCK_SIZE, METHOD
+from failfast_vllm.config import METHOD
 from failfast_vllm.drafter import DraftBatch, Drafter, Drafts
+from failfast_vllm.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.graphs import BucketedPasses, Capture, make_buckets
 from failfast_vllm.policy import make_policy
 
@@ -76,6 +77,7 @@ class HostedDraftModel:
         layer_names: Iterable[str],
         num_draftable_tokens: int,
         mask_token_id: int,
+        diffusion_block_size: int,
         stats: DraftStats,
     ) -> None:
         self.model = model
@@ -83,6 +85,7 @@ class HostedDraftModel:
         self.layer_names = sorted(layer_names)
         self.num_draftable_tokens = num_draftable_tokens
         self.mask_token_id = mask_token_id
+        self.diffusion_block_size = diffusion_block_size
         self.stats = stats
         self.passes: Callable[[DraftBatch], torch.Tensor] = self._run
 
@@ -105,7 +108,11 @@ class HostedDraftModel:
 
     def _run(self, batch: DraftBatch) -> torch.Tensor:
         meta = BlockDiffusionMetadata(
-            batch.query_start_loc, batch.committed_lens, batch.block_table, batch.slot_mapping
+            batch.query_start_loc,
+            batch.committed_lens,
+            batch.block_table,
+            batch.slot_mapping,
+            self.diffusion_block_size,
         )
         with set_forward_context(
             dict.fromkeys(self.layer_names, meta),
@@ -137,9 +144,9 @@ def make_drafter(
     device: torch.device,
 ) -> Drafter:
     """Build the drafter once the KV cache is laid out; raises ValueError on an unfit page size."""
-    if kv_block_size % DIFFUSION_BLOCK_SIZE:
+    if kv_block_size % MAX_DIFFUSION_BLOCK_SIZE:
         raise ValueError(
-            f"failfast: the KV page must be a multiple of {DIFFUSION_BLOCK_SIZE} tokens; "
+            f"failfast: the KV page must be a multiple of {MAX_DIFFUSION_BLOCK_SIZE} tokens; "
             f"got {kv_block_size}. Leave --block-size out."
         )
     assert vllm_config.speculative_config is not None
@@ -150,6 +157,7 @@ def make_drafter(
         layer_names,
         knobs["num_draftable_tokens"],
         knobs["mask_token_id"],
+        knobs["diffusion_block_size"],
         stats,
     )
     return Drafter(
@@ -163,7 +171,8 @@ def make_drafter(
         ),
         kv_block_size=kv_block_size,
         max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
-        diffusion_block_size=DIFFUSION_BLOCK_SIZE,
+        diffusion_block_size=knobs["diffusion_block_size"],
+        logit_shift=knobs["logit_shift"],
     )
 
 

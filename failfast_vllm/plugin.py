@@ -17,7 +17,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from failfast_vllm import config as user_config
-from failfast_vllm.config import DIFFUSION_BLOCK_SIZE, DRAFTER_ARCHITECTURE, METHOD, FailFastConfig
+from failfast_vllm.config import METHOD, FailFastConfig
+from failfast_vllm.families import FAMILIES, MAX_DIFFUSION_BLOCK_SIZE, Family, family_of
 
 logger = logging.getLogger("vllm.failfast")  # vLLM's handlers and format
 
@@ -259,14 +260,19 @@ def _creating_speculative_config(original: Any) -> Any:
         speculative.target_model_config = target_model_config
         assert speculative.method == "draft_model", speculative.method
         hf_config = speculative.draft_model_config.hf_config.to_dict()
-        user_config.check_drafter_config(drafter, hf_config)
+        family = user_config.check_drafter_config(drafter, hf_config)
+        knobs = knobs.for_block_size(family.block_size(hf_config), given)
 
         self.async_scheduling = False  # lengths per sequence need the synchronous scheduler
         self.additional_config = {
             **(self.additional_config or {}),
             METHOD: {
                 **knobs.to_dict(),
-                **_token_facts(target_model_config, drafter, given.get("revision"), hf_config),
+                "diffusion_block_size": family.block_size(hf_config),
+                "logit_shift": family.logit_shift,
+                **_token_facts(
+                    target_model_config, drafter, given.get("revision"), family, hf_config
+                ),
             },
         }
         return speculative
@@ -275,14 +281,18 @@ def _creating_speculative_config(original: Any) -> Any:
 
 
 def _token_facts(
-    target_model_config: Any, drafter: str, revision: str | None, drafter_hf_config: dict[str, Any]
+    target_model_config: Any,
+    drafter: str,
+    revision: str | None,
+    family: Family,
+    drafter_hf_config: dict[str, Any],
 ) -> dict[str, int]:
     """MASK, and how many ids may be drafted; refuses a drafter with another tokenizer."""
     from transformers import AutoTokenizer
 
     shared = min(target_model_config.get_vocab_size(), int(drafter_hf_config["vocab_size"]))
     if target_model_config.skip_tokenizer_init:  # the user vouches for the ids
-        mask = user_config.mask_token_id(drafter_hf_config, {})
+        mask = user_config.mask_token_id(family, drafter_hf_config, {})
         return {"mask_token_id": mask, "num_draftable_tokens": shared}
     from vllm.tokenizers.registry import cached_tokenizer_from_config
 
@@ -294,11 +304,11 @@ def _token_facts(
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"failfast: cannot load the tokenizer of the drafter {drafter!r} ({reason}); "
-            "give a complete Fast-dLLM v2 checkpoint."
+            f"give a complete {family.name} checkpoint."
         ) from None
     target_vocab = cached_tokenizer_from_config(target_model_config).get_vocab()
     drafter_vocab = drafter_tokenizer.get_vocab()
-    mask = user_config.mask_token_id(drafter_hf_config, drafter_vocab)
+    mask = user_config.mask_token_id(family, drafter_hf_config, drafter_vocab)
     user_config.check_tokenizers(
         target_model_config.model, target_vocab, drafter, drafter_vocab, mask
     )
@@ -337,11 +347,11 @@ def _check_engine_args(
             args.pipeline_parallel_size,
             "Use --tensor-parallel-size instead.",
         )
-    if args.block_size and args.block_size % DIFFUSION_BLOCK_SIZE:
+    if args.block_size and args.block_size % MAX_DIFFUSION_BLOCK_SIZE:
         refuse(
-            f"the KV page must be a multiple of {DIFFUSION_BLOCK_SIZE} tokens",
+            f"the KV page must be a multiple of {MAX_DIFFUSION_BLOCK_SIZE} tokens",
             args.block_size,
-            f"Leave --block-size out or use a multiple of {DIFFUSION_BLOCK_SIZE}.",
+            f"Leave --block-size out or use a multiple of {MAX_DIFFUSION_BLOCK_SIZE}.",
         )
     if args.async_scheduling:
         refuse(
@@ -349,12 +359,12 @@ def _check_engine_args(
             args.async_scheduling,
             "Leave --async-scheduling out.",
         )
-    needed = DIFFUSION_BLOCK_SIZE + knobs.num_speculative_tokens
+    needed = MAX_DIFFUSION_BLOCK_SIZE + knobs.num_speculative_tokens
     budget = args.max_num_batched_tokens
     if budget is not None and budget < needed:
         refuse(
             f"max_num_batched_tokens must be at least {needed} "
-            f"({DIFFUSION_BLOCK_SIZE} + num_speculative_tokens)",
+            f"({MAX_DIFFUSION_BLOCK_SIZE} + num_speculative_tokens)",
             budget,
             "Raise it or lower 'num_speculative_tokens'.",
         )
@@ -378,7 +388,7 @@ def _verifying_vocab_sizes(original: Any) -> Any:
 
     def verify_equal_vocab_size_if_draft_model(self: Any) -> None:
         drafter = self.draft_model_config
-        if drafter is not None and DRAFTER_ARCHITECTURE in drafter.architectures:
+        if drafter is not None and family_of(drafter.architectures):
             return
         original(self)
 
@@ -401,18 +411,18 @@ def _initializing_worker(original: Any) -> Any:
 
 
 def register_model() -> None:
-    """Make the drafter's config and architecture known to vLLM."""
+    """Make the drafters' configs and architectures known to vLLM."""
     from vllm.model_executor.models.registry import ModelRegistry
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-    if DRAFTER_ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(
-            DRAFTER_ARCHITECTURE, "failfast_vllm.model:FastDLLMForCausalLM"
-        )
-    if user_config.MODEL_TYPES[0] not in _CONFIG_REGISTRY:
-        from failfast_vllm.hf_config import FastDLLMConfig
+    for family in FAMILIES:
+        architecture = family.architecture
+        if architecture not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(architecture, f"failfast_vllm.model:{architecture}")
+        if family.model_types[0] not in _CONFIG_REGISTRY:
+            from failfast_vllm import hf_config
 
-        _CONFIG_REGISTRY[user_config.MODEL_TYPES[0]] = FastDLLMConfig
+            _CONFIG_REGISTRY[family.model_types[0]] = hf_config.CONFIGS[family.model_types[0]]
 
 
 def install_v2_hooks() -> None:

@@ -17,7 +17,6 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-from failfast_vllm.config import DIFFUSION_BLOCK_SIZE
 from failfast_vllm.drafter import Drafter, DraftStep
 from failfast_vllm.hosting import (
     DraftStats,
@@ -88,6 +87,7 @@ class FailFastProposer(DraftModelProposer):
         self, scheduler_output: Any, sampled_token_ids: list[list[int]], common_attn_metadata: Any
     ) -> DraftStep:
         """The runner's state after bookkeeping, as tensors over its requests."""
+        assert self.drafter is not None
         batch = self.runner.input_batch
         num_reqs = len(sampled_token_ids)
         req_ids = batch.req_ids[:num_reqs]
@@ -98,7 +98,7 @@ class FailFastProposer(DraftModelProposer):
         now_computed = np.where(sampled, known - 1, computed + scheduled)
 
         limit = self.max_positions
-        size = DIFFUSION_BLOCK_SIZE
+        size = self.drafter.diffusion_block_size
         committed = np.minimum(computed, limit) // size * size
         final = np.maximum(np.minimum(now_computed, limit) // size * size, committed)
 

@@ -20,7 +20,6 @@ from vllm.model_executor.model_loader import get_model
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-from failfast_vllm.config import DIFFUSION_BLOCK_SIZE
 from failfast_vllm.drafter import Drafter, Drafts, DraftStep
 from failfast_vllm.graphs import cuda_graph
 from failfast_vllm.hosting import (
@@ -186,7 +185,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         computed = input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64)
         sampled = emitted_lens > 0
 
-        size = DIFFUSION_BLOCK_SIZE
+        size = self.drafter.diffusion_block_size
         committed = np.minimum(computed, self.max_positions) // size * size
         final = np.minimum(now_computed, self.max_positions) // size * size
         final = np.maximum(final, committed)

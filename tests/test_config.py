@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from vllm.engine.arg_utils import EngineArgs
 
 from failfast_vllm import config
-from failfast_vllm.config import METHOD, MODELS_DIR, QWEN25_DRAFTER, FailFastConfig
+from failfast_vllm.config import METHOD, MODELS_DIR, FailFastConfig
+from failfast_vllm.families import FAST_DLLM_V2, SDAR
 
 TARGET = MODELS_DIR / "target"
 DRAFTER = MODELS_DIR / "drafter"
@@ -189,7 +190,7 @@ def number_architecture(path):
 
 
 def change_block_size(path):
-    edit(path / "config.json", bd_size=16)
+    edit(path / "config.json", bd_size=64)
 
 
 def lose_weights(path):
@@ -257,7 +258,7 @@ def turn_mask_boolean(path):
         (lose_architectures, ["must be a Fast_dLLM_QwenForCausalLM", "got no architecture"]),
         (name_architecture_without_list, ["must be a Fast_dLLM_Qwen", "got no architecture"]),
         (number_architecture, ["must be a Fast_dLLM_QwenForCausalLM", "got no architecture"]),
-        (change_block_size, ["must have 'bd_size' 32", "got 16"]),
+        (change_block_size, ["must have a 'bd_size' of 4, 8, 16, 32", "got 64"]),
         (lose_weights, ["no .safetensors", "got no weights", "convert it"]),
         (pickle_weights, ["no .safetensors", "got pytorch_model.bin", "convert it"]),
         (lose_tokenizer, ["cannot load the tokenizer", "complete Fast-dLLM v2 checkpoint"]),
@@ -358,12 +359,17 @@ def test_the_shipped_target_has_the_shipped_drafter(monkeypatch):
 
 @pytest.mark.parametrize("vocab_size", [151936, 152064])
 def test_qwen25_targets_have_the_published_drafter(vocab_size):
-    assert config.choose_drafter("Qwen/Any", "qwen2", vocab_size) == QWEN25_DRAFTER
+    assert config.choose_drafter("Qwen/Any", "qwen2", vocab_size) == FAST_DLLM_V2.drafter
 
 
-@pytest.mark.parametrize(("model_type", "vocab_size"), [("qwen3", 151936), ("qwen2", 151646)])
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen3_moe"])
+def test_qwen3_targets_have_the_published_drafter(model_type):
+    """Catches Qwen2.5's drafter for Qwen3, which pads to the same size."""
+    assert config.choose_drafter("Qwen/Any", model_type, 151936) == SDAR.drafter
+
+
+@pytest.mark.parametrize(("model_type", "vocab_size"), [("llama", 151936), ("qwen2", 151646)])
 def test_other_families_have_no_drafter(model_type, vocab_size):
-    """Qwen3 pads to the same size, but its tokenizer differs."""
     with pytest.raises(ValueError, match="failfast: no drafter is known"):
         config.choose_drafter("Qwen/Any", model_type, vocab_size)
 
@@ -380,8 +386,10 @@ def test_padded_vocabularies_may_differ(target, drafter, sizes):
 
 def test_mask_token_of_the_published_checkpoints():
     """Their config.json does not name it."""
-    assert config.mask_token_id({"vocab_size": 151936}, {}) == 151665
-    assert config.mask_token_id({"vocab_size": 99}, {"|<MASK>|": 7}) == 7
+    assert config.mask_token_id(FAST_DLLM_V2, {"vocab_size": 151936}, {}) == 151665
+    assert config.mask_token_id(SDAR, {"vocab_size": 151936}, {}) == 151669
+    assert config.mask_token_id(FAST_DLLM_V2, {"vocab_size": 99}, {"|<MASK>|": 7}) == 7
+    assert config.mask_token_id(SDAR, {"vocab_size": 99}, {"<|MASK|>": 7}) == 7
 
 
 def test_a_drafter_may_have_a_mask_token_that_the_target_lacks():

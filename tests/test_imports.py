@@ -1,4 +1,4 @@
-"""Import direction: config, policy <- drafter <- proposer <- plugin; kernels import none of it."""
+"""Import direction: families <- config, policy <- drafter <- proposer <- plugin; kernels apart."""
 
 import ast
 from pathlib import Path
@@ -8,12 +8,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ALLOWED = {  # module -> our modules it may import
     "failfast_vllm/__init__.py": set(),
-    "failfast_vllm/config.py": set(),
+    "failfast_vllm/families.py": set(),
+    "failfast_vllm/config.py": {"failfast_vllm.families"},
     "failfast_vllm/policy.py": set(),
     "failfast_vllm/hf_config.py": set(),
     "failfast_vllm/cpu_sampling.py": set(),
     "failfast_vllm/drafter.py": {"failfast_kernels", "failfast_vllm.policy"},
-    "failfast_vllm/attention.py": {"failfast_kernels", "failfast_vllm.config"},
+    "failfast_vllm/attention.py": {"failfast_kernels", "failfast_vllm.families"},
     "failfast_vllm/model.py": {"failfast_vllm.attention"},
     "failfast_vllm/graphs.py": {"failfast_vllm.drafter"},
     "failfast_vllm/hosting.py": {
@@ -21,16 +22,15 @@ ALLOWED = {  # module -> our modules it may import
         "failfast_vllm.attention",
         "failfast_vllm.config",
         "failfast_vllm.drafter",
+        "failfast_vllm.families",
         "failfast_vllm.graphs",
         "failfast_vllm.policy",
     },
     "failfast_vllm/proposer.py": {
-        "failfast_vllm.config",
         "failfast_vllm.drafter",
         "failfast_vllm.hosting",
     },
     "failfast_vllm/speculator.py": {
-        "failfast_vllm.config",
         "failfast_vllm.drafter",
         "failfast_vllm.graphs",
         "failfast_vllm.hosting",
@@ -38,6 +38,7 @@ ALLOWED = {  # module -> our modules it may import
     "failfast_vllm/plugin.py": {
         "failfast_vllm",
         "failfast_vllm.config",
+        "failfast_vllm.families",
         "failfast_vllm.hf_config",
         "failfast_vllm.cpu_sampling",
         "failfast_vllm.proposer",
@@ -48,6 +49,7 @@ WITHOUT_VLLM = {
     "failfast_vllm/graphs.py",
     "failfast_vllm/cpu_sampling.py",
     "failfast_vllm/__init__.py",
+    "failfast_vllm/families.py",
     "failfast_vllm/config.py",
     "failfast_vllm/policy.py",
     "failfast_vllm/drafter.py",
