@@ -23,6 +23,7 @@ POLICIES = ("failfast", "fixed")
 MODELS_DIR = Path(__file__).parent / "models"
 # vLLM's SpeculativeConfig changes the method of a draft model whose path contains one of these
 METHOD_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
+MAX_DRAFT_BUDGET = 65536
 MAX_SPECULATIVE_TOKENS = 128  # MAX_SPEC_LEN of vLLM's rejection sampler
 
 
@@ -37,6 +38,7 @@ class FailFastConfig:
     confidence_threshold: float = 0.45
     draft_increment: int = 10
     policy: str = "failfast"
+    draft_budget: int = 512  # tokens drafted in one step, over all sequences
 
     @staticmethod
     def from_user(given: Mapping[str, Any]) -> "FailFastConfig":
@@ -57,7 +59,8 @@ class FailFastConfig:
         # a fixed draft needs no second look: one pass fills it
         increment = num_tokens if policy == "fixed" else min(10, num_tokens)
         increment = _integer(given, "draft_increment", increment, 1, num_tokens)
-        return FailFastConfig(num_tokens, float(threshold), increment, policy)
+        budget = _integer(given, "draft_budget", 512, 1, MAX_DRAFT_BUDGET)
+        return FailFastConfig(num_tokens, float(threshold), increment, policy, budget)
 
     def for_block_size(self, size: int, given: Mapping[str, Any]) -> "FailFastConfig":
         """Unless the user set it, an increment is not longer than the drafter's block.

@@ -43,6 +43,7 @@ class DraftStep:
     committed_lens: Lengths  # tokens whose KV is in the cache; multiples of the block size
     final_lens: Lengths  # tokens whose KV must be there after this step; likewise
     max_draft_lens: Lengths  # most tokens to draft; 0 = commit only
+    draft_budget: int  # most tokens to draft over all sequences
     stops_at_eos: npt.NDArray[np.bool_]  # the draft ends after a stop token
 
 
@@ -88,7 +89,8 @@ class Drafter:
     """Drafts for all sequences of a step.
 
     Args:
-        max_num_rows: rows that one forward may have; more are split.
+        max_num_rows: rows that one forward may have; more are split. Verification has as many.
+        max_draft_budget: tokens that one step may draft over all sequences.
         vocab_size: of the drafter; it reads MASK where the target has an id beyond it.
         mask_token_id: the drafter's MASK.
         stop_token_ids: [num_ids] int64, tokens after which a draft ends.
@@ -106,6 +108,7 @@ class Drafter:
         stop_token_ids: torch.Tensor,
         kv_block_size: int,
         max_num_rows: int,
+        max_draft_budget: int,
         diffusion_block_size: int = 32,
         logit_shift: int = 1,
     ) -> None:
@@ -118,9 +121,14 @@ class Drafter:
         self.stop_token_ids = stop_token_ids
         self.kv_block_size = kv_block_size
         self.max_num_rows = max_num_rows
+        self.max_draft_budget = max_draft_budget
         self.diffusion_block_size = diffusion_block_size
         self.logit_shift = logit_shift
         self.device = stop_token_ids.device
+
+    def draft_budget(self, num_seqs: int) -> int:
+        """Tokens that a step of `num_seqs` may draft: verification has one row more for each."""
+        return max(0, min(self.max_draft_budget, self.max_num_rows - num_seqs))
 
     def propose(self, step: DraftStep) -> Drafts:
         """Commit every newly complete block and draft for the sequences that may have a draft."""
@@ -129,9 +137,9 @@ class Drafter:
         num_passes = np.zeros_like(draft_lens)
         num_forwards = num_rows = 0
 
-        drafts = step.max_draft_lens > 0
         starts = step.committed_lens
-        increments = np.minimum(step.max_draft_lens, self.draft_increment)
+        increments = self._share(step.max_draft_lens, step.draft_budget)
+        drafts = increments > 0
         ends = np.where(drafts, step.known_lens + increments, step.final_lens)
         active = np.flatnonzero(ends > starts)
         if (ends - starts).sum() > self.max_num_rows:
@@ -140,7 +148,7 @@ class Drafter:
             active = np.flatnonzero(drafts)
 
         while active.size:
-            grown = []
+            goes_on = np.zeros_like(drafts)
             for seqs in self._split(active, ends - starts):
                 first_rows, batch = self._rows(step, canvas, seqs, starts, ends)
                 hidden_states = self.model.forward(batch)
@@ -149,7 +157,7 @@ class Drafter:
                 if not growing.size:
                     continue
                 frontier = step.known_lens[growing] + draft_lens[growing]
-                lens, goes_on = self._denoise(
+                draft_lens[growing], goes_on[growing] = self._denoise(
                     step,
                     canvas,
                     growing,
@@ -158,16 +166,27 @@ class Drafter:
                     increments[growing],
                     draft_lens[growing],
                 )
-                draft_lens[growing] = lens
                 num_passes[growing] += 1
-                grown.append(growing[goes_on])
             starts = step.final_lens
-            active = np.concatenate(grown) if grown else active[:0]
-            increments = np.minimum(step.max_draft_lens - draft_lens, self.draft_increment)
+            wanted = np.where(goes_on, step.max_draft_lens - draft_lens, 0)
+            increments = self._share(wanted, step.draft_budget - int(draft_lens.sum()))
+            active = np.flatnonzero(increments)
             ends = step.known_lens + draft_lens + increments
 
         token_ids = self._drafted(step, canvas, draft_lens)
         return Drafts(token_ids, draft_lens, num_passes, num_forwards, num_rows)
+
+    def _share(self, wanted: Lengths, budget: int) -> Lengths:
+        """The next increments of sequences that may still draft `wanted` tokens each.
+
+        What a budget cannot pay for in full is shared out evenly, the first sequences first.
+        """
+        increments = np.minimum(wanted, self.draft_increment)
+        while increments.sum() > budget:
+            seqs = np.flatnonzero(increments == increments.max())
+            surplus = int(increments.sum()) - budget
+            increments[seqs[-surplus:]] -= 1
+        return increments
 
     def _denoise(
         self,

@@ -170,10 +170,27 @@ def make_drafter(
             stop_token_ids(vllm_config.model_config), dtype=torch.int64, device=device
         ),
         kv_block_size=kv_block_size,
+        max_draft_budget=knobs["draft_budget"],
         max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
         diffusion_block_size=knobs["diffusion_block_size"],
         logit_shift=knobs["logit_shift"],
     )
+
+
+def dummy_pass(model: Any, vllm_config: VllmConfig, num_tokens: int, device: torch.device) -> None:
+    """A pass without attention, and the memory of the largest step: for vLLM's memory profile.
+
+    vLLM profiles the verification of one draft token per request. Ours has `draft_budget` over all
+    of them; for each row vLLM makes the target's logits and up to three copies of them in float32.
+    """
+    positions = torch.arange(num_tokens, device=device) % max_positions(vllm_config)
+    with set_forward_context(None, vllm_config, num_tokens=num_tokens):
+        hidden_states = model(input_ids=torch.zeros_like(positions).int(), positions=positions)
+    knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
+    num_rows = vllm_config.scheduler_config.max_num_seqs + knobs["draft_budget"]
+    logits = model.compute_logits(hidden_states[:num_rows])
+    copies = [logits.float() for _ in range(3)]
+    del copies, logits
 
 
 def stop_token_ids(model_config: Any) -> list[int]:

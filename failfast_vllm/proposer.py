@@ -20,6 +20,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from failfast_vllm.drafter import Drafter, DraftStep
 from failfast_vllm.hosting import (
     DraftStats,
+    dummy_pass,
     make_drafter,
     max_positions,
     safetensors_only,
@@ -64,6 +65,16 @@ class FailFastProposer(DraftModelProposer):
             self.device,
         )
 
+    def dummy_run(
+        self,
+        num_tokens: int,
+        use_cudagraphs: bool = True,
+        is_graph_capturing: bool = False,
+        slot_mappings: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Called by the runner in its memory profile and warm-up."""
+        dummy_pass(self.model, self.vllm_config, num_tokens, self.device)
+
     def draft(
         self, scheduler_output: Any, sampled_token_ids: list[list[int]], common_attn_metadata: Any
     ) -> list[list[int]]:
@@ -102,11 +113,7 @@ class FailFastProposer(DraftModelProposer):
         committed = np.minimum(computed, limit) // size * size
         final = np.maximum(np.minimum(now_computed, limit) // size * size, committed)
 
-        # a draft of k emits up to k + 1 tokens; the step's token budget is shared evenly
-        cap = min(
-            scheduler_output.num_spec_tokens_to_schedule,
-            self.max_num_tokens // max(1, num_reqs) - 1,
-        )
+        cap = scheduler_output.num_spec_tokens_to_schedule
         room = np.empty(num_reqs, dtype=np.int64)
         stops_at_eos = np.empty(num_reqs, dtype=bool)
         for i, req_id in enumerate(req_ids):
@@ -128,6 +135,7 @@ class FailFastProposer(DraftModelProposer):
             committed_lens=committed,
             final_lens=final,
             max_draft_lens=max_draft_lens,
+            draft_budget=self.drafter.draft_budget(num_reqs),
             stops_at_eos=stops_at_eos,
         )
 

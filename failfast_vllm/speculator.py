@@ -15,7 +15,6 @@ import torch
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
 from vllm.config.utils import replace
-from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader import get_model
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
@@ -25,6 +24,7 @@ from failfast_vllm.graphs import cuda_graph
 from failfast_vllm.hosting import (
     DraftStats,
     HostedDraftModel,
+    dummy_pass,
     make_drafter,
     max_positions,
     safetensors_only,
@@ -131,7 +131,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         num_reqs = input_batch.num_reqs
         draft_tokens: torch.Tensor = self.draft_tokens[:num_reqs].fill_(-1)
         if dummy_run:
-            self._dummy_pass(input_batch.num_tokens)
+            dummy_pass(self.model, self.vllm_config, input_batch.num_tokens, self.device)
             return draft_tokens
         assert self.drafter is not None
         began = time.perf_counter()
@@ -190,8 +190,6 @@ class FailFastSpeculator(DraftModelSpeculator):
         final = np.minimum(now_computed, self.max_positions) // size * size
         final = np.maximum(final, committed)
 
-        # a draft of k emits up to k + 1 tokens; the step's token budget is shared evenly
-        cap = min(num_speculative_tokens, self.max_num_tokens // max(1, num_reqs) - 1)
         request_end = states.max_seq_len[input_batch.idx_mapping_np]  # prompt + max_tokens
         room = np.minimum(request_end, self.max_positions) - known - 1
         wanted = sampled & (ended_np == 0)
@@ -202,19 +200,11 @@ class FailFastSpeculator(DraftModelSpeculator):
             known_lens=np.where(sampled, known, final),
             committed_lens=committed,
             final_lens=final,
-            max_draft_lens=np.where(wanted, np.clip(room, 0, max(cap, 0)), 0),
+            max_draft_lens=np.where(wanted, np.clip(room, 0, num_speculative_tokens), 0),
+            draft_budget=self.drafter.draft_budget(num_reqs),
             stops_at_eos=np.ones(num_reqs, dtype=bool),
         )
         return step, emitted_lens
-
-    def _dummy_pass(self, num_tokens: int) -> None:
-        """A pass without attention, for vLLM's memory profile and warm-up."""
-        positions = torch.arange(num_tokens, device=self.device) % self.max_positions
-        with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
-            hidden_states = self.model(
-                input_ids=torch.zeros_like(positions).int(), positions=positions
-            )
-        self.model.compute_logits(hidden_states[: self.max_num_reqs * self.num_speculative_steps])
 
     def _report_rounds(
         self,

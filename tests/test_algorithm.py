@@ -7,7 +7,8 @@ import torch
 
 from engine import engine, generate, greedy_params, mixed_prompts, proposer, watch
 from failfast_vllm.config import METHOD, MODELS_DIR
-from literal import AUTHORS, BLOCK, OURS, DenseDrafter, literal_draft
+from independent import IndependentDrafter
+from literal import AUTHORS, OURS, WHOLE_BLOCK, literal_draft
 
 INCREMENT, THRESHOLD, CAP = 10, 0.45, 60
 NUM_ROUNDS = 500
@@ -24,7 +25,7 @@ def recorded():
         stop_ids = own.drafter.stop_token_ids.tolist()
         record.assert_not_vacuous()
     assert (knobs["draft_increment"], knobs["num_speculative_tokens"]) == (INCREMENT, CAP)
-    dense = DenseDrafter(MODELS_DIR / "drafter", knobs["num_draftable_tokens"])
+    dense = IndependentDrafter(MODELS_DIR / "drafter", knobs["num_draftable_tokens"])
     return dense, stop_ids, record.proposals
 
 
@@ -55,12 +56,15 @@ def test_engine_drafts_equal_the_literal_ones(recorded):
 
 
 def within_one_block(proposal):
-    return len(proposal.known) % BLOCK and len(proposal.known) % BLOCK + len(proposal.draft) < BLOCK
+    return (
+        len(proposal.known) % WHOLE_BLOCK
+        and len(proposal.known) % WHOLE_BLOCK + len(proposal.draft) < WHOLE_BLOCK
+    )
 
 
 def test_only_crossing_block_ends_needs_the_crossing_rule(recorded):
     """Inside a block the authors' block-by-block order gives the same draft."""
-    rules = replace(OURS, crosses_blocks=False, sub_block_size=BLOCK)
+    rules = replace(OURS, crosses_blocks=False, sub_block_size=WHOLE_BLOCK)
     inside = [p for p in recorded[2] if within_one_block(p)][:60]
     assert len(inside) == 60
     for proposal in inside:
@@ -88,7 +92,7 @@ def test_one_pass_per_increment_takes_fewer_passes(recorded):
 def test_trailing_masks_change_few_drafts(recorded):
     """Difference: MASK rows behind the increment are left out (an approximation)."""
     some = sample(recorded)
-    padded = replace(OURS, crosses_blocks=False, trims_masks=False, sub_block_size=BLOCK)
+    padded = replace(OURS, crosses_blocks=False, trims_masks=False, sub_block_size=WHOLE_BLOCK)
     trimmed = replace(padded, trims_masks=True)
     first_tokens = [
         [literal(recorded, p, rules).token_ids[:3] for p in some] for rules in (padded, trimmed)

@@ -5,13 +5,13 @@ import torch
 
 from engine import core, engine, generate, greedy_params, mixed_prompts, proposer, watch
 from failfast_vllm.config import MODELS_DIR
-from literal import DenseDrafter
+from independent import IndependentDrafter
 from state_check import TOLERANCE, largest_error
 
 
 @pytest.fixture(scope="module")
 def dense():
-    return DenseDrafter(MODELS_DIR / "drafter", num_draftable_tokens=1)
+    return IndependentDrafter(MODELS_DIR / "drafter", num_draftable_tokens=1)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from evaluate import load_model, load_prompts, target_answers
 from train import MODELS_DIR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from literal import AUTHORS, OURS, DenseDrafter, literal_draft
+from independent import IndependentDrafter
+from literal import AUTHORS, OURS, literal_draft
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     prompts = load_prompts(MODELS_DIR / "prompts.jsonl", tokenizer)
     prompts = prompts[:: max(1, len(prompts) // args.num_prompts)][: args.num_prompts]
     answers = target_answers(load_model(MODELS_DIR / "target"), tokenizer, prompts)
-    drafter = DenseDrafter(MODELS_DIR / "drafter", len(tokenizer))
+    drafter = IndependentDrafter(MODELS_DIR / "drafter", len(tokenizer))
     for name, rules in (("authors", AUTHORS), ("ours", OURS)):
         rounds = passes = tokens = 0
         for prompt, answer in zip(prompts, answers, strict=True):

@@ -6,7 +6,7 @@ import pytest
 
 from engine import core, engine, generate, greedy_params, mixed_prompts, proposer, watch
 from failfast_vllm.config import MODELS_DIR
-from literal import DenseDrafter
+from independent import IndependentDrafter
 from state_check import TOLERANCE, largest_error
 
 NUM_PROMPTS = 42
@@ -74,7 +74,7 @@ def test_v2_equals_v1_round_by_round(plain, v1_record):
 
 @pytest.fixture(scope="module")
 def dense():
-    return DenseDrafter(MODELS_DIR / "drafter", num_draftable_tokens=1)
+    return IndependentDrafter(MODELS_DIR / "drafter", num_draftable_tokens=1)
 
 
 @pytest.mark.parametrize(
