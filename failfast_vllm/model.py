@@ -25,7 +25,7 @@ def _attend_in_blocks(decoder: Any, vllm_config: VllmConfig) -> None:
             causal.head_size,
             layer.self_attn.scaling,
             num_kv_heads=causal.num_kv_heads,
-            cache_config=vllm_config.cache_config,
+            cache_config=None,  # KV in the drafter's own type, whatever the target's is
             quant_config=vllm_config.quant_config,
             prefix=causal.layer_name,
             attn_backend=BlockDiffusionBackend,

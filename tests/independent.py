@@ -95,13 +95,13 @@ class IndependentDrafter:
         return self._norm(heads, f"{name}_norm") if f"{name}_norm.weight" in self.weights else heads
 
     def _rotate(self, heads):
-        """Rotary positions: the two halves of a head are one complex number per frequency."""
+        """Rotary positions: the two halves of a head are the parts of a complex number."""
         half = self.head_dim // 2
         frequencies = self.theta ** (-torch.arange(half, dtype=torch.float32) / half)
         angles = torch.arange(len(heads))[:, None] * frequencies  # [num_tokens, half]
-        rotation = torch.polar(torch.ones_like(angles), angles)[:, None]
-        turned = torch.complex(heads[..., :half].float(), heads[..., half:].float()) * rotation
-        return torch.cat((turned.real, turned.imag), dim=-1).to(heads.dtype)
+        cos, sin = (f(angles)[:, None].to(heads.dtype) for f in (torch.cos, torch.sin))
+        real, imaginary = heads.split(half, dim=-1)
+        return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
 
     def _attend(self, name, layer, stream, allowed):
         x = self._norm(stream, layer + "input_layernorm")

@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from vllm import SamplingParams
 
+from checkpoints import tiny_config, write_checkpoint, write_weights
 from engine import engine, generate, greedy_params, mixed_prompts, proposer, watch
 from failfast_vllm.config import METHOD, MODELS_DIR
+from failfast_vllm.families import SDAR
 from independent import IndependentDrafter
 from literal import AUTHORS, OURS, WHOLE_BLOCK, literal_draft
 
@@ -159,3 +162,35 @@ def test_mask_is_never_drafted(recorded):
     mask = recorded[0].mask_token_id
     assert all(mask not in p.draft for p in recorded[2])
     assert torch.tensor([max(p.draft) for p in recorded[2]]).max() < recorded[0].vocab_size
+
+
+@pytest.mark.parametrize("size", [4, 16, 32])
+def test_sdar_drafts_equal_the_literal_ones(size, tmp_path):
+    """The other family: blocks of another size, and no shift. Random weights, made confident."""
+    path = tmp_path / "drafter"
+    config = tiny_config(SDAR, block_size=size, tie_word_embeddings=False)
+    tensors = write_checkpoint(path, SDAR, config)
+    tensors["lm_head.weight"] *= 5  # top-1 probabilities between .2 and .9
+    write_weights(path, tensors)
+    with engine({"method": "failfast", "model": str(path)}) as llm, watch(llm) as record:
+        prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 40) if len(p) < 200]
+        generate(llm, prompts, SamplingParams(temperature=0.0, max_tokens=12))
+        knobs = proposer(llm).vllm_config.additional_config[METHOD]
+        stop_ids = proposer(llm).drafter.stop_token_ids.tolist()
+    assert knobs["draft_increment"] == min(size, 10)
+    independent = IndependentDrafter(path, knobs["num_draftable_tokens"])
+    proposals = record.proposals[:: max(1, len(record.proposals) // 120)]
+    assert len(proposals) >= 100
+    for proposal in proposals:
+        expected = literal_draft(
+            independent,
+            proposal.known,
+            OURS,
+            increment=knobs["draft_increment"],
+            threshold=THRESHOLD,
+            max_draft=proposal.max_draft,
+            stop_token_ids=stop_ids,
+        )
+        assert proposal.draft == expected.token_ids
+    assert sum(p.num_passes > 1 for p in proposals) > 10, "no draft ever grew"
+    assert len({len(p.known) % size for p in proposals}) == size
