@@ -170,11 +170,13 @@ def test_sdar_drafts_equal_the_literal_ones(size, tmp_path):
     path = tmp_path / "drafter"
     config = tiny_config(SDAR, block_size=size, tie_word_embeddings=False)
     tensors = write_checkpoint(path, SDAR, config)
-    tensors["lm_head.weight"] *= 5  # top-1 probabilities between .2 and .9
+    tensors["lm_head.weight"] *= (
+        5 if size == 4 else 20
+    )  # so that some increments are sure throughout
     write_weights(path, tensors)
     with engine({"method": "failfast", "model": str(path)}) as llm, watch(llm) as record:
-        prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 40) if len(p) < 200]
-        generate(llm, prompts, SamplingParams(temperature=0.0, max_tokens=12))
+        prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 24) if len(p) < 200]
+        generate(llm, prompts, SamplingParams(temperature=0.0, max_tokens=30))
         knobs = proposer(llm).vllm_config.additional_config[METHOD]
         stop_ids = proposer(llm).drafter.stop_token_ids.tolist()
     assert knobs["draft_increment"] == min(size, 10)
