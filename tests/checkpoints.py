@@ -1,0 +1,124 @@
+"""Write small random checkpoints of both drafter families, as they are published.
+
+The layout is spelt out here a second time, so that `failfast_vllm.checkpoint` is not its own judge.
+"""
+
+import json
+import shutil
+
+import torch
+from safetensors.torch import save_file
+
+from failfast_vllm.config import MODELS_DIR
+
+SHIPPED = MODELS_DIR / "drafter"  # its tokenizer pairs with the shipped target; MASK is 3 there
+TINY = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "vocab_size": 1984,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "mask_token_id": 3,
+}
+
+
+def tiny_config(family, **changes):
+    """A `config.json` of `family`: 2 layers, KV pages of the shipped target's shape.
+
+    A change to None removes the key. SDAR's heads are wider than `hidden_size` / heads, as in its
+    published checkpoints of other sizes.
+    """
+    own = {"head_dim": 64} if family.qk_norm else {"hidden_size": 256}
+    config = {
+        "architectures": [family.architecture],
+        "model_type": family.model_types[0],
+        **TINY,
+        **own,
+        family.block_size_key: family.default_block_size,
+        **changes,
+    }
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def random_tensors(family, config, dtype=torch.float32, seed=0):
+    """Every published tensor of `config`, {name: tensor}; activations stay of order one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows, columns):  # [out, in]
+        return torch.randn(rows, columns, generator=generator) / columns**0.5
+
+    def vector(size, centre):
+        return centre + 0.1 * torch.randn(size, generator=generator)
+
+    hidden, mlp = config["hidden_size"], config["intermediate_size"]
+    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
+    widths = {
+        "q": config["num_attention_heads"] * head_dim,
+        "k": config["num_key_value_heads"] * head_dim,
+        "v": config["num_key_value_heads"] * head_dim,
+    }
+    has_bias = family.qkv_bias or config.get("attention_bias", False)
+    tensors = {"model.embed_tokens.weight": matrix(config["vocab_size"], hidden)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        for name, width in widths.items():
+            tensors[f"{layer}.self_attn.{name}_proj.weight"] = matrix(width, hidden)
+            if has_bias:
+                tensors[f"{layer}.self_attn.{name}_proj.bias"] = vector(width, 0.0)
+        tensors[f"{layer}.self_attn.o_proj.weight"] = matrix(hidden, widths["q"])
+        if family.qk_norm:
+            tensors[f"{layer}.self_attn.q_norm.weight"] = vector(head_dim, 1.0)
+            tensors[f"{layer}.self_attn.k_norm.weight"] = vector(head_dim, 1.0)
+        tensors[f"{layer}.mlp.gate_proj.weight"] = matrix(mlp, hidden)
+        tensors[f"{layer}.mlp.up_proj.weight"] = matrix(mlp, hidden)
+        tensors[f"{layer}.mlp.down_proj.weight"] = matrix(hidden, mlp)
+        tensors[f"{layer}.input_layernorm.weight"] = vector(hidden, 1.0)
+        tensors[f"{layer}.post_attention_layernorm.weight"] = vector(hidden, 1.0)
+    tensors["model.norm.weight"] = vector(hidden, 1.0)
+    if not config.get("tie_word_embeddings", False):
+        tensors["lm_head.weight"] = matrix(config["vocab_size"], hidden)
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def write_checkpoint(path, family, config, shards=1, dtype=torch.float32, seed=0):
+    """A complete checkpoint directory at `path`; returns its tensors, {name: tensor}.
+
+    Writes config.json, the shipped drafter's tokenizer, and `model.safetensors` or, with
+    `shards` > 1, that many shards with their index.
+    """
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    for file in SHIPPED.glob("*"):
+        if file.name not in ("config.json", "model.safetensors"):
+            shutil.copy(file, path)
+    tensors = random_tensors(family, config, dtype, seed)
+    write_weights(path, tensors, shards)
+    return tensors
+
+
+def write_weights(path, tensors, shards=1):
+    """`tensors` as `model.safetensors`, or as `shards` files and an index."""
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        return
+    weight_map = {}
+    for i in range(shards):
+        name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {key: tensors[key] for key in sorted(tensors)[i::shards]}
+        save_file(part, path / name, {"format": "pt"})
+        weight_map.update(dict.fromkeys(part, name))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
