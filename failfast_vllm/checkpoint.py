@@ -36,6 +36,7 @@ SIZE_LIMITS = {  # far beyond any drafter; a larger value is a slip
     "max_position_embeddings": 1 << 24,
 }
 MAX_HEAD_DIM = 512
+MAX_ROPE_NUMBER = 1e12
 ROPE_NUMBERS = {  # what each type of scaling cannot do without
     "default": (),
     "linear": ("factor",),
@@ -263,7 +264,7 @@ def check_tensors(
         seen.add(name)
         if not _is_wanted(f"the drafter {source!r}", name, tuple(tensor.shape), shapes):
             continue
-        # both are NaN if any weight is; fifteen times as fast as isfinite on a CPU
+        # NaN spreads to both; isfinite would build tensors of the same size
         if not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
             raise ValueError(
                 f"failfast: the drafter {source!r} must have finite weights; got NaN or infinity "
@@ -388,7 +389,7 @@ def _is_integer(value: Any) -> bool:
 
 def _is_positive(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value < math.inf
+    return is_number and 0 < value <= MAX_ROPE_NUMBER
 
 
 def _short(value: Any) -> str:

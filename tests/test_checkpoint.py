@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import socket
 
 import pytest
@@ -205,6 +206,15 @@ def refusal(path):
     return message
 
 
+def objection(check, *args):
+    """The message of the ValueError that a check raises, or None."""
+    try:
+        check(*args)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def raw(data):
     return lambda path, shapes: (path / "model.safetensors").write_bytes(data)
 
@@ -402,6 +412,31 @@ def test_a_malformed_file_is_refused_before_the_engine_is_configured(checkpoint)
         build(asking(path), **arguments)
 
 
+def test_what_is_accepted_is_safetensors(tmp_path):
+    """Catches headers that only we can read, and errors that are not ours, among 2,000 damages."""
+    sizes = {"hidden_size": 8, "head_dim": 2, "intermediate_size": 6, "vocab_size": 10}
+    path, dice, num_accepted = tmp_path / "ck", random.Random(0), 0
+    write_checkpoint(path, SDAR, tiny_config(SDAR, **sizes, num_hidden_layers=1))
+    good = (path / "model.safetensors").read_bytes()
+    num_bytes = 8 + int.from_bytes(good[:8], "little")
+    for _ in range(2000):
+        data = bytearray(good)
+        position = dice.randrange(num_bytes)
+        if dice.random() < 0.9:
+            data[position] = dice.choice(b'0123456789[]{},:"-. eE_\\\x00\xff')
+        else:
+            data = data[:position]
+        (path / "model.safetensors").write_bytes(data)
+        message = objection(user_config.check_local_drafter, str(path))
+        if message is None:
+            num_accepted += 1
+            load_file(path / "model.safetensors")
+        else:
+            assert message.startswith("failfast: ")
+            assert "\n" not in message
+    assert 0 < num_accepted < 100
+
+
 def rewrite_index(change):
     def damage(path):
         file = path / INDEX
@@ -492,15 +527,22 @@ def test_an_index_chooses_as_in_vllm(sharded):
 
     (sharded / "consolidated.safetensors").touch()
     (sharded / "pytorch_model.bin").touch()
-    (sharded / ".left-over.safetensors").touch()
     user_config.check_local_drafter(str(sharded))
-    files = [str(path) for path in sharded.glob("[!.]*.safetensors")]
+    files = [str(path) for path in sharded.glob("*.safetensors")]
     chosen = filter_duplicate_safetensors_files(files, str(sharded), INDEX)
     assert sorted(chosen) == [str(sharded / shard) for shard in SHARDS]
 
 
+def test_hidden_files_do_not_count(checkpoint):
+    """Catches an interrupted copy that vLLM would not see either."""
+    path, _ = checkpoint
+    (path / ".left-over.safetensors").touch()
+    user_config.check_local_drafter(str(path))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_every_float_type_loads(tmp_path, dtype):
+def test_every_float_type_is_accepted(tmp_path, dtype):
+    """Catches bytes counted for another type."""
     write_checkpoint(tmp_path / "ck", SDAR, tiny_config(SDAR), dtype=dtype)
     user_config.check_local_drafter(str(tmp_path / "ck"))
 
@@ -564,6 +606,7 @@ BAD_CONFIGS = [
     bad("rms_norm_eps", math.nan, "between 0 and 1"),
     bad("rope_theta", -1.0, "positive"),
     bad("rope_theta", math.inf, "positive"),
+    bad("rope_theta", 10**400, "positive"),
     bad("rope_theta", "1e6", "positive"),
     bad("rope_scaling", "yarn", "'rope_type'"),
     bad("rope_scaling", {"rope_type": "spiral", "factor": 2.0}, "spiral"),
@@ -587,6 +630,24 @@ def test_bad_config(tmp_path, family, changes, fragments):
     if "rope_parameters" in changes:
         fragments = ["'rope_theta'", "got None"]
     assert all(fragment in message for fragment in [str(tmp_path), *fragments]), message
+
+
+@pytest.mark.parametrize("family", [FAST_DLLM_V2, SDAR], ids=lambda family: family.name)
+def test_no_config_value_escapes(family):
+    """Catches a TypeError or KeyError from a value that nobody thought of, under any key."""
+    values = (None, True, 0, -1, 7, 10**400, 0.5, math.nan, "", "a\nb", [], [None], {}, {"a": []})
+    fields = tiny_config(family, head_dim=64, rope_parameters={}, layer_types=[], num_experts=0)
+    user_config.check_drafter_config("a-drafter", family_config := tiny_config(family))
+    assert fields.keys() >= family_config.keys()
+    for key in fields:
+        for value in values:
+            changed = {**family_config, key: value}
+            message = objection(user_config.check_drafter_config, "a-drafter", changed)
+            if message is None:
+                assert all(map(math.prod, expected_shapes(family, changed).values()))
+            else:
+                assert message.startswith("failfast: "), (key, value)
+                assert "\n" not in message, (key, value)
 
 
 @pytest.mark.parametrize(
