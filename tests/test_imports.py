@@ -9,13 +9,18 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {  # module -> our modules it may import
     "failfast_vllm/__init__.py": set(),
     "failfast_vllm/families.py": set(),
-    "failfast_vllm/config.py": {"failfast_vllm.families"},
+    "failfast_vllm/checkpoint.py": {"failfast_vllm.families"},
+    "failfast_vllm/config.py": {"failfast_vllm.checkpoint", "failfast_vllm.families"},
     "failfast_vllm/policy.py": set(),
     "failfast_vllm/hf_config.py": set(),
     "failfast_vllm/cpu_sampling.py": set(),
     "failfast_vllm/drafter.py": {"failfast_kernels", "failfast_vllm.policy"},
     "failfast_vllm/attention.py": {"failfast_kernels", "failfast_vllm.families"},
-    "failfast_vllm/model.py": {"failfast_vllm.attention"},
+    "failfast_vllm/model.py": {
+        "failfast_vllm.attention",
+        "failfast_vllm.checkpoint",
+        "failfast_vllm.families",
+    },
     "failfast_vllm/graphs.py": {"failfast_vllm.drafter"},
     "failfast_vllm/hosting.py": {
         "failfast_kernels",
@@ -50,6 +55,7 @@ WITHOUT_VLLM = {
     "failfast_vllm/cpu_sampling.py",
     "failfast_vllm/__init__.py",
     "failfast_vllm/families.py",
+    "failfast_vllm/checkpoint.py",
     "failfast_vllm/config.py",
     "failfast_vllm/policy.py",
     "failfast_vllm/drafter.py",
