@@ -24,88 +24,9 @@ from failfast_vllm import config as user_config
 from failfast_vllm.checkpoint import INDEX, expected_shapes
 from failfast_vllm.config import METHOD, MODELS_DIR
 from failfast_vllm.families import FAST_DLLM_V2, SDAR
+from published import FAST_DLLM_1_5B, FAST_DLLM_7B, SDAR_1_7B, SDAR_1_7B_B32
 from test_config import build, edit
 
-FAST_DLLM_1_5B = {
-    "architectures": ["Fast_dLLM_QwenForCausalLM"],
-    "model_type": "Fast_dLLM_Qwen",
-    "attention_dropout": 0.0,
-    "auto_map": {
-        "AutoConfig": "configuration.Fast_dLLM_QwenConfig",
-        "AutoModel": "modeling.Fast_dLLM_QwenForCausalLM",
-        "AutoModelForCausalLM": "modeling.Fast_dLLM_QwenForCausalLM",
-    },
-    "bd_size": 32,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "hidden_act": "silu",
-    "hidden_size": 1536,
-    "initializer_range": 0.02,
-    "intermediate_size": 8960,
-    "layer_types": ["full_attention"] * 28,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 21,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 2,
-    "pad_token_id": 151645,
-    "rms_norm_eps": 1e-6,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "sliding_window": None,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-FAST_DLLM_7B = {
-    **FAST_DLLM_1_5B,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
-    "vocab_size": 152064,
-}
-SDAR_1_7B = {
-    "architectures": ["SDARForCausalLM"],
-    "model_type": "sdar",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "auto_map": {
-        "AutoConfig": "configuration_sdar.SDARConfig",
-        "AutoModel": "modeling_sdar.SDARModel",
-        "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
-    },
-    "block_size": 4,
-    "bos_token_id": 151643,
-    "debug": False,
-    "eos_token_id": 151643,
-    "ep_size": 1,
-    "fuse_cross_entropy": True,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 6144,
-    "mask_token_id": 151669,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 28,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-6,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-SDAR_1_7B_B32 = {**SDAR_1_7B, "block_size": 32}
 # family, config.json, parameters (as for Qwen2.5-1.5B, Qwen2.5-7B, Qwen3-1.7B untied), block, MASK
 PUBLISHED = {
     "fast-dllm-1.5b": (FAST_DLLM_V2, FAST_DLLM_1_5B, 1_543_714_304, 32, 151665),
