@@ -221,7 +221,7 @@ def per_rank(name: str, shape: Shape, tensor_parallel_size: int) -> Shape:
 
 def weight_bytes(shape: Shape) -> int:
     """Bytes of all tensors; of a quantised checkpoint without its scales and zero points."""
-    return _bytes(shape, num_experts=shape.num_experts, num_embeddings=1 if shape.tied else 2)
+    return int(_bytes(shape, shape.num_experts, num_embeddings=1 if shape.tied else 2))
 
 
 def kv_bytes_per_token(shape: Shape) -> int:
@@ -241,7 +241,7 @@ def read_bytes(shape: Shape, num_tokens: float) -> float:
     return _bytes(shape, num_experts=experts, num_embeddings=1)
 
 
-def _bytes(shape: Shape, num_experts: float, num_embeddings: int) -> Any:
+def _bytes(shape: Shape, num_experts: float, num_embeddings: int) -> float:
     """Layers, the final norm and `num_embeddings` matrices of the vocabulary's size."""
     linear, rest = _layer_params(shape, num_experts)
     rest = rest * shape.num_layers + shape.hidden_size * (1 + num_embeddings * shape.vocab_size)
@@ -251,7 +251,7 @@ def _bytes(shape: Shape, num_experts: float, num_embeddings: int) -> Any:
     return linear * shape.quantised_bits / 8 + rest * shape.value_bytes
 
 
-def _layer_params(shape: Shape, num_experts: float) -> tuple[Any, int]:
+def _layer_params(shape: Shape, num_experts: float) -> tuple[float, int]:
     """Parameters of one layer: of its linear weights (with `num_experts`), and all others."""
     hidden = shape.hidden_size
     q = shape.num_heads * shape.head_dim
@@ -541,8 +541,9 @@ def render(plan: Plan) -> str:
         f"weights   target {_size_text(target)}, drafter {_size_text(drafter)}{rank}",
         f"KV        target {kv_bytes_per_token(target) / 1024:g} KiB per token, drafter "
         f"{kv_bytes_per_token(drafter) / 1024:g} KiB{rank}: {plan.kv_share:.0%} of the pool",
-        f"logits    {plan.logits_bytes / 1e6:.0f} MB float32 at most: {max(plan.batch_sizes)} drafts "
-        f"of {FailFastConfig().num_speculative_tokens} tokens, verified at once",
+        f"logits    {plan.logits_bytes / 1e6:.0f} MB float32 at most: "
+        f"{max(plan.batch_sizes)} drafts of {FailFastConfig().num_speculative_tokens} tokens, "
+        "verified at once",
         "",
         *(f"- {note}" for note in plan.notes),
     ]

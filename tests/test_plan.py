@@ -9,6 +9,7 @@ import pytest
 from failfast_vllm import cli, plan
 from failfast_vllm.config import MODELS_DIR
 
+DOCS = Path(__file__).parent.parent / "docs" / "drafters.md"
 MODELS = {**plan.PUBLISHED_TARGETS, **plan.PUBLISHED_DRAFTERS}
 DRAFTER = "Efficient-Large-Model/Fast_dLLM_v2_1.5B"
 MOE = {  # Qwen3-30B-A3B
@@ -108,7 +109,7 @@ def test_floors_on_an_h200(name, gigabytes, floor_ms, kv_kib):
     """Catches an untied embedding counted as read, and units that are off."""
     part = shape(name)
     assert plan.read_bytes(part, 1) / 1e9 == pytest.approx(gigabytes, rel=5e-3)
-    assert plan.pass_ms(plan.GPUS["H200"], part, [1], [0]) == pytest.approx(floor_ms, rel=5e-3)
+    assert plan.pass_ms(plan.GPUS["H200"], part, [1], [0]) == pytest.approx(floor_ms, rel=1e-2)
     assert plan.kv_bytes_per_token(part) == kv_kib * 1024
 
 
@@ -204,6 +205,22 @@ def test_command_prints_one_object_with_modelled_times(capsys):
     assert text.count("(modelled)") == 4
     assert "modelled, not measured" in text
     assert "13.9 drafted and 5.6 accepted" in text
+
+
+@pytest.mark.parametrize("target", plan.PUBLISHED_TARGETS)
+def test_documented_table_is_what_the_command_computes(target):
+    """Catches docs/drafters.md left behind by a change of the model or of a config."""
+    result = plan.make_plan(target)
+    parts = (result.costs.target, result.costs.drafter)
+    cells = [
+        target.split("/")[1],
+        result.drafter_name.split("/")[1],
+        " + ".join(f"{plan.weight_bytes(part) / 1e9:.2f}" for part in parts),
+        " + ".join(f"{plan.kv_bytes_per_token(part) // 1024}" for part in parts),
+        f"{result.kv_share:.0%}",
+        *(f"{line.speedup:.2f}" for line in result.lines),
+    ]
+    assert "| " + " | ".join(cells) + " |" in DOCS.read_text(encoding="utf-8").splitlines()
 
 
 def test_the_shipped_pair_is_planned(capsys):
