@@ -99,6 +99,12 @@ V2_HOOKS = (
         ("vllm_config", "device", "req_states"),
     ),
     Hook("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "take_draft_token_ids", ("self",)),
+    Hook(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner",
+        "finish_requests",
+        ("self", "scheduler_output"),
+    ),
 )
 ALL_HOOKS = (*CONFIG_HOOKS, WORKER_HOOK, *V1_HOOKS, *V2_HOOKS)
 
@@ -451,8 +457,17 @@ def install_v2_hooks() -> None:
 
         return take_draft_token_ids
 
+    def finishing_requests(original: Any) -> Any:
+        def finish_requests(self: Any, scheduler_output: Any) -> None:
+            original(self, scheduler_output)  # takes preempted requests for finished ones
+            if isinstance(self.speculator, FailFastSpeculator):
+                self.speculator.forget(scheduler_output.finished_req_ids)
+
+        return finish_requests
+
     _wrap(model_runner, "init_speculator", building_speculator)
     _wrap(model_runner.GPUModelRunner, "take_draft_token_ids", taking_drafts)
+    _wrap(model_runner.GPUModelRunner, "finish_requests", finishing_requests)
 
 
 def install_v1_hooks() -> None:
