@@ -84,7 +84,7 @@ class Drafts(NamedTuple):
     num_rows: int  # over all forwards
     confidences: npt.NDArray[np.float32]  # [num_seqs, cap], of `num_confidences` tokens each
     num_confidences: Lengths  # [num_seqs], less than `lens` where rejected tokens were reused
-    ends_at_stop: npt.NDArray[np.bool_]  # [num_seqs], the last token is a stop token
+    ends_at_stop: npt.NDArray[np.bool_]  # [num_seqs], a pass drafted a stop token
 
     def to_lists(self) -> list[list[int]]:
         """One list per sequence: a copy to the host."""

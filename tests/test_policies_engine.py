@@ -1,0 +1,118 @@
+"""Every length policy in an engine: greedy answers, sampled tokens, and what drafts look like.
+
+One engine serves all of them; the policy of its drafter is exchanged in between.
+"""
+
+import contextlib
+
+import pytest
+import torch
+
+from distribution import draw, free_words, p_value
+from engine import chat_ids, engine, generate, proposer, shipped_prompts, watch
+from failfast_vllm.config import POLICIES, FailFastConfig
+from failfast_vllm.hosting import Rounds
+from failfast_vllm.learned_policy import make_policy
+from failfast_vllm.reuse import RejectedDrafts
+
+NUM_PROMPTS = 12
+NUM_DRAWS = 3000
+P_VALUE = 0.001  # ten tests: an honest run fails in one of a hundred
+# with "+reuse" rejected drafts are reused
+VARIANTS = [*POLICIES, "failfast+reuse", "tapout+reuse"]
+
+
+@contextlib.contextmanager
+def policy(llm, variant):
+    """Exchange the policy of a running engine."""
+    name, _, reuse = variant.partition("+")
+    name = variant if variant in POLICIES else name
+    knobs = FailFastConfig.from_user({"policy": name, "reuse_rejected": bool(reuse)}).to_dict()
+    own = proposer(llm)
+    drafter = own.drafter
+    before = (drafter.policy, drafter.draft_increment, drafter.rejected, own.rounds)
+    parameters = {key: knobs[key] for key in POLICIES[name]}
+    drafter.policy = make_policy(name, parameters, knobs["num_speculative_tokens"])
+    drafter.draft_increment = knobs["draft_increment"]
+    drafter.rejected = RejectedDrafts() if variant.endswith("+reuse") else None
+    own.rounds = Rounds(drafter)
+    try:
+        yield drafter.policy
+    finally:
+        drafter.policy, drafter.draft_increment, drafter.rejected, own.rounds = before
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with engine(
+        "failfast", max_num_seqs=128, enable_prefix_caching=True, block_size=32, seed=20
+    ) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    """Prompts, parameters, and what vLLM alone answers."""
+    from vllm import SamplingParams
+
+    with engine() as llm:
+        tokenizer = llm.get_tokenizer()
+        prompts = [chat_ids(tokenizer, prompt) for prompt in shipped_prompts()[:NUM_PROMPTS]]
+        params = SamplingParams(temperature=0.0, max_tokens=120)
+        return prompts, params, generate(llm, prompts, params)
+
+
+@pytest.fixture(scope="module")
+def question():
+    return free_words(NUM_DRAWS)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_answers(llm, greedy, variant):
+    """Alone and in a batch; twice, so that what was learned decides, too."""
+    prompts, params, expected = greedy
+    with policy(llm, variant), watch(llm) as record:
+        for _ in range(2):
+            assert generate(llm, prompts, params) == expected
+        assert [generate(llm, [prompt], params)[0] for prompt in prompts] == expected
+    assert record.num_accepted > 0
+    full = [p for p in record.proposals if p.max_draft == 60]
+    if variant != "fixed":
+        assert len({len(p.draft) for p in full}) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_distribution_is_the_targets(llm, question, variant):
+    prompt, distribution = question
+    with policy(llm, variant), watch(llm) as record:
+        draws = draw(llm, prompt, NUM_DRAWS)
+    rounds = [r for r in record.rounds if r.drafted]
+    accepted = sum(len(r.emitted) > 1 for r in rounds) / len(rounds)
+    print(variant, accepted, p_value(draws, distribution, NUM_DRAWS))
+    assert 0.005 < accepted < 0.98, "a draft that is always or never accepted proves nothing"
+    assert p_value(draws, distribution, NUM_DRAWS) > P_VALUE
+
+
+@pytest.mark.slow
+def test_the_check_catches_a_biased_acceptance(llm, question, monkeypatch):
+    """Draft tokens look likelier than they are: with so few draws the check must still fail."""
+    from vllm.v1.sample import rejection_sampler
+
+    honest = rejection_sampler.rejection_sample
+
+    def biased(draft_token_ids, *args, **kwargs):
+        names = ("num", "max_spec_len", "cu", "draft_probs", "target_logits")
+        position = names.index("target_logits")
+        logits = args[position].clone()
+        logits[torch.arange(len(draft_token_ids)), draft_token_ids.long()] += 0.4
+        args = (*args[:position], logits, *args[position + 1 :])
+        return honest(draft_token_ids, *args, **kwargs)
+
+    monkeypatch.setattr(rejection_sampler, "rejection_sample", biased)
+    prompt, distribution = question
+    for variant in ("failfast", "survival"):
+        with policy(llm, variant):
+            draws = draw(llm, prompt, NUM_DRAWS)
+        print(p_value(draws, distribution, NUM_DRAWS))
+        assert p_value(draws, distribution, NUM_DRAWS) < P_VALUE
