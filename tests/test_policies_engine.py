@@ -43,14 +43,6 @@ def policy(llm, variant):
 
 
 @pytest.fixture(scope="module")
-def llm():
-    with engine(
-        "failfast", max_num_seqs=128, enable_prefix_caching=True, block_size=32, seed=20
-    ) as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
 def greedy():
     """Prompts, parameters, and what vLLM alone answers."""
     from vllm import SamplingParams
@@ -60,6 +52,14 @@ def greedy():
         prompts = [chat_ids(tokenizer, prompt) for prompt in shipped_prompts()[:NUM_PROMPTS]]
         params = SamplingParams(temperature=0.0, max_tokens=120)
         return prompts, params, generate(llm, prompts, params)
+
+
+@pytest.fixture(scope="module")
+def llm(greedy):  # after the other engine: a process has room for one
+    with engine(
+        "failfast", max_num_seqs=128, enable_prefix_caching=True, block_size=32, seed=20
+    ) as llm:
+        yield llm
 
 
 @pytest.fixture(scope="module")
