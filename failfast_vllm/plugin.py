@@ -85,6 +85,12 @@ V1_HOOKS = (
         ),
     ),
     Hook(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "_update_states",
+        ("self", "scheduler_output"),
+    ),
+    Hook(
         "vllm.v1.sample.rejection_sampler",
         "",
         "expand_batch_to_tokens",
@@ -530,7 +536,17 @@ def install_v1_hooks() -> None:
 
         return propose_draft_token_ids
 
+    def updating_states(original: Any) -> Any:
+        def _update_states(self: Any, scheduler_output: Any) -> Any:
+            drafter = getattr(self, "drafter", None)  # only a runner that speculates has one
+            if isinstance(drafter, FailFastProposer):
+                drafter.forget(scheduler_output.finished_req_ids)
+            return original(self, scheduler_output)
+
+        return _update_states
+
     _wrap(DraftModelProposer, "__new__", constructing_proposer)
+    _wrap(GPUModelRunner, "_update_states", updating_states)
     _wrap(GPUModelRunner, "_input_fits_in_drafter", fitting_drafter)
     _wrap(GPUModelRunner, "propose_draft_token_ids", proposing)
     if not HAS_TRITON:

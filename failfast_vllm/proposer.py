@@ -10,6 +10,7 @@ hit or a preemption.
 """
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,6 @@ class FailFastProposer(DraftModelProposer):
         step = self._gather(scheduler_output, sampled_token_ids, common_attn_metadata)
         req_ids = step.req_ids
         verified = scheduler_output.scheduled_spec_decode_tokens
-        self.rounds.forget(scheduler_output.finished_req_ids)
         self.rounds.verified(
             req_ids,
             [len(verified.get(req_id, ())) for req_id in req_ids],
@@ -104,6 +104,11 @@ class FailFastProposer(DraftModelProposer):
                     self.stats.report(req_id, len(verified.get(req_id, ())), list(emitted))
             self.stats.remember(req_ids, drafts)
         return lists
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """The requests have ended; also called in steps without any other."""
+        if self.rounds is not None:
+            self.rounds.forget(req_ids)
 
     def _gather(
         self, scheduler_output: Any, sampled_token_ids: list[list[int]], common_attn_metadata: Any

@@ -172,7 +172,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         return DraftTokenIds(drafts.req_ids, lists)
 
     def forget(self, req_ids: Iterable[str]) -> None:
-        """The requests have ended; preempted ones have not."""
+        """The requests have ended; also called in steps without any other."""
         if self.rounds is not None:
             self.rounds.forget(req_ids)
 
