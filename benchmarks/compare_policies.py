@@ -16,7 +16,7 @@ from pathlib import Path
 from bench_offline import held_out_prompts, measure, provenance
 from failfast_vllm.config import POLICIES
 
-REUSING = ("failfast", "survival")  # the others differ as little
+REUSING = ("failfast", "survival")
 
 
 def methods(names):

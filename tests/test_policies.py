@@ -18,7 +18,7 @@ from failfast_vllm.learned_policy import (
     TapOut,
     make_policy,
 )
-from failfast_vllm.policy import Confidence, FailFast, Outcome
+from failfast_vllm.policy import Confidence, DraftSoFar, FailFast, Outcome
 from failfast_vllm.reuse import continuation
 from scripted import STOP, Script, make_drafter, make_step, random_script
 
@@ -113,6 +113,20 @@ def test_a_stop_token_ends_a_draft_only_before_the_rule_does():
     drafts = make_drafter(Confidence(0.4), script, increment=5).propose(make_step(script, [5] * 3))
     assert drafts.lens.tolist() == [3, 2, 2]
     assert drafts.ends_at_stop.tolist() == [True, False, True]
+
+
+def test_padding_does_not_fire():
+    """A budget gives sequences increments of different length: catches judging what is not there."""
+    calibration = Calibration()
+    for _ in range(200):
+        calibration.observe([outcome(confidences=[1.0] * 10, accepted=0)])
+    policy = SpecDecPlusPlus(0.3, 2, calibration)
+    policy.begin(["r0", "r1"], np.array([10, 10]))
+    confidences = torch.tensor([[0.97, 0.97] + [1.0] * 8, [0.97] * 10])
+    lens = torch.tensor([2, 10])
+    verdict = policy.extend(DraftSoFar(torch.arange(2), lens, confidences, None))
+    assert verdict.goes_on.tolist()[0]
+    assert verdict.lens.tolist()[0] == 2
 
 
 def test_lengths_do_not_depend_on_how_a_pass_is_split():

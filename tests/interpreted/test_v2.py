@@ -216,13 +216,12 @@ def test_aborted_requests_leave_the_others_alone(plain):
     assert record.num_accepted > 0
 
 
-@pytest.mark.parametrize("variant", ["adaedl+reuse", "tapout"])
-def test_policies_learn_across_preemptions(plain, variant):
+def test_policies_learn_across_preemptions(plain):
     """Catches outcomes paired with another draft, and preempted requests taken for ended ones."""
     prompts, params, expected = plain
     few = [i for i, prompt in enumerate(prompts) if len(prompt) < 500][:12] * 2
     overrides = {"num_gpu_blocks_override": 12, "block_size": 64, "max_model_len": 640}
-    with v2_engine(**overrides) as llm, policy(llm, variant) as rule:
+    with v2_engine(**overrides) as llm, policy(llm, "adaedl+reuse") as rule:
         preempted, forgotten, observed = count_preemptions(llm), [], []
         forget, observe = rule.forget, rule.observe
 
