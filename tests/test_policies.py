@@ -116,10 +116,9 @@ def test_a_stop_token_ends_a_draft_only_before_the_rule_does():
 
 
 def test_padding_does_not_fire():
-    """A budget gives sequences increments of different length: catches judging what is not there."""
+    """A budget gives increments of different length: catches a verdict on what is not there."""
     calibration = Calibration()
-    for _ in range(200):
-        calibration.observe([outcome(confidences=[1.0] * 10, accepted=0)])
+    calibration.table = lambda: np.array([[0.95] * 14 + [0.1]] * 7)
     policy = SpecDecPlusPlus(0.3, 2, calibration)
     policy.begin(["r0", "r1"], np.array([10, 10]))
     confidences = torch.tensor([[0.97, 0.97] + [1.0] * 8, [0.97] * 10])
