@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
@@ -90,7 +91,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--target", type=Path, metavar="PATH", help="default: the shipped target")
     demo.add_argument("--drafter", type=Path, metavar="PATH", help="default: the target's own")
+    plan = add("plan", _plan, "Count a pair's memory and model (not measure) what it gains.")
+    plan.add_argument("target", metavar="TARGET", help="checkpoint directory, config.json or name")
+    plan.add_argument("--drafter", metavar="PATH_OR_ID", help="default: the family's own")
+    plan.add_argument("--gpu", default="H200", metavar="NAME", help="default: H200")
+    plan.add_argument(
+        "--concurrency", type=_positive, metavar="N", help="one batch size; default: 1 to 64"
+    )
+    plan.add_argument(
+        "--context-length", type=_positive, default=1024, metavar="N", help="default: 1024"
+    )
+    plan.add_argument(
+        "--tensor-parallel-size", type=_positive, default=1, metavar="N", help="default: 1"
+    )
+    plan.add_argument(
+        "--acceptance-length",
+        type=_at_least_one,
+        metavar="X",
+        help="tokens per round with the bonus; default: 6.6, as published",
+    )
+    plan.add_argument(
+        "--passes-per-round",
+        type=_at_least_one,
+        metavar="X",
+        help="draft passes; default: as many as drafts of 13.9 tokens need",
+    )
     return parser
+
+
+def _at_least_one(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 1; got {text!r}")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -275,6 +311,26 @@ def _demo(args: argparse.Namespace) -> int:
             raise UsageError(" ".join(str(error).split())) from error
     print(json.dumps(result.to_dict()) if args.json else demo.render(result, sys.stdout))
     return 0 if result.outputs_identical else 1
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from failfast_vllm import plan
+
+    try:
+        result = plan.make_plan(
+            args.target,
+            args.drafter,
+            gpu=args.gpu,
+            concurrency=args.concurrency,
+            context_len=args.context_length,
+            tensor_parallel_size=args.tensor_parallel_size,
+            acceptance_length=args.acceptance_length,
+            passes_per_round=args.passes_per_round,
+        )
+    except ValueError as error:
+        raise UsageError(str(error).removeprefix("failfast: ")) from error
+    print(json.dumps(result.to_dict(), indent=2) if args.json else plan.render(result))
+    return 0
 
 
 @contextlib.contextmanager

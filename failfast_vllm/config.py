@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from failfast_vllm.checkpoint import check_config, check_files
 from failfast_vllm.families import (
     DIFFUSION_BLOCK_SIZES,
     FAMILIES,
@@ -215,8 +216,11 @@ def choose_drafter(target: str, model_type: str, vocab_size: int) -> str:
     )
 
 
-def check_local_drafter(model: str) -> None:
-    """Refuse a local drafter that cannot be one, before vLLM loads anything; raises ValueError."""
+def check_local_drafter(model: str, load_format: str = "auto") -> None:
+    """Refuse a local drafter that cannot be one, before vLLM loads anything; raises ValueError.
+
+    vLLM's `load_format` "dummy" reads no weights, so none are asked for.
+    """
     for word in METHOD_WORDS:
         if word in model.lower():
             raise ValueError(
@@ -234,31 +238,39 @@ def check_local_drafter(model: str) -> None:
     config_path = path / "config.json"
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"failfast: cannot read the drafter's {config_path} ({error}); "
             f"give a complete {_NAMES} checkpoint."
         ) from None
-    check_drafter_config(model, config if isinstance(config, dict) else {})
+    config = config if isinstance(config, dict) else {}
+    family = check_drafter_config(model, config)
+    if load_format == "dummy":
+        return
     if not any(path.glob("*.safetensors")):
         others = sorted(p.name for p in (*path.glob("*.bin"), *path.glob("*.pt")))
         raise ValueError(
             f"failfast: the drafter {model!r} has no .safetensors file "
             f"(got {', '.join(others) or 'no weights'}); convert it, pickles are never loaded."
         )
+    check_files(path, family, config)
 
 
 def check_drafter_config(model: str, config: Mapping[str, Any]) -> Family:
-    """The drafter's family; raises ValueError on another architecture or block size."""
+    """The drafter's family; raises ValueError on another architecture, layout or block size."""
     architectures = config.get("architectures")
     family = family_of(architectures)
     if family is None:
         found = architectures if isinstance(architectures, list) else []
         known = " or ".join(family.architecture for family in FAMILIES)
+        hint = (
+            "Its 'auto_map' is of no use: a drafter's own code is never run."
+            if config.get("auto_map")
+            else "For an autoregressive drafter use vLLM's own method 'draft_model'."
+        )
         raise ValueError(
             f"failfast: the drafter {model!r} must be a {known}; "
-            f"got {', '.join(map(str, found)) or 'no architecture'}. "
-            "For an autoregressive drafter use vLLM's own method 'draft_model'."
+            f"got {', '.join(map(str, found)) or 'no architecture'}. {hint}"
         )
     if config.get("model_type") not in family.model_types:
         raise ValueError(
@@ -272,6 +284,7 @@ def check_drafter_config(model: str, config: Mapping[str, Any]) -> Family:
             f"failfast: the drafter {model!r} must have a {family.block_size_key!r} of "
             f"{', '.join(map(str, DIFFUSION_BLOCK_SIZES))}; got {size!r}."
         )
+    check_config(model, family, config)
     return family
 
 

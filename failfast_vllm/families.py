@@ -26,6 +26,7 @@ class Family:
     published_mask_token_id: int
     qkv_bias: bool  # where the config does not say `attention_bias`
     qk_norm: bool  # RMSNorm on each head of query and key
+    states_head_dim: bool  # `head_dim` in the config; else hidden_size / heads
     drafter: str  # hub id of the smallest published checkpoint that fits
     targets: tuple[str, ...]  # model types of the targets that it drafts for
 
@@ -45,6 +46,7 @@ FAST_DLLM_V2 = Family(  # arXiv 2509.26328; MASK from the authors' code, the con
     published_mask_token_id=151665,
     qkv_bias=True,
     qk_norm=False,
+    states_head_dim=False,
     drafter="Efficient-Large-Model/Fast_dLLM_v2_1.5B",
     targets=("qwen2",),
 )
@@ -59,6 +61,7 @@ SDAR = Family(  # arXiv 2510.06303; the plain checkpoints have blocks of 4, "-b3
     published_mask_token_id=151669,
     qkv_bias=False,
     qk_norm=True,
+    states_head_dim=True,
     drafter="JetLM/SDAR-1.7B-Chat-b32",
     targets=("qwen3", "qwen3_moe"),
 )

@@ -4,14 +4,18 @@ Only the attention layer differs; everything else is vLLM's. Loaded natively: a 
 code is never run.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from failfast_vllm.attention import BlockDiffusionBackend
+from failfast_vllm.checkpoint import check_tensors, expected_shapes
+from failfast_vllm.families import FAST_DLLM_V2, SDAR, Family
 
 
 def _attend_in_blocks(decoder: Any, vllm_config: VllmConfig) -> None:
@@ -32,12 +36,23 @@ def _attend_in_blocks(decoder: Any, vllm_config: VllmConfig) -> None:
         )
 
 
+def _checked(
+    family: Family, config: Any, weights: Iterable[tuple[str, torch.Tensor]]
+) -> Iterable[tuple[str, torch.Tensor]]:
+    shapes = expected_shapes(family, config.to_dict())
+    return check_tensors(config.name_or_path, weights, shapes)
+
+
 class Fast_dLLM_QwenForCausalLM(Qwen2ForCausalLM):  # noqa: N801 - the published name
     """Fast-dLLM v2 (arXiv 2509.26328): Qwen2's weights."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         _attend_in_blocks(self.model, vllm_config)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded: set[str] = super().load_weights(_checked(FAST_DLLM_V2, self.config, weights))
+        return loaded
 
 
 class SDARForCausalLM(Qwen3ForCausalLM):
@@ -46,3 +61,7 @@ class SDARForCausalLM(Qwen3ForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         _attend_in_blocks(self.model, vllm_config)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded: set[str] = super().load_weights(_checked(SDAR, self.config, weights))
+        return loaded

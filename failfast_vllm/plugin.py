@@ -14,6 +14,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from failfast_vllm import config as user_config
@@ -249,7 +250,8 @@ def _creating_speculative_config(original: Any) -> Any:
             target_model_config.hf_config.model_type,
             target_model_config.get_vocab_size(),
         )
-        user_config.check_local_drafter(drafter)
+        user_config.check_local_drafter(drafter, self.load_format)
+        _check_hub_config(drafter, given.get("revision"))
         register_model()
         _install_worker_hook()
 
@@ -290,6 +292,17 @@ def _creating_speculative_config(original: Any) -> Any:
         return speculative
 
     return create_speculative_config
+
+
+def _check_hub_config(drafter: str, revision: str | None) -> None:
+    """Refuse before vLLM would offer to run remote code, or fail on a size; raises ValueError."""
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+    fields = (
+        None if Path(drafter).is_dir() else get_hf_file_to_dict("config.json", drafter, revision)
+    )
+    if isinstance(fields, dict):  # None: vLLM says what it could not reach
+        user_config.check_drafter_config(drafter, fields)
 
 
 def _token_facts(

@@ -4,6 +4,7 @@ The layout is spelt out here a second time, so that `failfast_vllm.checkpoint` i
 """
 
 import json
+import math
 import shutil
 
 import torch
@@ -52,16 +53,8 @@ def tiny_config(family, **changes):
     return {key: value for key, value in config.items() if value is not None}
 
 
-def random_tensors(family, config, dtype=torch.float32, seed=0):
-    """Every published tensor of `config`, {name: tensor}; activations stay of order one."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def matrix(rows, columns):  # [out, in]
-        return torch.randn(rows, columns, generator=generator) / columns**0.5
-
-    def vector(size, centre):
-        return centre + 0.1 * torch.randn(size, generator=generator)
-
+def published_shapes(family, config):
+    """{name: [out, in] or [size]} of every tensor."""
     hidden, mlp = config["hidden_size"], config["intermediate_size"]
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
     widths = {
@@ -70,26 +63,40 @@ def random_tensors(family, config, dtype=torch.float32, seed=0):
         "v": config["num_key_value_heads"] * head_dim,
     }
     has_bias = family.qkv_bias or config.get("attention_bias", False)
-    tensors = {"model.embed_tokens.weight": matrix(config["vocab_size"], hidden)}
+    shapes = {"model.embed_tokens.weight": [config["vocab_size"], hidden]}
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         for name, width in widths.items():
-            tensors[f"{layer}.self_attn.{name}_proj.weight"] = matrix(width, hidden)
+            shapes[f"{layer}.self_attn.{name}_proj.weight"] = [width, hidden]
             if has_bias:
-                tensors[f"{layer}.self_attn.{name}_proj.bias"] = vector(width, 0.0)
-        tensors[f"{layer}.self_attn.o_proj.weight"] = matrix(hidden, widths["q"])
+                shapes[f"{layer}.self_attn.{name}_proj.bias"] = [width]
+        shapes[f"{layer}.self_attn.o_proj.weight"] = [hidden, widths["q"]]
         if family.qk_norm:
-            tensors[f"{layer}.self_attn.q_norm.weight"] = vector(head_dim, 1.0)
-            tensors[f"{layer}.self_attn.k_norm.weight"] = vector(head_dim, 1.0)
-        tensors[f"{layer}.mlp.gate_proj.weight"] = matrix(mlp, hidden)
-        tensors[f"{layer}.mlp.up_proj.weight"] = matrix(mlp, hidden)
-        tensors[f"{layer}.mlp.down_proj.weight"] = matrix(hidden, mlp)
-        tensors[f"{layer}.input_layernorm.weight"] = vector(hidden, 1.0)
-        tensors[f"{layer}.post_attention_layernorm.weight"] = vector(hidden, 1.0)
-    tensors["model.norm.weight"] = vector(hidden, 1.0)
+            shapes[f"{layer}.self_attn.q_norm.weight"] = [head_dim]
+            shapes[f"{layer}.self_attn.k_norm.weight"] = [head_dim]
+        shapes[f"{layer}.mlp.gate_proj.weight"] = [mlp, hidden]
+        shapes[f"{layer}.mlp.up_proj.weight"] = [mlp, hidden]
+        shapes[f"{layer}.mlp.down_proj.weight"] = [hidden, mlp]
+        shapes[f"{layer}.input_layernorm.weight"] = [hidden]
+        shapes[f"{layer}.post_attention_layernorm.weight"] = [hidden]
+    shapes["model.norm.weight"] = [hidden]
     if not config.get("tie_word_embeddings", False):
-        tensors["lm_head.weight"] = matrix(config["vocab_size"], hidden)
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        shapes["lm_head.weight"] = [config["vocab_size"], hidden]
+    return shapes
+
+
+def random_tensors(family, config, dtype=torch.float32, seed=0):
+    """Every published tensor of `config`, {name: tensor}; activations stay of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in published_shapes(family, config).items():
+        noise = torch.randn(*shape, generator=generator)
+        if len(shape) == 2:
+            tensor = noise / shape[1] ** 0.5
+        else:
+            tensor = 0.1 * noise + (0.0 if name.endswith("bias") else 1.0)
+        tensors[name] = tensor.to(dtype)
+    return tensors
 
 
 def write_checkpoint(path, family, config, shards=1, dtype=torch.float32, seed=0):
@@ -106,6 +113,24 @@ def write_checkpoint(path, family, config, shards=1, dtype=torch.float32, seed=0
     tensors = random_tensors(family, config, dtype, seed)
     write_weights(path, tensors, shards)
     return tensors
+
+
+def write_headers(path, family):
+    """`model.safetensors` as config.json asks for it, of any size: a header and a sparse hole."""
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    write_header(path / "model.safetensors", published_shapes(family, config))
+
+
+def write_header(file, shapes, **changes):
+    """A safetensors file of bfloat16 zeros; `changes` replace or add whole entries."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps({**header, **changes}).encode()
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
 
 
 def write_weights(path, tensors, shards=1):

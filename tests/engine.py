@@ -142,10 +142,10 @@ def chat_ids(tokenizer, prompt):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def generate(llm, prompts, params):
+def generate(llm, prompts, params, lora=None):
     """Token ids of the answers to token-id prompts, all submitted at once."""
     requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
-    outputs = llm.generate(requests, params, use_tqdm=False)
+    outputs = llm.generate(requests, params, use_tqdm=False, lora_request=lora)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 

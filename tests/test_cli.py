@@ -97,7 +97,8 @@ def test_demo_refuses_more_prompts_than_there_are(capsys):
 
 def test_light_commands_import_no_engine():
     code = (
-        "import sys; from failfast_vllm.cli import main; main(['models']); "
+        "import sys; from failfast_vllm.cli import main; "
+        "main(['models']); main(['plan', 'Qwen3-8B']); "
         "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,7 +1,7 @@
 """What a user may ask for: every mistake is one line that says what, got what, do what.
 
-All configs go through vLLM's own door, `EngineArgs.create_engine_config`. The drafters here have
-empty weight files, so that a config which reads weights fails its test.
+All configs go through vLLM's own door, `EngineArgs.create_engine_config`. The weight files of the
+drafters here are headers with a hole behind them.
 """
 
 import json
@@ -13,6 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 from vllm.engine.arg_utils import EngineArgs
 
+from checkpoints import write_headers
 from failfast_vllm import config
 from failfast_vllm.config import METHOD, MODELS_DIR, FailFastConfig
 from failfast_vllm.families import FAST_DLLM_V2, SDAR
@@ -52,10 +53,10 @@ def edit(path, **changes):
 
 @pytest.fixture
 def drafter(tmp_path):
-    """A copy of the shipped drafter whose weight file is empty."""
+    """A copy of the shipped drafter, without its weights."""
     copy = tmp_path / "a-drafter"
     shutil.copytree(DRAFTER, copy, ignore=shutil.ignore_patterns("*.safetensors"))
-    (copy / "model.safetensors").touch()
+    write_headers(copy, FAST_DLLM_V2)
     return copy
 
 
@@ -447,6 +448,7 @@ def test_padded_vocabularies_may_differ(target, drafter, sizes):
     """Qwen2.5 pads to 151,936 up to 3B and to 152,064 from 7B on; vLLM alone refuses the pair."""
     edit(target / "config.json", vocab_size=sizes[0])
     edit(drafter / "config.json", vocab_size=sizes[1])
+    write_headers(drafter, FAST_DLLM_V2)
     facts = build(asking(model=drafter), model=target).additional_config[METHOD]
     assert facts["mask_token_id"] == 3
     assert facts["num_draftable_tokens"] < 151936  # no padding is ever drafted

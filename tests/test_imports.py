@@ -9,7 +9,9 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {  # module -> our modules it may import
     "failfast_vllm/__init__.py": set(),
     "failfast_vllm/families.py": set(),
-    "failfast_vllm/config.py": {"failfast_vllm.families"},
+    "failfast_vllm/checkpoint.py": {"failfast_vllm.families"},
+    "failfast_vllm/config.py": {"failfast_vllm.checkpoint", "failfast_vllm.families"},
+    "failfast_vllm/plan.py": {"failfast_vllm.config", "failfast_vllm.families"},
     "failfast_vllm/calibration.py": set(),
     "failfast_vllm/policy.py": {"failfast_vllm.calibration"},
     "failfast_vllm/learned_policy.py": {
@@ -26,8 +28,14 @@ ALLOWED = {  # module -> our modules it may import
         "failfast_vllm.reuse",
     },
     "failfast_vllm/attention.py": {"failfast_kernels", "failfast_vllm.families"},
-    "failfast_vllm/model.py": {"failfast_vllm.attention"},
+    "failfast_vllm/model.py": {
+        "failfast_vllm.attention",
+        "failfast_vllm.checkpoint",
+        "failfast_vllm.families",
+    },
     "failfast_vllm/graphs.py": {"failfast_vllm.drafter"},
+    "failfast_vllm/load.py": set(),
+    "failfast_vllm/blocks.py": set(),
     "failfast_vllm/hosting.py": {
         "failfast_kernels",
         "failfast_vllm.attention",
@@ -59,9 +67,13 @@ ALLOWED = {  # module -> our modules it may import
 }
 WITHOUT_VLLM = {
     "failfast_vllm/graphs.py",
+    "failfast_vllm/load.py",
+    "failfast_vllm/blocks.py",
     "failfast_vllm/cpu_sampling.py",
     "failfast_vllm/__init__.py",
     "failfast_vllm/families.py",
+    "failfast_vllm/checkpoint.py",
+    "failfast_vllm/plan.py",
     "failfast_vllm/calibration.py",
     "failfast_vllm/config.py",
     "failfast_vllm/learned_policy.py",

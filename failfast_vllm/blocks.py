@@ -1,0 +1,50 @@
+"""Which diffusion blocks hold the drafter's KV: one bit per block of each physical KV page.
+
+Commits may be postponed while nothing is drafted, so what the target has computed does not tell
+what the drafter has. A bit is set where a block is committed, and cleared where a request computes
+the block's tokens: a page that vLLM gives to another request is behind that request's first
+computed position, or it is a prefix hit and has kept its tokens. Torch only; nothing is copied to
+the host.
+"""
+
+import torch
+
+
+class CommittedBlocks:
+    """The bits of all pages.
+
+    Args:
+        num_pages: physical pages of the KV cache.
+        kv_block_size: tokens per page, a multiple of `diffusion_block_size`.
+    """
+
+    def __init__(
+        self, num_pages: int, kv_block_size: int, diffusion_block_size: int, device: torch.device
+    ) -> None:
+        self.size = diffusion_block_size
+        self.per_page = kv_block_size // diffusion_block_size
+        # the last bit belongs to no page: it takes what is written for rows that are not committed
+        self.bits = torch.zeros(num_pages * self.per_page + 1, dtype=torch.bool, device=device)
+
+    def committed_lens(
+        self, block_table: torch.Tensor, computed_lens: torch.Tensor, known_lens: torch.Tensor
+    ) -> torch.Tensor:
+        """Tokens in front of each sequence's first block without KV, [num_seqs] int64.
+
+        Args:
+            block_table: [num_seqs, max_pages] int; undefined behind the pages of `known_lens`.
+            computed_lens: [num_seqs] int, tokens whose target KV was there before this step.
+            known_lens: [num_seqs] int, tokens now; the blocks in between are new.
+        """
+        inside = torch.arange(self.per_page, device=self.bits.device)
+        blocks = (block_table.long()[:, :, None] * self.per_page + inside).flatten(1)
+        places = torch.arange(blocks.shape[1], device=self.bits.device)
+        old = places < (computed_lens // self.size)[:, None]
+        new = ~old & (places * self.size < known_lens[:, None])
+        self.bits[torch.where(new, blocks, self.bits.numel() - 1)] = False
+        committed = self.bits[torch.where(old, blocks, self.bits.numel() - 1)] & old
+        return committed.long().cumprod(dim=1).sum(dim=1) * self.size
+
+    def mark(self, slot_mapping: torch.Tensor) -> None:
+        """The blocks of these slots are committed; -1 is no slot. [num_rows] int64."""
+        self.bits[slot_mapping // self.size] = True  # -1 // size is the last bit
