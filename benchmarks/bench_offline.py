@@ -267,6 +267,49 @@ def median_row(name, batch_size, runs, baselines, expected):
     }
 
 
+def held_out_prompts(count):
+    """Questions that neither model was trained on, as vLLM takes them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "target")
+    lines = (MODELS / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    step = max(1, len(lines) // count)
+    return [
+        {
+            "prompt_token_ids": tokenizer(
+                tokenizer.apply_chat_template(
+                    json.loads(line)["messages"], add_generation_prompt=True, tokenize=False
+                ),
+                add_special_tokens=False,
+            )["input_ids"]
+        }
+        for line in lines[::step][:count]
+    ]
+
+
+def measure(chosen, args, prompts):
+    """One row per batch size and method of `chosen`, which holds "none"; engines take turns."""
+    from tqdm import tqdm
+
+    jobs = [(b, r, m) for b in args.batch_sizes for r in range(args.repeats) for m in chosen]
+    runs = defaultdict(list)
+    for batch_size, _, name in tqdm(jobs, file=sys.stderr):
+        job = (chosen[name], args, batch_size, prompts)
+        if name.startswith("ngram"):  # imports numba, and then vLLM starts no second engine
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                run = process.submit(run_once, *job).result()
+        else:
+            run = run_once(*job)
+        runs[batch_size, name].append(run)
+    rows = []
+    for batch_size in args.batch_sizes:
+        baselines = runs[batch_size, "none"]
+        expected = baselines[0].answers
+        for name in chosen:
+            rows.append(median_row(name, batch_size, runs[batch_size, name], baselines, expected))
+    return rows
+
+
 def table(rows):
     columns = [
         ("batch", "batch_size", "{}"),
@@ -300,51 +343,16 @@ def main():
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    from tqdm import tqdm
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(MODELS / "target")
-    lines = (MODELS / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    step = max(1, len(lines) // args.num_prompts)
-    prompts = [
-        {
-            "prompt_token_ids": tokenizer(
-                tokenizer.apply_chat_template(
-                    json.loads(line)["messages"], add_generation_prompt=True, tokenize=False
-                ),
-                add_special_tokens=False,
-            )["input_ids"]
-        }
-        for line in lines[::step][: args.num_prompts]
-    ]
     facts = provenance(args)
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), flush=True)
 
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         vocab_size = json.loads((MODELS / "target" / "config.json").read_text())["vocab_size"]
         ar_drafter = pad_vocabulary(MODELS / "ar-drafter", vocab_size, Path(folder) / "ar")
         chosen = methods(ar_drafter)
         if args.methods:
             chosen = {name: chosen[name] for name in ["none", *args.methods]}
-        jobs = [(b, r, m) for b in args.batch_sizes for r in range(args.repeats) for m in chosen]
-        runs = defaultdict(list)
-        for batch_size, _, name in tqdm(jobs, file=sys.stderr):
-            job = (chosen[name], args, batch_size, prompts)
-            if name.startswith("ngram"):  # imports numba, and then vLLM starts no second engine
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                    run = process.submit(run_once, *job).result()
-            else:
-                run = run_once(*job)
-            runs[batch_size, name].append(run)
-    for batch_size in args.batch_sizes:
-        baselines = runs[batch_size, "none"]
-        for name in chosen:
-            rows.append(
-                median_row(
-                    name, batch_size, runs[batch_size, name], baselines, baselines[0].answers
-                )
-            )
+        rows = measure(chosen, args, held_out_prompts(args.num_prompts))
     print(table(rows))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ Errors are one line: what is wrong, what was got, what to do.
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from failfast_vllm.families import (
 )
 
 METHOD = "failfast"
-POLICIES = ("failfast", "fixed")
 MODELS_DIR = Path(__file__).parent / "models"
 # vLLM's SpeculativeConfig changes the method of a draft model whose path contains one of these
 METHOD_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
@@ -30,38 +29,120 @@ MAX_SPECULATIVE_TOKENS = 128  # MAX_SPEC_LEN of vLLM's rejection sampler
 
 _NAMES = " or ".join(family.name for family in FAMILIES)
 
+# (parameters of the user, key, cap) -> the checked value; raises ValueError
+Check = Callable[[Mapping[str, Any], str, int], Any]
+
+
+def _number_in(default: float, low: float, high: float) -> Check:
+    return lambda given, key, cap: _number(given, key, default, low, high)
+
+
+def _length(default: int, low: int) -> Check:
+    """A number of draft tokens, at most the cap."""
+    return lambda given, key, cap: _integer(given, key, min(default, cap), low, cap)
+
+
+def _arms(given: Mapping[str, Any], key: str, cap: int) -> list[str]:
+    names = given.get(key, DEFAULT_ARMS)
+    known = [name for name in POLICIES if name != "tapout"]
+    is_list = isinstance(names, list | tuple)
+    if not is_list or not names or any(n not in known or names.count(n) > 1 for n in names):
+        raise ValueError(
+            f"failfast: {key!r} must be a list of different policies among {', '.join(known)}; "
+            f"got {names!r}."
+        )
+    return list(names)
+
+
+def _bandit(given: Mapping[str, Any], key: str, cap: int) -> str:
+    name = given.get(key, "ucb1")
+    if name not in ("ucb1", "thompson"):
+        raise ValueError(f"failfast: {key!r} must be 'ucb1' or 'thompson'; got {name!r}.")
+    return str(name)
+
+
+# Each policy's own parameters; sources of rules and defaults: the classes in `policy` and
+# `learned_policy`.
+POLICIES: dict[str, dict[str, Check]] = {
+    "failfast": {"confidence_threshold": _number_in(0.45, 0, 1)},
+    "fixed": {},
+    "confidence": {"confidence_threshold": _number_in(0.4, 0, 1)},
+    "svip": {
+        "entropy_factor": _number_in(0.15, 0, 100),
+        "entropy_threshold": _number_in(0.3, 0, 100),
+    },
+    "adaedl": {
+        "entropy_factor": _number_in(0.2, 0, 100),
+        "target_acceptance": _number_in(0.9, 0, 1),
+        "initial_threshold": _number_in(0.4, 0, 1),
+    },
+    "specdec++": {
+        "rejection_threshold": _number_in(0.3, 0, 1),
+        "min_draft_len": _length(2, 1),
+    },
+    "survival": {"survival_threshold": _number_in(0.01, 0, 1)},
+    "tapout": {
+        "arms": _arms,
+        "bandit": _bandit,
+        "reward_weight": _number_in(0.5, 0, 1),
+        "seed": lambda given, key, cap: _integer(given, key, 0, 0, 2**32 - 1),
+    },
+    "diffuspec-adl": {
+        "min_draft_len": _length(20, 1),
+        "length_step": _length(10, 0),
+        "smoothing": _number_in(0.5, 0, 1),
+    },
+}
+DEFAULT_ARMS = ("failfast", "confidence", "svip", "adaedl", "specdec++", "survival")
+DEFAULT_CAPS = {"svip": 40, "specdec++": 20, "diffuspec-adl": 30}  # the others: 60
+ONE_PASS = ("fixed", "diffuspec-adl")  # the length is known beforehand: no second look
+
+
+def policy_parameters(policy: str, given: Mapping[str, Any], cap: int) -> dict[str, Any]:
+    """All parameters of a policy, checked; raises ValueError, also on another policy's."""
+    owners = {
+        key: [name for name, parameters in POLICIES.items() if key in parameters]
+        for parameters in POLICIES.values()
+        for key in parameters
+    }
+    for key in given:
+        if key in owners and policy not in owners[key]:
+            raise ValueError(
+                f"failfast: {key!r} belongs to the policy {' or '.join(map(repr, owners[key]))}; "
+                f"got the policy {policy!r}. Remove the key or change 'policy'."
+            )
+    return {key: check(given, key, cap) for key, check in POLICIES[policy].items()}
+
 
 @dataclass(frozen=True)
 class FailFastConfig:
     """The drafting knobs; defaults are the paper's (arXiv 2512.20573, section 5)."""
 
-    num_speculative_tokens: int = 60
-    confidence_threshold: float = 0.45
-    draft_increment: int = 10
-    policy: str = "failfast"
-    draft_budget: int = 512  # tokens drafted in one step, over all sequences
+    num_speculative_tokens: int
+    draft_increment: int
+    policy: str
+    draft_budget: int  # tokens drafted in one step, over all sequences
+    reuse_rejected: bool  # lengthen doubtful drafts by what was rejected before
+    parameters: Mapping[str, Any]  # of the policy
 
     @staticmethod
     def from_user(given: Mapping[str, Any]) -> "FailFastConfig":
         """Validate the drafting keys of `--speculative-config`; raises ValueError."""
-        num_tokens = _integer(given, "num_speculative_tokens", 60, 1, MAX_SPECULATIVE_TOKENS)
-        policy = given.get("policy", "failfast")
-        if policy not in POLICIES:
+        policy = given.get("policy", METHOD)
+        if not isinstance(policy, str) or policy not in POLICIES:
             raise ValueError(
                 f"failfast: 'policy' must be one of {', '.join(POLICIES)}; got {policy!r}."
             )
-        threshold = given.get("confidence_threshold", 0.45)
-        is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-        if not is_number or not 0.0 <= threshold <= 1.0:
-            raise ValueError(
-                "failfast: 'confidence_threshold' must be a probability between 0 and 1; "
-                f"got {threshold!r}."
-            )
-        # a fixed draft needs no second look: one pass fills it
-        increment = num_tokens if policy == "fixed" else min(10, num_tokens)
-        increment = _integer(given, "draft_increment", increment, 1, num_tokens)
+        cap = DEFAULT_CAPS.get(policy, 60)
+        cap = _integer(given, "num_speculative_tokens", cap, 1, MAX_SPECULATIVE_TOKENS)
+        increment = cap if policy in ONE_PASS else min(10, cap)
+        increment = _integer(given, "draft_increment", increment, 1, cap)
         budget = _integer(given, "draft_budget", 512, 1, MAX_DRAFT_BUDGET)
-        return FailFastConfig(num_tokens, float(threshold), increment, policy, budget)
+        reuse = given.get("reuse_rejected", False)
+        if not isinstance(reuse, bool):
+            raise ValueError(f"failfast: 'reuse_rejected' must be true or false; got {reuse!r}.")
+        parameters = policy_parameters(policy, given, cap)
+        return FailFastConfig(cap, increment, policy, budget, reuse, parameters)
 
     def for_block_size(self, size: int, given: Mapping[str, Any]) -> "FailFastConfig":
         """Unless the user set it, an increment is not longer than the drafter's block.
@@ -69,17 +150,25 @@ class FailFastConfig:
         Beyond it every mask of a pass would depend on blocks that hold only masks, which no
         drafter has seen in training.
         """
-        if "draft_increment" in given or self.policy == "fixed":
+        if "draft_increment" in given or self.policy in ONE_PASS:
             return self
         return replace(self, draft_increment=min(self.draft_increment, size))
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """One flat table, as the user writes it."""
+        knobs = asdict(self)
+        parameters = knobs.pop("parameters")
+        return {**knobs, **parameters}
 
 
 # keys of vLLM's SpeculativeConfig that mean the same for a failfast drafter
 PASSED_ON = ("model", "revision", "draft_tensor_parallel_size")
-KNOWN_KEYS = ("method", *PASSED_ON, *(field.name for field in fields(FailFastConfig)))
+KNOWN_KEYS = (
+    "method",
+    *PASSED_ON,
+    *(field.name for field in fields(FailFastConfig) if field.name != "parameters"),
+    *dict.fromkeys(key for parameters in POLICIES.values() for key in parameters),
+)
 
 
 def is_bare_word(text: str) -> bool:
@@ -249,3 +338,11 @@ def _integer(given: Mapping[str, Any], key: str, default: int, low: int, high: i
             f"failfast: {key!r} must be an integer from {low} to {high}; got {value!r}."
         )
     return value
+
+
+def _number(given: Mapping[str, Any], key: str, default: float, low: float, high: float) -> float:
+    value = given.get(key, default)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        raise ValueError(f"failfast: {key!r} must be a number from {low} to {high}; got {value!r}.")
+    return float(value)

@@ -19,7 +19,8 @@ Lengths live on the host, tokens on the device: rows are planned with NumPy, a p
 copies to the device, and `_denoise` makes the only copy back.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,15 +28,15 @@ import numpy.typing as npt
 import torch
 
 from failfast_kernels import TokenConfidence
-from failfast_vllm.policy import Policy
-
-Lengths = npt.NDArray[np.int64]
+from failfast_vllm.policy import DraftSoFar, Lengths, Policy
+from failfast_vllm.reuse import RejectedDrafts, RejectedTokens, continuation
 
 
 @dataclass(frozen=True)
 class DraftStep:
     """All sequences of one engine step. Lengths are host arrays of [num_seqs]."""
 
+    req_ids: Sequence[str]
     token_ids: torch.Tensor  # [num_slots, max_len] int, known tokens; the rest is undefined
     slots: Lengths  # row of each sequence in `token_ids`
     block_table: torch.Tensor  # [num_seqs, max_pages] int
@@ -65,8 +66,11 @@ class DraftModel(Protocol):
         """Run all layers; returns hidden states [num_rows, hidden_size]."""
         ...
 
-    def confidence(self, hidden_states: torch.Tensor) -> TokenConfidence:
-        """Best token after each row and its probability; MASK and foreign ids never win."""
+    def confidence(self, hidden_states: torch.Tensor, *, details: bool = False) -> TokenConfidence:
+        """Best token after each row and its probability; MASK and foreign ids never win.
+
+        `details` asks for the entropy, too.
+        """
         ...
 
 
@@ -78,11 +82,24 @@ class Drafts(NamedTuple):
     num_passes: Lengths  # [num_seqs] increments drafted
     num_forwards: int
     num_rows: int  # over all forwards
+    confidences: npt.NDArray[np.float32]  # [num_seqs, cap], of `num_confidences` tokens each
+    num_confidences: Lengths  # [num_seqs], less than `lens` where rejected tokens were reused
+    ends_at_stop: npt.NDArray[np.bool_]  # [num_seqs], a pass drafted a stop token
 
     def to_lists(self) -> list[list[int]]:
         """One list per sequence: a copy to the host."""
         rows = self.token_ids.tolist()
         return [row[:length] for row, length in zip(rows, self.lens.tolist(), strict=True)]
+
+
+class _Judged(NamedTuple):
+    """What the drafts of a step are judged by, and what came of it; updated in place."""
+
+    signals: torch.Tensor  # [1 or 2, num_seqs, width] float32: confidence 1.0, entropy 0.0 so far
+    rejected: RejectedTokens | None  # None: not reused
+    confidences: npt.NDArray[np.float32]  # these three as in `Drafts`
+    num_confidences: Lengths
+    ends_at_stop: npt.NDArray[np.bool_]
 
 
 class Drafter:
@@ -94,6 +111,7 @@ class Drafter:
         vocab_size: of the drafter; it reads MASK where the target has an id beyond it.
         mask_token_id: the drafter's MASK.
         stop_token_ids: [num_ids] int64, tokens after which a draft ends.
+        reuse_rejected: lengthen doubtful drafts by what was rejected before (see `reuse`).
         kv_block_size: tokens per page of the KV cache, a multiple of `diffusion_block_size`.
     """
 
@@ -111,6 +129,7 @@ class Drafter:
         max_draft_budget: int,
         diffusion_block_size: int = 32,
         logit_shift: int = 1,
+        reuse_rejected: bool = False,
     ) -> None:
         assert kv_block_size % diffusion_block_size == 0
         self.model = model
@@ -124,6 +143,7 @@ class Drafter:
         self.max_draft_budget = max_draft_budget
         self.diffusion_block_size = diffusion_block_size
         self.logit_shift = logit_shift
+        self.rejected = RejectedDrafts() if reuse_rejected else None
         self.device = stop_token_ids.device
 
     def draft_budget(self, num_seqs: int) -> int:
@@ -132,7 +152,9 @@ class Drafter:
 
     def propose(self, step: DraftStep) -> Drafts:
         """Commit every newly complete block and draft for the sequences that may have a draft."""
+        step = replace(step, max_draft_lens=self.policy.begin(step.req_ids, step.max_draft_lens))
         canvas = self._canvas(step)
+        judged = self._judged(step)
         draft_lens = np.zeros_like(step.known_lens)
         num_passes = np.zeros_like(draft_lens)
         num_forwards = num_rows = 0
@@ -149,6 +171,7 @@ class Drafter:
 
         while active.size:
             goes_on = np.zeros_like(drafts)
+            spare = step.draft_budget - int((draft_lens + increments).sum())
             for seqs in self._split(active, ends - starts):
                 first_rows, batch = self._rows(step, canvas, seqs, starts, ends)
                 hidden_states = self.model.forward(batch)
@@ -160,11 +183,13 @@ class Drafter:
                 draft_lens[growing], goes_on[growing] = self._denoise(
                     step,
                     canvas,
+                    judged,
                     growing,
                     hidden_states,
                     first_rows[drafts[seqs]] + frontier - self.logit_shift - starts[growing],
                     increments[growing],
                     draft_lens[growing],
+                    spare // active.size,
                 )
                 num_passes[growing] += 1
             starts = step.final_lens
@@ -174,7 +199,18 @@ class Drafter:
             ends = step.known_lens + draft_lens + increments
 
         token_ids = self._drafted(step, canvas, draft_lens)
-        return Drafts(token_ids, draft_lens, num_passes, num_forwards, num_rows)
+        if self.rejected is not None:
+            self.rejected.remember(step.req_ids, token_ids)
+        return Drafts(
+            token_ids,
+            draft_lens,
+            num_passes,
+            num_forwards,
+            num_rows,
+            judged.confidences,
+            judged.num_confidences,
+            judged.ends_at_stop,
+        )
 
     def _share(self, wanted: Lengths, budget: int) -> Lengths:
         """The next increments of sequences that may still draft `wanted` tokens each.
@@ -192,45 +228,101 @@ class Drafter:
         self,
         step: DraftStep,
         canvas: torch.Tensor,
+        judged: "_Judged",
         seqs: Lengths,
         hidden_states: torch.Tensor,
         first_rows: Lengths,
         increments: Lengths,
         draft_lens: Lengths,
+        max_reused: int,
     ) -> tuple[Lengths, npt.NDArray[np.bool_]]:
         """Fill the increment of `seqs` from one pass: their new lengths, and which of them go on.
 
-        `first_rows` are the rows that predict the first MASK of each sequence. `canvas` is updated
-        in place; positions that a sequence does not have go to its last column.
+        `first_rows` are the rows that predict the first MASK of each sequence. `canvas` and
+        `judged` are updated in place; positions that a sequence does not have go to their last
+        columns. A draft that ends in doubt may get up to `max_reused` rejected tokens on top.
         """
         offsets = np.arange(self.draft_increment)
         valid = offsets < increments[:, None]  # [n, draft_increment]
-        frontier = (step.known_lens - step.committed_lens)[seqs] + draft_lens
+        first_columns = (step.known_lens - step.committed_lens)[seqs]
+        positions = np.where(valid, draft_lens[:, None] + offsets, judged.confidences.shape[1] - 1)
         lens = draft_lens + increments
-        plan = np.empty((6, *valid.shape), dtype=np.int64)
+        plan = np.empty((8, *valid.shape), dtype=np.int64)
         plan[0] = first_rows[:, None] + np.where(valid, offsets, 0)
-        plan[1] = np.where(valid, frontier[:, None] + offsets, canvas.shape[1] - 1)
+        plan[1] = np.where(valid, first_columns[:, None] + positions, canvas.shape[1] - 1)
         plan[2] = seqs[:, None]
-        plan[3] = valid
-        plan[4] = valid & step.stops_at_eos[seqs, None]
+        plan[3] = valid & step.stops_at_eos[seqs, None]
+        plan[4] = positions
         plan[5] = lens[:, None]
-        rows, columns, owners, is_valid, may_stop, new_lens = self._to_device(plan)
-        confidence = self.model.confidence(hidden_states[rows.flatten()])
+        plan[6] = first_columns[:, None]
+        plan[7] = np.minimum(step.max_draft_lens[seqs], lens + max_reused)[:, None]
+        rows, columns, owners, may_stop, places, *per_seq = self._to_device(plan)
+        owner = owners[:, 0]
+        new_lens, starts, caps = (plane[:, 0] for plane in per_seq)
+        entropic = self.policy.needs_entropy
+        confidence = self.model.confidence(hidden_states[rows.flatten()], details=entropic)
         token_ids = confidence.token_ids.view_as(rows)
         canvas[owners, columns] = token_ids
-        probabilities = confidence.probabilities.view_as(rows)
-        probabilities = torch.where(is_valid.bool(), probabilities, 1.0)
-        sure = self.policy.extend(probabilities, new_lens[:, 0])
-        is_stop = (token_ids[:, :, None] == self.stop_token_ids).any(dim=2) & may_stop.bool()
-        first_stop = torch.where(is_stop, 0, self.draft_increment) + torch.arange(
-            self.draft_increment, device=self.device
+        judged.signals[0, owners, places] = confidence.probabilities.view_as(rows)
+        if entropic:
+            assert confidence.entropies is not None
+            judged.signals[1, owners, places] = confidence.entropies.view_as(rows)
+        signals = judged.signals[:, owner, : int(lens.max())]
+        ends, goes_on = self.policy.extend(
+            DraftSoFar(owner, new_lens, signals[0], signals[1] if entropic else None)
         )
-        verdict = torch.stack((first_stop.amin(dim=1), sure.long()))
+        is_stop = (token_ids[:, :, None] == self.stop_token_ids).any(dim=2) & may_stop.bool()
+        first_stop = torch.where(is_stop, places + 1, ends[:, None] + 1).amin(dim=1)
+        stopped = first_stop <= ends
+        ends = torch.minimum(ends, first_stop)
+        num_reused = torch.zeros_like(ends)
+        if judged.rejected is not None:
+            room = torch.where(goes_on | stopped, 0, caps - ends)
+            num_reused = self._reuse(canvas, judged.rejected, owner, starts, ends, room)
+        # float64 holds both the lengths and the probabilities exactly
+        flags = torch.stack((ends, num_reused, goes_on & ~stopped, stopped), dim=1).double()
+        report = torch.cat((flags, confidence.probabilities.view_as(rows).double()), dim=1)
 
-        first_stops, surenesses = verdict.cpu().numpy()  # the copy back, once per increment
-        stopped = first_stops < self.draft_increment
-        lens = np.where(stopped, draft_lens + first_stops + 1, lens)
-        return lens, (surenesses > 0) & ~stopped & (lens < step.max_draft_lens[seqs])
+        report_np = report.cpu().numpy()  # the copy back, once per increment
+        ends_np, reused_np = report_np[:, :2].astype(np.int64).T
+        judged.confidences[seqs[:, None], positions] = report_np[:, 4:]
+        judged.num_confidences[seqs] = ends_np
+        judged.ends_at_stop[seqs] = report_np[:, 3] > 0
+        lens = ends_np + reused_np
+        return lens, (report_np[:, 2] > 0) & (lens < step.max_draft_lens[seqs])
+
+    def _reuse(
+        self,
+        canvas: torch.Tensor,
+        rejected: RejectedTokens,
+        seqs: torch.Tensor,
+        first_columns: torch.Tensor,
+        lens: torch.Tensor,
+        room: torch.Tensor,
+    ) -> torch.Tensor:
+        """Append up to `room` rejected tokens to each draft in `canvas`: [n], how many."""
+        last = canvas.shape[1] - 1
+        columns = first_columns[:, None] + torch.arange(last, device=self.device)
+        drafts = canvas[seqs[:, None], columns.clamp(max=last)]
+        tokens, num_tokens = continuation(drafts, lens, rejected.tails[seqs], rejected.lens[seqs])
+        num_tokens = torch.minimum(num_tokens, room)
+        offsets = torch.arange(tokens.shape[1], device=self.device)
+        columns = (first_columns + lens)[:, None] + offsets
+        columns = torch.where(offsets < num_tokens[:, None], columns, last)
+        canvas[seqs[:, None], columns] = tokens
+        return num_tokens
+
+    def _judged(self, step: DraftStep) -> "_Judged":
+        num_seqs, width = len(step.known_lens), int(step.max_draft_lens.max(initial=0)) + 1
+        signals = torch.ones(1 + self.policy.needs_entropy, num_seqs, width, device=self.device)
+        signals[1:] = 0.0
+        return _Judged(
+            signals,
+            self.rejected.tokens(step.req_ids) if self.rejected is not None else None,
+            np.ones((num_seqs, width), dtype=np.float32),
+            np.zeros(num_seqs, dtype=np.int64),
+            np.zeros(num_seqs, dtype=bool),
+        )
 
     def _canvas(self, step: DraftStep) -> torch.Tensor:
         """[num_seqs, width] int64: the uncommitted tokens, then MASK, from `committed_lens` on."""

@@ -5,7 +5,7 @@ and counts them. vLLM owns the weights and the KV cache.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,11 +16,12 @@ from vllm.forward_context import set_forward_context
 
 from failfast_kernels import TokenConfidence, confidence_argmax
 from failfast_vllm.attention import BlockDiffusionMetadata
-from failfast_vllm.config import METHOD
+from failfast_vllm.config import METHOD, POLICIES
 from failfast_vllm.drafter import DraftBatch, Drafter, Drafts
 from failfast_vllm.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.graphs import BucketedPasses, Capture, make_buckets
-from failfast_vllm.policy import make_policy
+from failfast_vllm.learned_policy import PerRequest, make_policy
+from failfast_vllm.policy import Outcome
 
 
 class Round(NamedTuple):
@@ -56,7 +57,7 @@ class DraftStats:
         drafted, num_passes = self._drafts.pop(req_id, ([], 0))
         self.on_round(Round(req_id, drafted[:num_verified], emitted, num_passes))
 
-    def remember(self, req_ids: list[str], drafts: Drafts) -> None:
+    def remember(self, req_ids: Sequence[str], drafts: Drafts) -> None:
         """Keep what was drafted until it is reported."""
         self._drafts.update(
             zip(
@@ -65,6 +66,60 @@ class DraftStats:
                 strict=True,
             )
         )
+
+
+class Rounds:
+    """Pairs each draft with its verification, for what learns from it: policies, reused drafts.
+
+    An adapter calls `verified` before a step's drafts are made, `drafted` after.
+    """
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter = drafter
+        self._drafts = PerRequest[Outcome | None](None)  # nothing of them is verified yet
+
+    def verified(
+        self, req_ids: Sequence[str], num_verified: Sequence[int], num_emitted: Sequence[int]
+    ) -> None:
+        """Learn what became of the last draft of each request in the step.
+
+        Args:
+            num_verified: per request, draft tokens that the target has judged.
+            num_emitted: accepted tokens and the bonus; 0 = the request was not sampled.
+        """
+        outcomes = []
+        for req_id, verified, emitted in zip(req_ids, num_verified, num_emitted, strict=True):
+            draft = self._drafts[req_id]
+            if draft is not None and verified and emitted:
+                outcomes.append(draft._replace(num_verified=verified, num_accepted=emitted - 1))
+            if emitted:
+                self._drafts.forget((req_id,))
+        policy = self.drafter.policy
+        if policy.calibration is not None:
+            policy.calibration.observe(outcomes)
+        policy.observe(outcomes)
+        if self.drafter.rejected is not None:
+            self.drafter.rejected.observe(outcomes)
+
+    def drafted(self, req_ids: Sequence[str], drafts: Drafts) -> None:
+        """Keep what was drafted until it is verified."""
+        policy = self.drafter.policy
+        if not (policy.learns or policy.calibration or self.drafter.rejected):
+            return
+        for i in drafts.lens.nonzero()[0].tolist():
+            self._drafts[req_ids[i]] = Outcome(
+                req_ids[i],
+                num_drafted=int(drafts.lens[i]),
+                num_verified=0,
+                num_accepted=0,
+                confidences=drafts.confidences[i, : drafts.num_confidences[i]],
+                ends_at_stop=bool(drafts.ends_at_stop[i]),
+            )
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """The requests have ended."""
+        self._drafts.forget(req_ids)
+        self.drafter.policy.forget(req_ids)
 
 
 class HostedDraftModel:
@@ -127,10 +182,12 @@ class HostedDraftModel:
             )
         return hidden_states
 
-    def confidence(self, hidden_states: torch.Tensor) -> TokenConfidence:
+    def confidence(self, hidden_states: torch.Tensor, *, details: bool = False) -> TokenConfidence:
         began = time.perf_counter()
         logits = self.model.compute_logits(hidden_states)
-        confidence = confidence_argmax(logits, self.num_draftable_tokens, (self.mask_token_id,))
+        confidence = confidence_argmax(
+            logits, self.num_draftable_tokens, (self.mask_token_id,), details=details
+        )
         self.stats.forward_ms += (time.perf_counter() - began) * 1e3
         return confidence
 
@@ -162,7 +219,11 @@ def make_drafter(
     )
     return Drafter(
         hosted,
-        make_policy(knobs["policy"], knobs["confidence_threshold"]),
+        make_policy(
+            knobs["policy"],
+            {name: knobs[name] for name in POLICIES[knobs["policy"]]},
+            knobs["num_speculative_tokens"],
+        ),
         draft_increment=knobs["draft_increment"],
         vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
         mask_token_id=knobs["mask_token_id"],
@@ -174,6 +235,7 @@ def make_drafter(
         max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
         diffusion_block_size=knobs["diffusion_block_size"],
         logit_shift=knobs["logit_shift"],
+        reuse_rejected=knobs["reuse_rejected"],
     )
 
 

@@ -392,7 +392,7 @@ class Plan:
     @property
     def logits_bytes(self) -> int:
         """Of the longest verification of the largest batch, in float32 (as it is sampled)."""
-        num_tokens = FailFastConfig().num_speculative_tokens + 1
+        num_tokens = FailFastConfig.from_user({}).num_speculative_tokens + 1
         vocab = self.costs.target.vocab_size * self.tensor_parallel_size  # gathered
         return max(self.batch_sizes) * num_tokens * vocab * 4
 
@@ -542,8 +542,8 @@ def render(plan: Plan) -> str:
         f"KV        target {kv_bytes_per_token(target) / 1024:g} KiB per token, drafter "
         f"{kv_bytes_per_token(drafter) / 1024:g} KiB{rank}: {plan.kv_share:.0%} of the pool",
         f"logits    {plan.logits_bytes / 1e6:.0f} MB float32 at most: "
-        f"{max(plan.batch_sizes)} drafts of {FailFastConfig().num_speculative_tokens} tokens, "
-        "verified at once",
+        f"{max(plan.batch_sizes)} drafts of "
+        f"{FailFastConfig.from_user({}).num_speculative_tokens} tokens, verified at once",
         "",
         *(f"- {note}" for note in plan.notes),
     ]

@@ -86,6 +86,12 @@ V1_HOOKS = (
         ),
     ),
     Hook(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "_update_states",
+        ("self", "scheduler_output"),
+    ),
+    Hook(
         "vllm.v1.sample.rejection_sampler",
         "",
         "expand_batch_to_tokens",
@@ -100,6 +106,12 @@ V2_HOOKS = (
         ("vllm_config", "device", "req_states"),
     ),
     Hook("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "take_draft_token_ids", ("self",)),
+    Hook(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner",
+        "finish_requests",
+        ("self", "scheduler_output"),
+    ),
 )
 ALL_HOOKS = (*CONFIG_HOOKS, WORKER_HOOK, *V1_HOOKS, *V2_HOOKS)
 
@@ -464,8 +476,17 @@ def install_v2_hooks() -> None:
 
         return take_draft_token_ids
 
+    def finishing_requests(original: Any) -> Any:
+        def finish_requests(self: Any, scheduler_output: Any) -> None:
+            original(self, scheduler_output)  # takes preempted requests for finished ones
+            if isinstance(self.speculator, FailFastSpeculator):
+                self.speculator.forget(scheduler_output.finished_req_ids)
+
+        return finish_requests
+
     _wrap(model_runner, "init_speculator", building_speculator)
     _wrap(model_runner.GPUModelRunner, "take_draft_token_ids", taking_drafts)
+    _wrap(model_runner.GPUModelRunner, "finish_requests", finishing_requests)
 
 
 def install_v1_hooks() -> None:
@@ -528,7 +549,17 @@ def install_v1_hooks() -> None:
 
         return propose_draft_token_ids
 
+    def updating_states(original: Any) -> Any:
+        def _update_states(self: Any, scheduler_output: Any) -> Any:
+            drafter = getattr(self, "drafter", None)  # only a runner that speculates has one
+            if isinstance(drafter, FailFastProposer):
+                drafter.forget(scheduler_output.finished_req_ids)
+            return original(self, scheduler_output)
+
+        return _update_states
+
     _wrap(DraftModelProposer, "__new__", constructing_proposer)
+    _wrap(GPUModelRunner, "_update_states", updating_states)
     _wrap(GPUModelRunner, "_input_fits_in_drafter", fitting_drafter)
     _wrap(GPUModelRunner, "propose_draft_token_ids", proposing)
     if not HAS_TRITON:

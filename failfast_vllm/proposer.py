@@ -10,6 +10,7 @@ hit or a preemption.
 """
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from failfast_vllm.drafter import Drafter, DraftStep
 from failfast_vllm.hosting import (
     DraftStats,
+    Rounds,
     dummy_pass,
     make_drafter,
     max_positions,
@@ -37,7 +39,8 @@ class FailFastProposer(DraftModelProposer):
         self.max_positions = max_positions(vllm_config)
         self.stop_token_ids = frozenset(stop_token_ids(vllm_config.model_config))
         self.stats = DraftStats()
-        self.drafter: Drafter | None = None  # set by `initialize_attn_backend`
+        self.drafter: Drafter | None = None  # these two set by `initialize_attn_backend`
+        self.rounds: Rounds | None = None
 
     def _raise_if_padded_drafter_batch_disabled(self) -> None:
         """Ragged drafts on the CPU are the point of this proposer."""
@@ -64,6 +67,7 @@ class FailFastProposer(DraftModelProposer):
             kv_block_size,
             self.device,
         )
+        self.rounds = Rounds(self.drafter)
 
     def dummy_run(
         self,
@@ -80,19 +84,31 @@ class FailFastProposer(DraftModelProposer):
     ) -> list[list[int]]:
         """One engine step: commit, draft, and return a list per request (`[]` = no draft)."""
         assert self.drafter is not None
+        assert self.rounds is not None
         began = time.perf_counter()
         step = self._gather(scheduler_output, sampled_token_ids, common_attn_metadata)
+        req_ids = step.req_ids
+        verified = scheduler_output.scheduled_spec_decode_tokens
+        self.rounds.verified(
+            req_ids,
+            [len(verified.get(req_id, ())) for req_id in req_ids],
+            [len(emitted) for emitted in sampled_token_ids],
+        )
         drafts = self.drafter.propose(step)
+        self.rounds.drafted(req_ids, drafts)
         lists = drafts.to_lists()
         self.stats.count(drafts, (time.perf_counter() - began) * 1e3)
         if self.stats.on_round is not None:
-            req_ids = self.runner.input_batch.req_ids[: len(lists)]
-            verified = scheduler_output.scheduled_spec_decode_tokens
             for req_id, emitted in zip(req_ids, sampled_token_ids, strict=True):
                 if emitted:
                     self.stats.report(req_id, len(verified.get(req_id, ())), list(emitted))
             self.stats.remember(req_ids, drafts)
         return lists
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """The requests have ended; also called in steps without any other."""
+        if self.rounds is not None:
+            self.rounds.forget(req_ids)
 
     def _gather(
         self, scheduler_output: Any, sampled_token_ids: list[list[int]], common_attn_metadata: Any
@@ -128,6 +144,7 @@ class FailFastProposer(DraftModelProposer):
         width = int(known.max(initial=0))
         tokens = torch.from_numpy(batch.token_ids_cpu[:num_reqs, :width])
         return DraftStep(
+            req_ids=req_ids,
             token_ids=tokens.to(self.device),
             slots=np.arange(num_reqs),
             block_table=common_attn_metadata.block_table_tensor[:num_reqs],

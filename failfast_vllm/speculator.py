@@ -8,6 +8,7 @@ As with V1 no state says what is committed: see `proposer.py`.
 """
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from failfast_vllm.graphs import cuda_graph
 from failfast_vllm.hosting import (
     DraftStats,
     HostedDraftModel,
+    Rounds,
     dummy_pass,
     make_drafter,
     max_positions,
@@ -39,7 +41,8 @@ class FailFastSpeculator(DraftModelSpeculator):
         self.req_states = req_states
         self.max_positions = max_positions(vllm_config)
         self.stats = DraftStats()
-        self.drafter: Drafter | None = None  # set by `set_attn`
+        self.drafter: Drafter | None = None  # these two set by `set_attn`
+        self.rounds: Rounds | None = None
         self._lens: dict[str, int] = {}  # request -> length of its current draft
 
     def load_draft_model(
@@ -87,6 +90,7 @@ class FailFastSpeculator(DraftModelSpeculator):
             block_tables.block_sizes[self.kv_group],
             self.device,
         )
+        self.rounds = Rounds(self.drafter)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Nothing to set up: `capture` makes its own graphs."""
@@ -134,13 +138,19 @@ class FailFastSpeculator(DraftModelSpeculator):
             dummy_pass(self.model, self.vllm_config, input_batch.num_tokens, self.device)
             return draft_tokens
         assert self.drafter is not None
+        assert self.rounds is not None
         began = time.perf_counter()
         if num_speculative_tokens is None:
             num_speculative_tokens = self.num_speculative_steps
         step, emitted_lens = self._gather(
             input_batch, num_sampled, last_sampled, num_speculative_tokens
         )
+        num_verified = input_batch.num_draft_tokens_per_req
+        if num_verified is None:
+            num_verified = np.zeros(num_reqs, dtype=np.int64)
+        self.rounds.verified(step.req_ids, num_verified.tolist(), emitted_lens.tolist())
         drafts = self.drafter.propose(step)
+        self.rounds.drafted(step.req_ids, drafts)
         longest = drafts.token_ids.shape[1]
         lens = torch.from_numpy(drafts.lens).to(self.device, non_blocking=True)
         drafted = torch.arange(longest, device=self.device) < lens[:, None]
@@ -160,6 +170,11 @@ class FailFastSpeculator(DraftModelSpeculator):
             for req_id, ids in zip(drafts.req_ids, drafts.draft_token_ids, strict=True)
         ]
         return DraftTokenIds(drafts.req_ids, lists)
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """The requests have ended; also called in steps without any other."""
+        if self.rounds is not None:
+            self.rounds.forget(req_ids)
 
     def _gather(
         self,
@@ -194,6 +209,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         room = np.minimum(request_end, self.max_positions) - known - 1
         wanted = sampled & (ended_np == 0)
         step = DraftStep(
+            req_ids=input_batch.req_ids,
             token_ids=states.all_token_ids.gpu,
             slots=input_batch.idx_mapping_np.astype(np.int64),
             block_table=self.block_tables.input_block_tables[self.kv_group][:num_reqs],

@@ -6,7 +6,9 @@ import json
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from failfast_vllm.config import MODELS_DIR
+from failfast_vllm.config import MODELS_DIR, POLICIES, FailFastConfig
+from failfast_vllm.learned_policy import make_policy
+from failfast_vllm.reuse import RejectedDrafts
 
 TARGET = str(MODELS_DIR / "target")
 
@@ -103,6 +105,28 @@ def watch(llm):
     finally:
         drafter.propose = propose
         proposer(llm).stats.on_round = None
+
+
+@contextlib.contextmanager
+def policy(llm, variant, **given):
+    """Exchange the policy of a running engine; "+reuse" behind its name reuses rejected drafts."""
+    from failfast_vllm.hosting import Rounds
+
+    name = variant.removesuffix("+reuse")
+    reuse = name != variant
+    knobs = FailFastConfig.from_user({"policy": name, **given}).to_dict()
+    own = proposer(llm)
+    drafter = own.drafter
+    before = (drafter.policy, drafter.draft_increment, drafter.rejected, own.rounds)
+    parameters = {key: knobs[key] for key in POLICIES[name]}
+    drafter.policy = make_policy(name, parameters, knobs["num_speculative_tokens"])
+    drafter.draft_increment = knobs["draft_increment"]
+    drafter.rejected = RejectedDrafts() if reuse else None
+    own.rounds = Rounds(drafter)
+    try:
+        yield drafter.policy
+    finally:
+        drafter.policy, drafter.draft_increment, drafter.rejected, own.rounds = before
 
 
 def shipped_prompts():

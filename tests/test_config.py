@@ -17,6 +17,7 @@ from checkpoints import write_headers
 from failfast_vllm import config
 from failfast_vllm.config import METHOD, MODELS_DIR, FailFastConfig
 from failfast_vllm.families import FAST_DLLM_V2, SDAR
+from failfast_vllm.learned_policy import make_policy
 
 TARGET = MODELS_DIR / "target"
 DRAFTER = MODELS_DIR / "drafter"
@@ -74,6 +75,7 @@ BAD_VALUES = [
     ("draft_increment", ["10", False, None, 2.0, [10], 0, -5, 61]),
     ("confidence_threshold", ["0.45", True, None, [0.45], math.nan, math.inf, -0.1, 1.01]),
     ("policy", ["greedy", "FailFast", "", None, True, 1, ["failfast"]]),
+    ("reuse_rejected", ["true", 1, None]),
     ("model", ["", "  ", None, True, 3, ["drafter"]]),
     ("revision", ["", None, 5]),
     ("draft_tensor_parallel_size", ["2", True, None, 1.0, 0]),
@@ -98,6 +100,8 @@ def test_bad_value_is_named(key, value):
         ("num-speculative-tokns", "did you mean 'num_speculative_tokens'?"),
         ("confidence_treshold", "did you mean 'confidence_threshold'?"),
         ("polcy", "did you mean 'policy'?"),
+        ("reuse-rejectd", "did you mean 'reuse_rejected'?"),
+        ("survival_treshold", "did you mean 'survival_threshold'?"),
         ("draft-increments", "did you mean 'draft_increment'?"),
         ("tau", "use one of method, model, revision"),
         ("disable_padded_drafter_batch", "use one of method, model, revision"),  # ours to set
@@ -109,6 +113,68 @@ def test_unknown_key_gets_a_hint(key, hint):
     message = refusal({"method": METHOD, key: 5})
     assert f"unknown key {key.replace('-', '_')!r}" in message
     assert hint in message
+
+
+BAD_PARAMETERS = [
+    ("failfast", "confidence_threshold", [-0.1, "0.5"]),
+    ("confidence", "confidence_threshold", [1.5, True]),
+    ("svip", "entropy_factor", [-1, math.nan, None]),
+    ("svip", "entropy_threshold", [-0.1, 101]),
+    ("adaedl", "target_acceptance", [1.1, [0.9]]),
+    ("adaedl", "initial_threshold", [-0.1]),
+    ("specdec++", "rejection_threshold", [2, "high"]),
+    ("specdec++", "min_draft_len", [0, 21, 2.0, True]),
+    ("survival", "survival_threshold", [-1, 1.01]),
+    ("tapout", "arms", [[], "failfast", ["tapout"], ["svip", "svip"], ["fast"], [["svip"]], None]),
+    ("tapout", "bandit", ["ucb", None, 1]),
+    ("tapout", "reward_weight", [-0.5, 1.5]),
+    ("tapout", "seed", [-1, 2**32, 0.5]),
+    ("diffuspec-adl", "min_draft_len", [0, 31]),
+    ("diffuspec-adl", "length_step", [-1, 31]),
+    ("diffuspec-adl", "smoothing", [1.01, "half"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("policy", "key", "value"),
+    [(p, k, value) for p, k, values in BAD_PARAMETERS for value in values],
+)
+def test_bad_parameter_of_a_policy_is_named(policy, key, value):
+    """Catches a parameter that is taken unchecked into the hot path."""
+    message = refusal({"method": METHOD, "policy": policy, key: value})
+    assert f"{key!r} must be" in message
+    assert f"got {value!r}" in message
+
+
+def test_every_parameter_has_its_checks():
+    """Catches a parameter that is added without a refusal."""
+    checked = {(policy, key) for policy, key, _ in BAD_PARAMETERS}
+    listed = {(policy, key) for policy, keys in config.POLICIES.items() for key in keys}
+    assert listed - checked == {("adaedl", "entropy_factor")}  # svip's
+
+
+@pytest.mark.parametrize(
+    ("policy", "key", "owners"),
+    [
+        ("fixed", "confidence_threshold", "'failfast' or 'confidence'"),
+        ("failfast", "survival_threshold", "'survival'"),
+        ("survival", "entropy_factor", "'svip' or 'adaedl'"),
+        ("specdec++", "bandit", "'tapout'"),
+    ],
+)
+def test_a_parameter_of_another_policy_says_whose_it_is(policy, key, owners):
+    """Catches a parameter that is accepted and changes nothing."""
+    message = refusal({"method": METHOD, "policy": policy, key: 0.5})
+    assert f"{key!r} belongs to the policy {owners}; got the policy {policy!r}" in message
+
+
+@pytest.mark.parametrize("policy", config.POLICIES)
+def test_every_policy_is_built_from_its_defaults(policy):
+    """Catches parameters that the policy's class does not take, or a cap below a minimum."""
+    for given in ({}, {"num_speculative_tokens": 1}):
+        flat = FailFastConfig.from_user({"policy": policy, **given}).to_dict()
+        names = config.POLICIES[policy]
+        make_policy(policy, {k: flat[k] for k in names}, flat["num_speculative_tokens"])
 
 
 def test_increment_may_not_exceed_a_lowered_cap():
@@ -304,7 +370,7 @@ def test_every_key_reaches_the_engine(drafter):
         "num_speculative_tokens": 24,
         "confidence_threshold": 1,
         "draft_increment": 3,
-        "policy": "fixed",
+        "policy": "confidence",
     }
     built = build(asking(model=drafter, draft_tensor_parallel_size=1, **given))
     assert knobs(built) == given
@@ -324,6 +390,8 @@ def test_hyphens_and_underscores_are_one_key():
         ({"policy": "fixed"}, 60),
         ({"policy": "fixed", "num_speculative_tokens": 16}, 16),
         ({"policy": "fixed", "num_speculative_tokens": 16, "draft_increment": 4}, 4),
+        ({"policy": "diffuspec-adl"}, 30),
+        ({"policy": "svip"}, 10),
         ({"num_speculative_tokens": 16}, 10),
         ({"num_speculative_tokens": 4}, 4),
     ],

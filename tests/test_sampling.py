@@ -1,112 +1,19 @@
 """Sampling with failfast keeps the target's distribution (chi-square at temperature 1)."""
 
-import math
-from collections import Counter
-
 import pytest
 import torch
 
-from engine import TARGET, chat_ids, engine, shipped_prompts, watch
+from distribution import draw, free_words, p_value
+from engine import engine, watch
 from failfast_vllm import cpu_sampling
 
 NUM_DRAWS = 20_000
-SMALLEST_EXPECTED = 8  # draws per bin, the usual bound for the chi-square approximation
 P_VALUE = 0.01
-
-
-def chi_square_p(observed, probabilities, num_draws):
-    """Upper tail of Pearson's statistic; `probabilities` sum to 1."""
-    statistic = sum(
-        (o - num_draws * p) ** 2 / (num_draws * p)
-        for o, p in zip(observed, probabilities, strict=True)
-    )
-    freedom = torch.tensor((len(probabilities) - 1) / 2.0, dtype=torch.float64)
-    return torch.special.gammaincc(
-        freedom, torch.tensor(statistic / 2.0, dtype=torch.float64)
-    ).item()
-
-
-class Exact:
-    """Joint probabilities of the first three tokens after a prompt, from transformers."""
-
-    def __init__(self):
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
-
-    @torch.inference_mode()
-    def next(self, sequences):
-        logits = self.model(input_ids=torch.tensor(sequences)).logits[:, -1]
-        return logits.double().softmax(-1)
-
-    def entropy(self, prompt):
-        p = self.next([prompt])[0]
-        return float(-(p * p.clamp_min(1e-30).log()).sum())
-
-    def triples(self, prompt, eos, smallest):
-        """{tokens: probability} of every continuation that is likely enough; eos ends it early."""
-        alive, done = {(): 1.0}, {}
-        for _ in range(3):
-            rows = self.next([[*prompt, *tokens] for tokens in alive])
-            grown = {}
-            for (tokens, mass), row in zip(alive.items(), rows, strict=True):
-                for i in torch.nonzero(row * mass > smallest).squeeze(1).tolist():
-                    where = done if i == eos else grown
-                    where[(*tokens, i)] = mass * float(row[i])
-            alive = grown
-        return {**done, **alive}
 
 
 @pytest.fixture(scope="module")
 def question():
-    """An answer cut before its last sentence, whose words are free, and its exact distribution."""
-    exact = Exact()
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(TARGET)
-    eos = tokenizer.eos_token_id
-    cuts = []
-    for prompt in shipped_prompts():
-        head, _, last = prompt["answer"].rpartition("\n\n")
-        if head and not last.startswith("The answer is"):
-            cuts.append(chat_ids(tokenizer, prompt) + tokenizer(head + "\n\n")["input_ids"])
-    # up to 8 tokens behind a 32-token page: the prefix cache spares most of the prompt
-    cuts = [cut for cut in cuts if 1 < len(cut) % 32 < 8]
-
-    def later_entropy(cut):
-        """Uncertainty of the second and third token, which drafts propose."""
-        found = exact.triples(cut, eos, SMALLEST_EXPECTED / NUM_DRAWS)
-        if sum(found.values()) < 0.7:
-            return 0.0
-        return -sum(p * math.log(p) for p in found.values()) - exact.entropy(cut)
-
-    prompt = max(cuts[:6], key=later_entropy)
-    distribution = exact.triples(prompt, eos, SMALLEST_EXPECTED / NUM_DRAWS)
-    assert len(distribution) >= 8
-    return prompt, distribution
-
-
-def draw(llm, prompt):
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=1.0, max_tokens=5)
-    requests = [{"prompt_token_ids": prompt}] * NUM_DRAWS
-    outputs = llm.generate(requests, params, use_tqdm=False)
-    return Counter(tuple(output.outputs[0].token_ids[:3]) for output in outputs)
-
-
-def p_value(draws, distribution):
-    known = list(distribution)
-    probabilities = [distribution[tokens] for tokens in known]
-    observed = [draws.get(tokens, 0) for tokens in known]
-    rest = 1.0 - sum(probabilities)
-    if rest * NUM_DRAWS >= SMALLEST_EXPECTED:
-        probabilities.append(rest)
-        observed.append(NUM_DRAWS - sum(observed))
-    else:
-        total = sum(probabilities)
-        probabilities = [p / total for p in probabilities]
-    return chi_square_p(observed, probabilities, NUM_DRAWS)
+    return free_words(NUM_DRAWS)
 
 
 def sampling_engine():
@@ -127,12 +34,12 @@ def test_parameters_are_spread_over_ragged_drafts():
 def test_the_distribution_is_the_targets(question):
     prompt, distribution = question
     with sampling_engine() as llm, watch(llm) as record:
-        draws = draw(llm, prompt)
+        draws = draw(llm, prompt, NUM_DRAWS)
     rounds = [r for r in record.rounds if r.drafted]
     accepted = sum(len(r.emitted) > 1 for r in rounds) / len(rounds)
     # rare acceptance suffices: the next test shows that the check sees a bias at this rate
     assert 0.005 < accepted < 0.98, "a draft that is always or never accepted proves nothing"
-    assert p_value(draws, distribution) > P_VALUE
+    assert p_value(draws, distribution, NUM_DRAWS) > P_VALUE
 
 
 @pytest.mark.slow
@@ -153,5 +60,5 @@ def test_the_check_catches_a_biased_acceptance(question, monkeypatch):
     monkeypatch.setattr(rejection_sampler, "rejection_sample", biased)
     prompt, distribution = question
     with sampling_engine() as llm:
-        draws = draw(llm, prompt)
-    assert p_value(draws, distribution) < P_VALUE
+        draws = draw(llm, prompt, NUM_DRAWS)
+    assert p_value(draws, distribution, NUM_DRAWS) < P_VALUE

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from engine import core, engine, generate, greedy_params, mixed_prompts, proposer, watch
+from engine import core, engine, generate, greedy_params, mixed_prompts, policy, proposer, watch
 from failfast_vllm.config import MODELS_DIR
 from independent import IndependentDrafter
 from state_check import TOLERANCE, largest_error
@@ -214,3 +214,31 @@ def test_aborted_requests_leave_the_others_alone(plain):
     kept = {i: expected[int(i)] for i in ("0", "2", "3", "5")}
     assert {i: finished[i] for i in kept} == kept
     assert record.num_accepted > 0
+
+
+def test_policies_learn_across_preemptions(plain):
+    """Catches outcomes paired with another draft, and preempted requests taken for ended ones."""
+    prompts, params, expected = plain
+    few = [i for i, prompt in enumerate(prompts) if len(prompt) < 500][:12] * 2
+    overrides = {"num_gpu_blocks_override": 12, "block_size": 64, "max_model_len": 640}
+    with v2_engine(**overrides) as llm, policy(llm, "adaedl+reuse") as rule:
+        preempted, forgotten, observed = count_preemptions(llm), [], []
+        forget, observe = rule.forget, rule.observe
+
+        def recording_forget(req_ids):
+            ended = list(req_ids)
+            forgotten.extend(ended)
+            forget(ended)
+
+        def recording_observe(outcomes):
+            observed.extend(outcomes)
+            observe(outcomes)
+
+        rule.forget, rule.observe = recording_forget, recording_observe
+        with watch(llm) as record:
+            answers = generate(llm, [prompts[i] for i in few], [params[i] for i in few])
+        assert answers == [expected[i] for i in few]
+    assert preempted
+    assert len(forgotten) == len(set(forgotten))
+    rounds = [(len(r.drafted), len(r.emitted) - 1) for r in record.rounds if r.drafted]
+    assert sorted((o.num_verified, o.num_accepted) for o in observed) == sorted(rounds)

@@ -1,0 +1,141 @@
+"""Every length policy in an engine: greedy answers, sampled tokens, and what drafts look like.
+
+One engine serves all of them; the policy of its drafter is exchanged in between.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from distribution import draw, free_words, p_value
+from engine import chat_ids, engine, generate, policy, shipped_prompts, watch
+from failfast_vllm.config import POLICIES
+
+NUM_PROMPTS = 12
+NUM_DRAWS = 2000
+P_VALUE = 0.001  # ten tests: an honest run fails in one of a hundred
+# with "+reuse" rejected drafts are reused
+VARIANTS = [*POLICIES, "failfast+reuse", "tapout+reuse"]
+# parameters that cut the few tokens of a draw, too
+STRICT = {
+    "failfast": {"draft_increment": 1, "confidence_threshold": 0.9},
+    "confidence": {"confidence_threshold": 0.9},
+    "adaedl": {"initial_threshold": 0.8},
+    "survival": {"survival_threshold": 0.8},
+    "diffuspec-adl": {"min_draft_len": 1, "length_step": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    """Prompts, parameters, and what vLLM alone answers."""
+    from vllm import SamplingParams
+
+    with engine() as llm:
+        tokenizer = llm.get_tokenizer()
+        prompts = [chat_ids(tokenizer, prompt) for prompt in shipped_prompts()[:NUM_PROMPTS]]
+        params = SamplingParams(temperature=0.0, max_tokens=120)
+        return prompts, params, generate(llm, prompts, params)
+
+
+@pytest.fixture(scope="module")
+def llm(greedy):  # after the other engine: a process has room for one
+    with engine(
+        "failfast", max_num_seqs=128, enable_prefix_caching=True, block_size=32, seed=20
+    ) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def question():
+    return free_words(NUM_DRAWS)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_answers(llm, greedy, variant):
+    """Alone and in a batch; twice, so that what was learned decides, too."""
+    prompts, params, expected = greedy
+    with policy(llm, variant), watch(llm) as record:
+        for _ in range(2):
+            assert generate(llm, prompts, params) == expected
+        assert [generate(llm, [prompt], params)[0] for prompt in prompts] == expected
+    assert record.num_accepted > 0
+    full = [p for p in record.proposals if p.max_draft == 60]
+    if variant != "fixed":
+        assert len({len(p.draft) for p in full}) >= 2
+
+
+def test_requests_leave_nothing_behind(llm, greedy):
+    """Catches the end of a request that no policy hears of."""
+    prompts, params, _ = greedy
+    with policy(llm, "adaedl") as rule:
+        generate(llm, prompts, params)
+        generate(llm, prompts[:2], params)  # whose first step brings the others' end
+        assert 0 < len(rule.states) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_distribution_is_the_targets(llm, question, variant):
+    prompt, distribution = question
+    given = STRICT.get(variant.removesuffix("+reuse"), {})
+    with policy(llm, variant, **given), watch(llm) as record:
+        draws = draw(llm, prompt, NUM_DRAWS)
+    rounds = [r for r in record.rounds if r.drafted]
+    accepted = sum(len(r.emitted) > 1 for r in rounds) / len(rounds)
+    assert 0.005 < accepted < 0.98, "a draft that is always or never accepted proves nothing"
+    cut = [p for p in record.proposals if len(p.draft) < p.max_draft]
+    assert bool(cut) == (variant != "fixed")
+    assert p_value(draws, distribution, NUM_DRAWS) > P_VALUE
+
+
+@pytest.mark.slow
+def test_the_check_catches_a_biased_acceptance(llm, question, monkeypatch):
+    """Draft tokens look likelier than they are: with so few draws the check must still fail."""
+    from vllm.v1.sample import rejection_sampler
+
+    honest = rejection_sampler.rejection_sample
+
+    def biased(draft_token_ids, *args, **kwargs):
+        names = ("num", "max_spec_len", "cu", "draft_probs", "target_logits")
+        position = names.index("target_logits")
+        logits = args[position].clone()
+        logits[torch.arange(len(draft_token_ids)), draft_token_ids.long()] += 0.5
+        args = (*args[:position], logits, *args[position + 1 :])
+        return honest(draft_token_ids, *args, **kwargs)
+
+    monkeypatch.setattr(rejection_sampler, "rejection_sample", biased)
+    prompt, distribution = question
+    with policy(llm, "survival"):
+        draws = draw(llm, prompt, NUM_DRAWS)
+    assert p_value(draws, distribution, NUM_DRAWS) < P_VALUE
+
+
+def test_the_comparison_runs(tmp_path):
+    """Catches a script that nobody runs until its figures are needed."""
+    script = Path(__file__).parent.parent / "benchmarks" / "compare_policies.py"
+    out = tmp_path / "found.json"
+    tiny = [
+        "--batch-sizes",
+        "1",
+        "--num-prompts",
+        "1",
+        "--max-tokens",
+        "12",
+        "--repeats",
+        "1",
+        "--policies",
+    ]
+    command = [sys.executable, script, *tiny, "survival + reuse", "--json", out]
+    subprocess.run(command, check=True, timeout=300)
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert "compare_policies" in found["provenance"]["command"]
+    rows = {row["method"]: row for row in found["rows"]}
+    assert list(rows) == ["none", "survival + reuse"]
+    assert rows["survival + reuse"]["answers_equal_to_none"] == "1/1"
+    assert rows["survival + reuse"]["acceptance_length"] > 1
+    assert "| survival + reuse | " in out.with_suffix(".md").read_text(encoding="utf-8")
