@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from vllm.config import VllmConfig
 from vllm.config.utils import replace
-from vllm.forward_context import set_forward_context
 
 from failfast_kernels import TokenConfidence, confidence_argmax
 from failfast_vllm.attention import BlockDiffusionMetadata
@@ -21,6 +20,7 @@ from failfast_vllm.drafter import DraftBatch, Drafter, Drafts
 from failfast_vllm.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.graphs import BucketedPasses, Capture, make_buckets
 from failfast_vllm.policy import make_policy
+from failfast_vllm.ranks import draft_context, drafter_group
 
 
 class Round(NamedTuple):
@@ -114,11 +114,9 @@ class HostedDraftModel:
             batch.slot_mapping,
             self.diffusion_block_size,
         )
-        with set_forward_context(
-            dict.fromkeys(self.layer_names, meta),
-            self.vllm_config,
-            num_tokens=batch.input_ids.numel(),
-            slot_mapping={},
+        with (
+            drafter_group(self.vllm_config),
+            draft_context(dict.fromkeys(self.layer_names, meta), self.vllm_config),
         ):
             hidden_states: torch.Tensor = self.model(
                 # int32 as in vLLM's dummy runs: a compiled model keeps no guard on the type
@@ -129,7 +127,8 @@ class HostedDraftModel:
 
     def confidence(self, hidden_states: torch.Tensor) -> TokenConfidence:
         began = time.perf_counter()
-        logits = self.model.compute_logits(hidden_states)
+        with drafter_group(self.vllm_config):
+            logits = self.model.compute_logits(hidden_states)
         confidence = confidence_argmax(logits, self.num_draftable_tokens, (self.mask_token_id,))
         self.stats.forward_ms += (time.perf_counter() - began) * 1e3
         return confidence
@@ -182,6 +181,20 @@ def stop_token_ids(model_config: Any) -> list[int]:
     if eos is None:
         eos = getattr(model_config.hf_config, "eos_token_id", None)
     return [] if eos is None else [int(i) for i in (eos if isinstance(eos, list) else [eos])]
+
+
+@torch.inference_mode()
+def dummy_pass(model: Any, vllm_config: VllmConfig, num_tokens: int, device: torch.device) -> None:
+    """A pass without attention, for vLLM's memory profile and warm-up."""
+    assert vllm_config.speculative_config is not None
+    max_num_drafted = (
+        vllm_config.scheduler_config.max_num_seqs
+        * vllm_config.speculative_config.num_speculative_tokens
+    )
+    positions = torch.arange(num_tokens, device=device) % max_positions(vllm_config)
+    with drafter_group(vllm_config), draft_context(None, vllm_config):
+        hidden_states = model(input_ids=torch.zeros_like(positions).int(), positions=positions)
+        model.compute_logits(hidden_states[:max_num_drafted])
 
 
 def safetensors_only(draft_vllm_config: VllmConfig) -> VllmConfig:

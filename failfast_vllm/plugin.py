@@ -245,6 +245,7 @@ def _creating_speculative_config(original: Any) -> Any:
         guarded = copy.copy(target_model_config)
         guarded.trust_remote_code = False
         passed_on = {key: given[key] for key in user_config.PASSED_ON if key in given}
+        passed_on["draft_tensor_parallel_size"] = 1  # until its heads are known
         asked = self.speculative_config
         self.speculative_config = {
             **passed_on,
@@ -262,6 +263,10 @@ def _creating_speculative_config(original: Any) -> Any:
         hf_config = speculative.draft_model_config.hf_config.to_dict()
         family = user_config.check_drafter_config(drafter, hf_config)
         knobs = knobs.for_block_size(family.block_size(hf_config), given)
+        num_ranks = user_config.num_drafter_ranks(
+            drafter, hf_config, target_parallel_config.tensor_parallel_size, given
+        )
+        _spread_drafter(speculative, num_ranks)
 
         self.async_scheduling = False  # lengths per sequence need the synchronous scheduler
         self.additional_config = {
@@ -278,6 +283,18 @@ def _creating_speculative_config(original: Any) -> Any:
         return speculative
 
     return create_speculative_config
+
+
+def _spread_drafter(speculative: Any, num_ranks: int) -> None:
+    """Shard the drafter over `num_ranks` of the target's ranks: all of them, or 1 for copies."""
+    num_target_ranks = speculative.target_parallel_config.tensor_parallel_size
+    if num_ranks < num_target_ranks:
+        logger.info("failfast: each of the %d ranks holds the whole drafter", num_target_ranks)
+    elif num_ranks > 1:
+        speculative.draft_tensor_parallel_size = num_ranks
+        speculative.draft_parallel_config = speculative.create_draft_parallel_config(
+            speculative.target_parallel_config, num_ranks, speculative.draft_model_config
+        )
 
 
 def _token_facts(
@@ -333,20 +350,21 @@ def _check_engine_args(
                 getattr(args, flag),
                 "Put the key into the JSON of --speculative-config.",
             )
-    drafter_ranks = given.get("draft_tensor_parallel_size", args.tensor_parallel_size)
-    if drafter_ranks != args.tensor_parallel_size:
+    if given.get("draft_tensor_parallel_size", 1) not in (1, args.tensor_parallel_size):
         refuse(
-            "'draft_tensor_parallel_size' must equal the target's "
+            "'draft_tensor_parallel_size' must be 1 or the target's "
             f"tensor_parallel_size ({args.tensor_parallel_size})",
-            drafter_ranks,
+            given["draft_tensor_parallel_size"],
             "Leave it out.",
         )
-    if args.pipeline_parallel_size > 1:
-        refuse(
-            "pipeline parallelism is not supported",
-            args.pipeline_parallel_size,
-            "Use --tensor-parallel-size instead.",
-        )
+    for kind in ("pipeline", "decode_context", "prefill_context"):
+        num_ranks = getattr(args, f"{kind}_parallel_size")
+        if num_ranks > 1:
+            refuse(
+                f"{kind.replace('_', '-')} parallelism is not supported",
+                num_ranks,
+                "Use --tensor-parallel-size instead.",
+            )
     if args.block_size and args.block_size % MAX_DIFFUSION_BLOCK_SIZE:
         refuse(
             f"the KV page must be a multiple of {MAX_DIFFUSION_BLOCK_SIZE} tokens",

@@ -20,11 +20,13 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from failfast_vllm.drafter import Drafter, DraftStep
 from failfast_vllm.hosting import (
     DraftStats,
+    dummy_pass,
     make_drafter,
     max_positions,
     safetensors_only,
     stop_token_ids,
 )
+from failfast_vllm.ranks import drafter_group, keep_apart
 
 
 class FailFastProposer(DraftModelProposer):
@@ -44,8 +46,21 @@ class FailFastProposer(DraftModelProposer):
     def _raise_if_vocab_size_mismatch(self) -> None:
         """The padding of the vocabulary may differ; ids are checked against the tokenizers."""
 
+    def _raise_if_draft_tp_mismatch(self) -> None:
+        """A drafter that every rank holds whole is built and run in `ranks.drafter_group`."""
+
     def _create_draft_vllm_config(self) -> VllmConfig:
-        return safetensors_only(super()._create_draft_vllm_config())
+        draft_config = safetensors_only(super()._create_draft_vllm_config())
+        return keep_apart(draft_config, self.vllm_config)
+
+    def _get_model(self) -> torch.nn.Module:
+        with drafter_group(self.vllm_config):
+            model: torch.nn.Module = super()._get_model()
+        return model
+
+    def dummy_run(self, num_tokens: int, **kwargs: Any) -> None:
+        """Called by the runner to profile and warm up, and on a data-parallel rank without work."""
+        dummy_pass(self.model, self.vllm_config, num_tokens, self.device)
 
     def initialize_attn_backend(
         self, kv_cache_config: Any, kernel_block_sizes: list[int] | None = None

@@ -15,7 +15,6 @@ import torch
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
 from vllm.config.utils import replace
-from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader import get_model
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
@@ -25,10 +24,12 @@ from failfast_vllm.graphs import cuda_graph
 from failfast_vllm.hosting import (
     DraftStats,
     HostedDraftModel,
+    dummy_pass,
     make_drafter,
     max_positions,
     safetensors_only,
 )
+from failfast_vllm.ranks import drafter_group, keep_apart
 
 
 class FailFastSpeculator(DraftModelSpeculator):
@@ -49,15 +50,11 @@ class FailFastSpeculator(DraftModelSpeculator):
             self.vllm_config,
             model_config=self.draft_model_config,
             quant_config=None,
-            parallel_config=replace(
-                self.speculative_config.draft_parallel_config,
-                rank=self.vllm_config.parallel_config.rank,
-            ),
+            parallel_config=replace(self.speculative_config.draft_parallel_config),
         )
-        with set_model_tag("draft_model"):
-            model: torch.nn.Module = get_model(
-                vllm_config=safetensors_only(draft_config), prefix="draft_model"
-            )
+        draft_config = keep_apart(safetensors_only(draft_config), self.vllm_config)
+        with drafter_group(self.vllm_config), set_model_tag("draft_model"):
+            model: torch.nn.Module = get_model(vllm_config=draft_config, prefix="draft_model")
         return model
 
     def set_attn(
@@ -131,7 +128,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         num_reqs = input_batch.num_reqs
         draft_tokens: torch.Tensor = self.draft_tokens[:num_reqs].fill_(-1)
         if dummy_run:
-            self._dummy_pass(input_batch.num_tokens)
+            dummy_pass(self.model, self.vllm_config, input_batch.num_tokens, self.device)
             return draft_tokens
         assert self.drafter is not None
         began = time.perf_counter()
@@ -206,15 +203,6 @@ class FailFastSpeculator(DraftModelSpeculator):
             stops_at_eos=np.ones(num_reqs, dtype=bool),
         )
         return step, emitted_lens
-
-    def _dummy_pass(self, num_tokens: int) -> None:
-        """A pass without attention, for vLLM's memory profile and warm-up."""
-        positions = torch.arange(num_tokens, device=self.device) % self.max_positions
-        with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
-            hidden_states = self.model(
-                input_ids=torch.zeros_like(positions).int(), positions=positions
-            )
-        self.model.compute_logits(hidden_states[: self.max_num_reqs * self.num_speculative_steps])
 
     def _report_rounds(
         self,
