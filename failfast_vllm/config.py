@@ -183,32 +183,19 @@ def check_drafter_config(model: str, config: Mapping[str, Any]) -> Family:
     return family
 
 
-def num_drafter_ranks(
-    model: str, config: Mapping[str, Any], num_target_ranks: int, given: Mapping[str, Any]
-) -> int:
-    """Ranks that share one drafter: the target's, or 1 where each holds the whole of it.
+def undivided_size(config: Mapping[str, Any], num_ranks: int) -> str | None:
+    """The first size of a drafter that `num_ranks` tensor-parallel ranks cannot share, or None.
 
-    Raises:
-        ValueError: the user wants a drafter sharded whose weights cannot be divided.
+    Fewer KV heads than ranks are copied, as vLLM does it; the vocabulary is padded to 64.
     """
-    wanted = given.get("draft_tensor_parallel_size", num_target_ranks)
-    if wanted == 1:
-        return 1
     num_kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    sizes = {
-        "num_attention_heads": config["num_attention_heads"] % wanted == 0,
-        "num_key_value_heads": num_kv_heads % wanted == 0 or wanted % num_kv_heads == 0,
-        "intermediate_size": config["intermediate_size"] % wanted == 0,
+    remainders = {
+        "num_attention_heads": config["num_attention_heads"] % num_ranks,
+        "num_key_value_heads": num_kv_heads % num_ranks and num_ranks % num_kv_heads,
+        "intermediate_size": config["intermediate_size"] % num_ranks,
+        "vocab_size": -(-config["vocab_size"] // 64) * 64 % num_ranks,
     }
-    unfit = next((key for key, fits in sizes.items() if not fits), None)
-    if unfit is None:
-        return int(wanted)
-    if "draft_tensor_parallel_size" in given:
-        raise ValueError(
-            f"failfast: the drafter {model!r} cannot be sharded over {wanted} ranks "
-            f"({unfit} is {config[unfit]}); set 'draft_tensor_parallel_size' to 1."
-        )
-    return 1
+    return next((f"'{key}': {config[key]}" for key, rest in remainders.items() if rest), None)
 
 
 def check_tokenizers(

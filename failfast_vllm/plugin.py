@@ -263,10 +263,7 @@ def _creating_speculative_config(original: Any) -> Any:
         hf_config = speculative.draft_model_config.hf_config.to_dict()
         family = user_config.check_drafter_config(drafter, hf_config)
         knobs = knobs.for_block_size(family.block_size(hf_config), given)
-        num_ranks = user_config.num_drafter_ranks(
-            drafter, hf_config, target_parallel_config.tensor_parallel_size, given
-        )
-        _spread_drafter(speculative, num_ranks)
+        _spread_drafter(speculative, drafter, hf_config, given)
 
         self.async_scheduling = False  # lengths per sequence need the synchronous scheduler
         self.additional_config = {
@@ -285,15 +282,29 @@ def _creating_speculative_config(original: Any) -> Any:
     return create_speculative_config
 
 
-def _spread_drafter(speculative: Any, num_ranks: int) -> None:
-    """Shard the drafter over `num_ranks` of the target's ranks: all of them, or 1 for copies."""
-    num_target_ranks = speculative.target_parallel_config.tensor_parallel_size
-    if num_ranks < num_target_ranks:
-        logger.info("failfast: each of the %d ranks holds the whole drafter", num_target_ranks)
-    elif num_ranks > 1:
+def _spread_drafter(
+    speculative: Any, drafter: str, hf_config: dict[str, Any], given: dict[str, Any]
+) -> None:
+    """Shard the drafter over the target's ranks, or let each of them hold the whole of it."""
+    num_ranks = speculative.target_parallel_config.tensor_parallel_size
+    if given.get("draft_tensor_parallel_size", num_ranks) == 1:
+        return
+    undivided = user_config.undivided_size(hf_config, num_ranks)
+    if undivided is None:
         speculative.draft_tensor_parallel_size = num_ranks
         speculative.draft_parallel_config = speculative.create_draft_parallel_config(
             speculative.target_parallel_config, num_ranks, speculative.draft_model_config
+        )
+    elif "draft_tensor_parallel_size" in given:
+        raise ValueError(
+            f"failfast: {num_ranks} ranks cannot share the drafter {drafter!r}; "
+            f"got {undivided}. Set 'draft_tensor_parallel_size' to 1."
+        )
+    else:
+        logger.info(
+            "failfast: each of the %d ranks holds the whole drafter, which they cannot share (%s)",
+            num_ranks,
+            undivided,
         )
 
 
@@ -398,6 +409,13 @@ def _check_engine_args(
             "with the drafter",
             target_model_config.architecture,
             "Use a target with full attention.",
+        )
+    window = target_model_config.get_sliding_window() or target_model_config.attention_chunk_size
+    if window:
+        refuse(
+            "targets with sliding-window or chunked attention do not share KV pages with the drafter",
+            window,
+            "Use a target with full attention, or --disable-sliding-window.",
         )
 
 
