@@ -413,7 +413,8 @@ def _check_engine_args(
     window = target_model_config.get_sliding_window() or target_model_config.attention_chunk_size
     if window:
         refuse(
-            "targets with sliding-window or chunked attention do not share KV pages with the drafter",
+            "targets with sliding-window or chunked attention have no KV page that is shared with "
+            "the drafter",
             window,
             "Use a target with full attention, or --disable-sliding-window.",
         )

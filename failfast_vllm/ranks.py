@@ -18,8 +18,10 @@ from vllm.forward_context import create_forward_context, override_forward_contex
 def is_replicated(vllm_config: VllmConfig) -> bool:
     """Whether every rank of the target's tensor-parallel group holds the whole drafter."""
     assert vllm_config.speculative_config is not None
-    drafter_ranks: int = vllm_config.speculative_config.draft_parallel_config.tensor_parallel_size
-    return drafter_ranks < vllm_config.parallel_config.tensor_parallel_size
+    draft_config = vllm_config.speculative_config.draft_parallel_config
+    return bool(
+        draft_config.tensor_parallel_size < vllm_config.parallel_config.tensor_parallel_size
+    )
 
 
 @contextlib.contextmanager

@@ -22,6 +22,16 @@ class RankWorker:
     def watched(self):
         return self.record
 
+    def drafter_shapes(self):
+        """What of the drafter this rank holds."""
+        model = adapter_of(self.model_runner).model
+        attention = model.model.layers[0].self_attn
+        return {
+            "num_heads": attention.num_heads,
+            "num_kv_heads": attention.num_kv_heads,
+            "vocab_rows": model.model.embed_tokens.weight.shape[0],
+        }
+
     def num_draft_passes(self):
         return adapter_of(self.model_runner).stats.num_forwards
 
