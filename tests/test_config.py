@@ -152,9 +152,9 @@ def test_target_with_latent_attention(target):
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param({"max_window_layers": 6}, id="all layers"),
+        pytest.param({"max_window_layers": 6}, id="all"),
         pytest.param(
-            {"layer_types": ["sliding_attention", "full_attention"] * 3}, id="some layers"
+            {"layer_types": ["sliding_attention", "full_attention"] * 3}, id="some"
         ),
         pytest.param(
             {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, id="Mistral"
