@@ -288,6 +288,21 @@ def check_drafter_config(model: str, config: Mapping[str, Any]) -> Family:
     return family
 
 
+def undivided_size(config: Mapping[str, Any], num_ranks: int) -> str | None:
+    """The first size of a drafter that `num_ranks` tensor-parallel ranks cannot share, or None.
+
+    Fewer KV heads than ranks are copied, as vLLM does it; the vocabulary is padded to 64.
+    """
+    num_kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    remainders = {
+        "num_attention_heads": config["num_attention_heads"] % num_ranks,
+        "num_key_value_heads": num_kv_heads % num_ranks and num_ranks % num_kv_heads,
+        "intermediate_size": config["intermediate_size"] % num_ranks,
+        "vocab_size": -(-config["vocab_size"] // 64) * 64 % num_ranks,
+    }
+    return next((f"'{key}': {config[key]}" for key, rest in remainders.items() if rest), None)
+
+
 def check_tokenizers(
     target_name: str,
     target: Mapping[str, int],

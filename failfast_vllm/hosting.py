@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from vllm.config import VllmConfig
 from vllm.config.utils import replace
-from vllm.forward_context import set_forward_context
 
 from failfast_kernels import TokenConfidence, confidence_argmax
 from failfast_vllm.attention import BlockDiffusionMetadata
@@ -22,6 +21,7 @@ from failfast_vllm.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.graphs import BucketedPasses, Capture, make_buckets
 from failfast_vllm.learned_policy import PerRequest, make_policy
 from failfast_vllm.policy import Outcome
+from failfast_vllm.ranks import draft_context, drafter_group
 
 
 class Round(NamedTuple):
@@ -169,11 +169,9 @@ class HostedDraftModel:
             batch.slot_mapping,
             self.diffusion_block_size,
         )
-        with set_forward_context(
-            dict.fromkeys(self.layer_names, meta),
-            self.vllm_config,
-            num_tokens=batch.input_ids.numel(),
-            slot_mapping={},
+        with (
+            drafter_group(self.vllm_config),
+            draft_context(dict.fromkeys(self.layer_names, meta), self.vllm_config),
         ):
             hidden_states: torch.Tensor = self.model(
                 # int32 as in vLLM's dummy runs: a compiled model keeps no guard on the type
@@ -184,7 +182,8 @@ class HostedDraftModel:
 
     def confidence(self, hidden_states: torch.Tensor, *, details: bool = False) -> TokenConfidence:
         began = time.perf_counter()
-        logits = self.model.compute_logits(hidden_states)
+        with drafter_group(self.vllm_config):
+            logits = self.model.compute_logits(hidden_states)
         confidence = confidence_argmax(
             logits, self.num_draftable_tokens, (self.mask_token_id,), details=details
         )
@@ -239,6 +238,7 @@ def make_drafter(
     )
 
 
+@torch.inference_mode()
 def dummy_pass(model: Any, vllm_config: VllmConfig, num_tokens: int, device: torch.device) -> None:
     """A pass without attention, and the memory of the largest step: for vLLM's memory profile.
 
@@ -246,11 +246,11 @@ def dummy_pass(model: Any, vllm_config: VllmConfig, num_tokens: int, device: tor
     of them; for each row vLLM makes the target's logits and up to three copies of them in float32.
     """
     positions = torch.arange(num_tokens, device=device) % max_positions(vllm_config)
-    with set_forward_context(None, vllm_config, num_tokens=num_tokens):
-        hidden_states = model(input_ids=torch.zeros_like(positions).int(), positions=positions)
     knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
     num_rows = vllm_config.scheduler_config.max_num_seqs + knobs["draft_budget"]
-    logits = model.compute_logits(hidden_states[:num_rows])
+    with drafter_group(vllm_config), draft_context(None, vllm_config):
+        hidden_states = model(input_ids=torch.zeros_like(positions).int(), positions=positions)
+        logits = model.compute_logits(hidden_states[:num_rows])
     copies = [logits.float() for _ in range(3)]
     del copies, logits
 

@@ -259,6 +259,7 @@ def _creating_speculative_config(original: Any) -> Any:
         guarded = copy.copy(target_model_config)
         guarded.trust_remote_code = False
         passed_on = {key: given[key] for key in user_config.PASSED_ON if key in given}
+        passed_on["draft_tensor_parallel_size"] = 1  # until its heads are known
         asked = self.speculative_config
         self.speculative_config = {
             **passed_on,
@@ -276,6 +277,7 @@ def _creating_speculative_config(original: Any) -> Any:
         hf_config = speculative.draft_model_config.hf_config.to_dict()
         family = user_config.check_drafter_config(drafter, hf_config)
         knobs = knobs.for_block_size(family.block_size(hf_config), given)
+        _spread_drafter(speculative, drafter, hf_config, given)
 
         self.async_scheduling = False  # lengths per sequence need the synchronous scheduler
         self.additional_config = {
@@ -303,6 +305,32 @@ def _check_hub_config(drafter: str, revision: str | None) -> None:
     )
     if isinstance(fields, dict):  # None: vLLM says what it could not reach
         user_config.check_drafter_config(drafter, fields)
+
+
+def _spread_drafter(
+    speculative: Any, drafter: str, hf_config: dict[str, Any], given: dict[str, Any]
+) -> None:
+    """Shard the drafter over the target's ranks, or let each of them hold the whole of it."""
+    num_ranks = speculative.target_parallel_config.tensor_parallel_size
+    if given.get("draft_tensor_parallel_size", num_ranks) == 1:
+        return
+    undivided = user_config.undivided_size(hf_config, num_ranks)
+    if undivided is None:
+        speculative.draft_tensor_parallel_size = num_ranks
+        speculative.draft_parallel_config = speculative.create_draft_parallel_config(
+            speculative.target_parallel_config, num_ranks, speculative.draft_model_config
+        )
+    elif "draft_tensor_parallel_size" in given:
+        raise ValueError(
+            f"failfast: {num_ranks} ranks cannot share the drafter {drafter!r}; "
+            f"got {undivided}. Set 'draft_tensor_parallel_size' to 1."
+        )
+    else:
+        logger.info(
+            "failfast: each of the %d ranks holds the whole drafter, which they cannot share (%s)",
+            num_ranks,
+            undivided,
+        )
 
 
 def _token_facts(
@@ -358,20 +386,21 @@ def _check_engine_args(
                 getattr(args, flag),
                 "Put the key into the JSON of --speculative-config.",
             )
-    drafter_ranks = given.get("draft_tensor_parallel_size", args.tensor_parallel_size)
-    if drafter_ranks != args.tensor_parallel_size:
+    if given.get("draft_tensor_parallel_size", 1) not in (1, args.tensor_parallel_size):
         refuse(
-            "'draft_tensor_parallel_size' must equal the target's "
+            "'draft_tensor_parallel_size' must be 1 or the target's "
             f"tensor_parallel_size ({args.tensor_parallel_size})",
-            drafter_ranks,
+            given["draft_tensor_parallel_size"],
             "Leave it out.",
         )
-    if args.pipeline_parallel_size > 1:
-        refuse(
-            "pipeline parallelism is not supported",
-            args.pipeline_parallel_size,
-            "Use --tensor-parallel-size instead.",
-        )
+    for kind in ("pipeline", "decode_context", "prefill_context"):
+        num_ranks = getattr(args, f"{kind}_parallel_size")
+        if num_ranks > 1:
+            refuse(
+                f"{kind.replace('_', '-')} parallelism is not supported",
+                num_ranks,
+                "Use --tensor-parallel-size instead.",
+            )
     if args.block_size and args.block_size % MAX_DIFFUSION_BLOCK_SIZE:
         refuse(
             f"the KV page must be a multiple of {MAX_DIFFUSION_BLOCK_SIZE} tokens",
@@ -405,6 +434,14 @@ def _check_engine_args(
             "with the drafter",
             target_model_config.architecture,
             "Use a target with full attention.",
+        )
+    window = target_model_config.get_sliding_window() or target_model_config.attention_chunk_size
+    if window:
+        refuse(
+            "targets with sliding-window or chunked attention have no KV page that is shared with "
+            "the drafter",
+            window,
+            "Use a target with full attention, or --disable-sliding-window.",
         )
 
 

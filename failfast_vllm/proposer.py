@@ -28,6 +28,7 @@ from failfast_vllm.hosting import (
     safetensors_only,
     stop_token_ids,
 )
+from failfast_vllm.ranks import drafter_group, keep_apart
 
 
 class FailFastProposer(DraftModelProposer):
@@ -48,8 +49,21 @@ class FailFastProposer(DraftModelProposer):
     def _raise_if_vocab_size_mismatch(self) -> None:
         """The padding of the vocabulary may differ; ids are checked against the tokenizers."""
 
+    def _raise_if_draft_tp_mismatch(self) -> None:
+        """A drafter that every rank holds whole is built and run in `ranks.drafter_group`."""
+
     def _create_draft_vllm_config(self) -> VllmConfig:
-        return safetensors_only(super()._create_draft_vllm_config())
+        draft_config = safetensors_only(super()._create_draft_vllm_config())
+        return keep_apart(draft_config, self.vllm_config)
+
+    def _get_model(self) -> torch.nn.Module:
+        with drafter_group(self.vllm_config):
+            model: torch.nn.Module = super()._get_model()
+        return model
+
+    def dummy_run(self, num_tokens: int, **kwargs: Any) -> None:
+        """Called by the runner to profile and warm up, and on a data-parallel rank without work."""
+        dummy_pass(self.model, self.vllm_config, num_tokens, self.device)
 
     def initialize_attn_backend(
         self, kv_cache_config: Any, kernel_block_sizes: list[int] | None = None
@@ -68,16 +82,6 @@ class FailFastProposer(DraftModelProposer):
             self.device,
         )
         self.rounds = Rounds(self.drafter)
-
-    def dummy_run(
-        self,
-        num_tokens: int,
-        use_cudagraphs: bool = True,
-        is_graph_capturing: bool = False,
-        slot_mappings: dict[str, torch.Tensor] | None = None,
-    ) -> None:
-        """Called by the runner in its memory profile and warm-up."""
-        dummy_pass(self.model, self.vllm_config, num_tokens, self.device)
 
     def draft(
         self, scheduler_output: Any, sampled_token_ids: list[list[int]], common_attn_metadata: Any

@@ -31,6 +31,7 @@ from failfast_vllm.hosting import (
     max_positions,
     safetensors_only,
 )
+from failfast_vllm.ranks import drafter_group, keep_apart
 
 
 class FailFastSpeculator(DraftModelSpeculator):
@@ -52,15 +53,11 @@ class FailFastSpeculator(DraftModelSpeculator):
             self.vllm_config,
             model_config=self.draft_model_config,
             quant_config=None,
-            parallel_config=replace(
-                self.speculative_config.draft_parallel_config,
-                rank=self.vllm_config.parallel_config.rank,
-            ),
+            parallel_config=replace(self.speculative_config.draft_parallel_config),
         )
-        with set_model_tag("draft_model"):
-            model: torch.nn.Module = get_model(
-                vllm_config=safetensors_only(draft_config), prefix="draft_model"
-            )
+        draft_config = keep_apart(safetensors_only(draft_config), self.vllm_config)
+        with drafter_group(self.vllm_config), set_model_tag("draft_model"):
+            model: torch.nn.Module = get_model(vllm_config=draft_config, prefix="draft_model")
         return model
 
     def set_attn(

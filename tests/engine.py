@@ -42,8 +42,12 @@ def core(llm):
 
 
 def proposer(llm):
+    """The adapter of the only rank, which must be in this process."""
+    return adapter_of(core(llm).model_executor.driver_worker.worker.model_runner)
+
+
+def adapter_of(runner):
     """The adapter of the runner in use: `FailFastProposer` (V1) or `FailFastSpeculator` (V2)."""
-    runner = core(llm).model_executor.driver_worker.worker.model_runner
     return runner.drafter if hasattr(runner, "drafter") else runner.speculator
 
 
@@ -82,8 +86,18 @@ class Watch:
 @contextlib.contextmanager
 def watch(llm):
     """Record the steps and rounds of an engine with failfast."""
-    drafter = proposer(llm).drafter
-    propose = drafter.propose
+    adapter = proposer(llm)
+    propose = adapter.drafter.propose
+    try:
+        yield start_watching(adapter)
+    finally:
+        adapter.drafter.propose = propose
+        adapter.stats.on_round = None
+
+
+def start_watching(adapter):
+    """Record the steps and rounds of one rank from now on."""
+    propose = adapter.drafter.propose
     record = Watch()
 
     def recording_propose(step):
@@ -98,13 +112,9 @@ def watch(llm):
         record.draft_lens.append(drafts.lens.tolist())
         return drafts
 
-    drafter.propose = recording_propose
-    proposer(llm).stats.on_round = record.rounds.append
-    try:
-        yield record
-    finally:
-        drafter.propose = propose
-        proposer(llm).stats.on_round = None
+    adapter.drafter.propose = recording_propose
+    adapter.stats.on_round = record.rounds.append
+    return record
 
 
 @contextlib.contextmanager

@@ -189,6 +189,11 @@ def test_increment_may_not_exceed_a_lowered_cap():
         ({"block_size": 16}, ["multiple of 32", "got 16", "--block-size"]),
         ({"block_size": 48}, ["multiple of 32", "got 48", "--block-size"]),
         ({"pipeline_parallel_size": 2}, ["pipeline", "got 2", "--tensor-parallel-size"]),
+        (
+            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+            ["decode-context", "got 2"],
+        ),
+        ({"prefill_context_parallel_size": 2}, ["prefill-context", "got 2"]),
         ({"async_scheduling": True}, ["asynchronous", "got True", "--async-scheduling"]),
         ({"max_num_batched_tokens": 91}, ["at least 92", "got 91", "num_speculative_tokens"]),
         ({"runner": "pooling"}, ["text generation", "got 'pooling'", "Leave"]),
@@ -209,6 +214,37 @@ def test_target_with_latent_attention(target):
     edit(target / "config.json", architectures=[architecture], model_type="deepseek_v2", **latent)
     message = refusal(asking(model=DRAFTER), model=target)
     assert f"got {architecture!r}. Use a target with full attention" in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param({"max_window_layers": 6}, id="all"),
+        pytest.param({"layer_types": ["sliding_attention", "full_attention"] * 3}, id="some"),
+        pytest.param(
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, id="Mistral"
+        ),
+    ],
+)
+def test_target_with_a_sliding_window(target, overrides):
+    """Catches layers of target and drafter in different groups of pages: vLLM fails on loading."""
+    edit(target / "config.json", use_sliding_window=True, sliding_window=64, **overrides)
+    message = refusal(asking(model=DRAFTER), model=target)
+    assert all(part in message for part in ("sliding-window", "got 64", "--disable-sliding-window"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "engine_args"),
+    [
+        ({"use_sliding_window": False}, {}),  # as Qwen2.5 is published
+        ({"use_sliding_window": True}, {"disable_sliding_window": True}),
+    ],
+)
+def test_target_whose_window_is_off(target, overrides, engine_args):
+    """Catches the refusal of every Qwen2.5: its config names a window that it does not use."""
+    edit(target / "config.json", sliding_window=2048, max_window_layers=6, **overrides)
+    built = build(asking(model=DRAFTER), model=target, **engine_args)
+    assert built.speculative_config.method == "draft_model"
 
 
 def test_unknown_target_without_a_drafter(target):

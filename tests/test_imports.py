@@ -45,15 +45,19 @@ ALLOWED = {  # module -> our modules it may import
         "failfast_vllm.graphs",
         "failfast_vllm.learned_policy",
         "failfast_vllm.policy",
+        "failfast_vllm.ranks",
     },
+    "failfast_vllm/ranks.py": set(),
     "failfast_vllm/proposer.py": {
         "failfast_vllm.drafter",
         "failfast_vllm.hosting",
+        "failfast_vllm.ranks",
     },
     "failfast_vllm/speculator.py": {
         "failfast_vllm.drafter",
         "failfast_vllm.graphs",
         "failfast_vllm.hosting",
+        "failfast_vllm.ranks",
     },
     "failfast_vllm/plugin.py": {
         "failfast_vllm",

@@ -1,0 +1,63 @@
+"""Several ranks: which of them share the drafter, and draft passes that wait for no others.
+
+Tensor parallel: the drafter is sharded like the target, or every rank holds the whole of it and its
+passes need no communication. Data parallel: ranks take different numbers of draft passes, so no
+pass may enter a collective of the data-parallel group.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.distributed import parallel_state
+from vllm.forward_context import create_forward_context, override_forward_context
+
+
+def is_replicated(vllm_config: VllmConfig) -> bool:
+    """Whether every rank of the target's tensor-parallel group holds the whole drafter."""
+    assert vllm_config.speculative_config is not None
+    draft_config = vllm_config.speculative_config.draft_parallel_config
+    return bool(
+        draft_config.tensor_parallel_size < vllm_config.parallel_config.tensor_parallel_size
+    )
+
+
+@contextlib.contextmanager
+def drafter_group(vllm_config: VllmConfig) -> Iterator[None]:
+    """Inside, vLLM's tensor-parallel group is the drafter's: the target's, or this rank alone.
+
+    Layers read the group when they are built and when they run, so both happen inside.
+    """
+    if not is_replicated(vllm_config):
+        yield
+        return
+    alone = parallel_state.get_pp_group()  # its only rank is this one: nothing is pipelined
+    assert alone.world_size == 1, "pipeline parallelism is refused at start-up"
+    target_group = parallel_state.get_tp_group()
+    parallel_state._TP = alone
+    try:
+        assert parallel_state.get_tp_group() is alone, "vLLM keeps its group elsewhere"
+        yield
+    finally:
+        parallel_state._TP = target_group
+
+
+def draft_context(attn_metadata: Any, vllm_config: VllmConfig) -> AbstractContextManager[None]:
+    """vLLM's forward context for a draft pass.
+
+    Not `set_forward_context`: with a mixture-of-experts target it asks the other data-parallel
+    ranks for their numbers of tokens, and they may be taking no pass.
+    """
+    context: AbstractContextManager[None] = override_forward_context(
+        create_forward_context(attn_metadata, vllm_config)
+    )
+    return context
+
+
+def keep_apart(draft_config: VllmConfig, target_config: VllmConfig) -> VllmConfig:
+    """Number the drafter's rank as the target's: compiled code is kept in a folder per rank."""
+    ours, theirs = draft_config.parallel_config, target_config.parallel_config
+    ours.rank, ours.data_parallel_index = theirs.rank, theirs.data_parallel_index
+    return draft_config
