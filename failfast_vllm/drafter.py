@@ -45,6 +45,8 @@ class DraftStep:
     max_draft_lens: Lengths  # most tokens to draft; 0 = commit only
     draft_budget: int  # most tokens to draft over all sequences
     stops_at_eos: npt.NDArray[np.bool_]  # the draft ends after a stop token
+    # [num_seqs] float32: an increment with a token below it is the last; None = 0 for all
+    min_confidences: npt.NDArray[np.float32] | None = None
 
 
 class DraftBatch(NamedTuple):
@@ -221,6 +223,9 @@ class Drafter:
         probabilities = confidence.probabilities.view_as(rows)
         probabilities = torch.where(is_valid.bool(), probabilities, 1.0)
         sure = self.policy.extend(probabilities, new_lens[:, 0])
+        if step.min_confidences is not None and step.min_confidences.any():
+            asked = self._to_device(step.min_confidences[seqs])
+            sure = sure & (probabilities.amin(dim=1) >= asked)
         is_stop = (token_ids[:, :, None] == self.stop_token_ids).any(dim=2) & may_stop.bool()
         first_stop = torch.where(is_stop, 0, self.draft_increment) + torch.arange(
             self.draft_increment, device=self.device

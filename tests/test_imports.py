@@ -11,6 +11,7 @@ ALLOWED = {  # module -> our modules it may import
     "failfast_vllm/families.py": set(),
     "failfast_vllm/config.py": {"failfast_vllm.families"},
     "failfast_vllm/policy.py": set(),
+    "failfast_vllm/request.py": set(),
     "failfast_vllm/hf_config.py": set(),
     "failfast_vllm/cpu_sampling.py": set(),
     "failfast_vllm/drafter.py": {"failfast_kernels", "failfast_vllm.policy"},
@@ -29,11 +30,13 @@ ALLOWED = {  # module -> our modules it may import
     "failfast_vllm/proposer.py": {
         "failfast_vllm.drafter",
         "failfast_vllm.hosting",
+        "failfast_vllm.request",
     },
     "failfast_vllm/speculator.py": {
         "failfast_vllm.drafter",
         "failfast_vllm.graphs",
         "failfast_vllm.hosting",
+        "failfast_vllm.request",
     },
     "failfast_vllm/plugin.py": {
         "failfast_vllm",
@@ -42,6 +45,7 @@ ALLOWED = {  # module -> our modules it may import
         "failfast_vllm.hf_config",
         "failfast_vllm.cpu_sampling",
         "failfast_vllm.proposer",
+        "failfast_vllm.request",
         "failfast_vllm.speculator",
     },
 }
@@ -52,6 +56,7 @@ WITHOUT_VLLM = {
     "failfast_vllm/families.py",
     "failfast_vllm/config.py",
     "failfast_vllm/policy.py",
+    "failfast_vllm/request.py",
     "failfast_vllm/drafter.py",
     "failfast_vllm/hf_config.py",
 }
