@@ -250,7 +250,7 @@ def _validating_params(original: Any) -> Any:
         if asked_for(self.vllm_config):
             knobs = self.vllm_config.additional_config[METHOD]
             request.check(
-                getattr(params, "extra_args", None),
+                params,
                 knobs["num_speculative_tokens"],
                 knobs["confidence_threshold"],
             )

@@ -25,11 +25,18 @@ class Asked(NamedTuple):
     ended: npt.NDArray[np.bool_]  # the scheduler is about to finish it at its last token
 
 
-def check(
-    extra_args: Mapping[str, Any] | None, num_speculative_tokens: int, confidence_threshold: float
-) -> None:
-    """Refuse what a request may not ask of a server with these settings; raises ValueError."""
-    given = {key: value for key, value in (extra_args or {}).items() if key.startswith("failfast")}
+def check(params: Any, num_speculative_tokens: int, confidence_threshold: float) -> None:
+    """Refuse what a request may not ask of a server with these settings; raises ValueError.
+
+    `logprob_token_ids` is vLLM's: beside drafts it answers without logprobs, or its engine dies.
+    """
+    if getattr(params, "logprob_token_ids", None):
+        raise ValueError(
+            "failfast: 'logprob_token_ids' does not go with speculative decoding; "
+            f"got {params.logprob_token_ids!r}. Use 'logprobs'."
+        )
+    extra_args: Mapping[str, Any] = getattr(params, "extra_args", None) or {}
+    given = {key: value for key, value in extra_args.items() if key.startswith("failfast")}
     for key in given:
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, n=1)
