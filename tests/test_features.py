@@ -205,7 +205,9 @@ def test_answers_equal_those_without_speculation(plain, drafting, name):
     else:
         assert drafted > 0
         assert accepted > 0
-    is_plain = [answer == [greedy] for answer, greedy in zip(batch.answers, plain.greedy)]
+    is_plain = [
+        answer == [greedy] for answer, greedy in zip(batch.answers, plain.greedy, strict=True)
+    ]
     assert all(is_plain) if name in SAME_ANSWER else not all(is_plain), "the feature does nothing"
 
 
