@@ -46,6 +46,8 @@ class DraftStep:
     max_draft_lens: Lengths  # most tokens to draft; 0 = commit only
     draft_budget: int  # most tokens to draft over all sequences
     stops_at_eos: npt.NDArray[np.bool_]  # the draft ends after a stop token
+    # [num_seqs] float32: an increment with a token below it is the last; None = 0 for all
+    min_confidences: npt.NDArray[np.float32] | None = None
 
 
 class DraftBatch(NamedTuple):
@@ -271,6 +273,9 @@ class Drafter:
         ends, goes_on = self.policy.extend(
             DraftSoFar(owner, new_lens, signals[0], signals[1] if entropic else None)
         )
+        if step.min_confidences is not None and step.min_confidences.any():
+            asked = self._to_device(step.min_confidences[seqs])
+            goes_on = goes_on & (signals[0].amin(dim=1) >= asked)
         is_stop = (token_ids[:, :, None] == self.stop_token_ids).any(dim=2) & may_stop.bool()
         first_stop = torch.where(is_stop, places + 1, ends[:, None] + 1).amin(dim=1)
         stopped = first_stop <= ends

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from failfast_vllm import config as user_config
+from failfast_vllm import request
 from failfast_vllm.config import METHOD, FailFastConfig
 from failfast_vllm.families import FAMILIES, MAX_DIFFUSION_BLOCK_SIZE, Family, family_of
 
@@ -52,6 +53,20 @@ CONFIG_HOOKS = (
         "SpeculativeConfig",
         "verify_equal_vocab_size_if_draft_model",
         ("self",),
+    ),
+)
+REQUEST_HOOKS = (
+    Hook(
+        "vllm.v1.engine.input_processor",
+        "InputProcessor",
+        "_validate_params",
+        ("self", "params", "supported_tasks"),
+    ),
+    Hook(
+        "vllm.sampling_params",
+        "SamplingParams",
+        "_validate_spec_decode",
+        ("self", "speculative_config"),
     ),
 )
 WORKER_HOOK = Hook("vllm.v1.worker.worker_base", "WorkerBase", "__init__", ("self", "vllm_config"))
@@ -97,6 +112,12 @@ V1_HOOKS = (
         "expand_batch_to_tokens",
         ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
     ),
+    Hook(
+        "vllm.v1.worker.gpu_model_runner",
+        "",
+        "build_logitsprocs",
+        ("vllm_config", "device", "is_pin_memory", "is_pooling_model", "custom_logitsprocs"),
+    ),
 )
 V2_HOOKS = (
     Hook(
@@ -112,8 +133,14 @@ V2_HOOKS = (
         "finish_requests",
         ("self", "scheduler_output"),
     ),
+    Hook(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner",
+        "add_requests",
+        ("self", "scheduler_output"),
+    ),
 )
-ALL_HOOKS = (*CONFIG_HOOKS, WORKER_HOOK, *V1_HOOKS, *V2_HOOKS)
+ALL_HOOKS = (*CONFIG_HOOKS, *REQUEST_HOOKS, WORKER_HOOK, *V1_HOOKS, *V2_HOOKS)
 
 
 def register() -> None:
@@ -203,6 +230,8 @@ def _install_config_hooks(problem: str | None) -> None:
     _wrap(SpeculativeConfig, "verify_equal_vocab_size_if_draft_model", _verifying_vocab_sizes)
     if WORKER_HOOK.module in sys.modules:  # an engine or worker process, whose config is pickled
         _install_worker_hook()
+    if REQUEST_HOOKS[0].module in sys.modules and not missing_hooks(REQUEST_HOOKS):
+        _install_request_hooks()  # a front end that may be handed a pickled config
 
 
 def _install_worker_hook() -> None:
@@ -213,6 +242,45 @@ def _install_worker_hook() -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     _wrap(WorkerBase, "__init__", _initializing_worker)
+
+
+def _install_request_hooks() -> None:
+    """What admits requests in the front end. Raises RuntimeError."""
+    problem = missing_hooks(REQUEST_HOOKS)
+    if problem:
+        raise RuntimeError(f"failfast cannot run: {problem}")
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    _wrap(InputProcessor, "_validate_params", _validating_params)
+    _wrap(SamplingParams, "_validate_spec_decode", _validating_spec_decode)
+
+
+def _validating_params(original: Any) -> Any:
+    """A request's own failfast keys: refused here, they are the client's error."""
+
+    def _validate_params(self: Any, params: Any, supported_tasks: Any) -> Any:
+        if asked_for(self.vllm_config):
+            knobs = self.vllm_config.additional_config[METHOD]
+            request.check(
+                params,
+                knobs["num_speculative_tokens"],
+                knobs["confidence_threshold"],
+            )
+        return original(self, params, supported_tasks)
+
+    return _validate_params
+
+
+def _validating_spec_decode(original: Any) -> Any:
+    """vLLM refuses min_p and logit_bias beside any drafter; ours leaves such requests undrafted."""
+
+    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        drafter = getattr(speculative_config, "draft_model_config", None)
+        if drafter is None or not family_of(drafter.architectures):
+            original(self, speculative_config)
+
+    return _validate_spec_decode
 
 
 def _adding_cli_args(original: Any) -> Any:
@@ -254,6 +322,7 @@ def _creating_speculative_config(original: Any) -> Any:
         _check_hub_config(drafter, given.get("revision"))
         register_model()
         _install_worker_hook()
+        _install_request_hooks()
 
         # the drafter's config takes the target's flag; remote code is never run for a drafter
         guarded = copy.copy(target_model_config)
@@ -521,7 +590,16 @@ def install_v2_hooks() -> None:
 
         return finish_requests
 
+    def adding_requests(original: Any) -> Any:
+        def add_requests(self: Any, scheduler_output: Any) -> None:
+            original(self, scheduler_output)
+            if isinstance(self.speculator, FailFastSpeculator):
+                self.speculator.add_requests(scheduler_output)
+
+        return add_requests
+
     _wrap(model_runner, "init_speculator", building_speculator)
+    _wrap(model_runner.GPUModelRunner, "add_requests", adding_requests)
     _wrap(model_runner.GPUModelRunner, "take_draft_token_ids", taking_drafts)
     _wrap(model_runner.GPUModelRunner, "finish_requests", finishing_requests)
 
@@ -533,7 +611,9 @@ def install_v1_hooks() -> None:
         raise RuntimeError(f"failfast cannot run: {problem}")
     from vllm.triton_utils import HAS_TRITON
     from vllm.v1.sample import rejection_sampler
+    from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
+    from vllm.v1.worker import gpu_model_runner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from failfast_vllm import cpu_sampling
@@ -595,8 +675,29 @@ def install_v1_hooks() -> None:
 
         return _update_states
 
-    _wrap(DraftModelProposer, "__new__", constructing_proposer)
+    def building_logitsprocs(original: Any) -> Any:
+        """vLLM drops min_p and logit_bias beside any drafter; undrafted requests can have them."""
+
+        def build_logitsprocs(
+            vllm_config: Any,
+            device: Any,
+            is_pin_memory: bool,
+            is_pooling_model: bool,
+            custom_logitsprocs: Any = (),
+        ) -> Any:
+            if asked_for(vllm_config) and not custom_logitsprocs:
+                return LogitsProcessors(
+                    make(vllm_config, device, is_pin_memory) for make in BUILTIN_LOGITS_PROCESSORS
+                )
+            return original(
+                vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs
+            )
+
+        return build_logitsprocs
+
     _wrap(GPUModelRunner, "_update_states", updating_states)
+    _wrap(DraftModelProposer, "__new__", constructing_proposer)
+    _wrap(gpu_model_runner, "build_logitsprocs", building_logitsprocs)
     _wrap(GPUModelRunner, "_input_fits_in_drafter", fitting_drafter)
     _wrap(GPUModelRunner, "propose_draft_token_ids", proposing)
     if not HAS_TRITON:

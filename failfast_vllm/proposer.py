@@ -29,6 +29,9 @@ from failfast_vllm.hosting import (
     stop_token_ids,
 )
 from failfast_vllm.ranks import drafter_group, keep_apart
+from failfast_vllm.request import asked
+
+MIN_P_EPSILON = 1e-5  # below it vLLM takes min_p for 0
 
 
 class FailFastProposer(DraftModelProposer):
@@ -38,7 +41,7 @@ class FailFastProposer(DraftModelProposer):
         super().__init__(vllm_config, device, runner)
         self.runner = runner
         self.max_positions = max_positions(vllm_config)
-        self.stop_token_ids = frozenset(stop_token_ids(vllm_config.model_config))
+        self.eos_token_ids = frozenset(stop_token_ids(vllm_config.model_config))
         self.stats = DraftStats()
         self.drafter: Drafter | None = None  # these two set by `initialize_attn_backend`
         self.rounds: Rounds | None = None
@@ -133,17 +136,20 @@ class FailFastProposer(DraftModelProposer):
         committed = np.minimum(computed, limit) // size * size
         final = np.maximum(np.minimum(now_computed, limit) // size * size, committed)
 
-        cap = scheduler_output.num_spec_tokens_to_schedule
+        requests = [self.runner.requests[req_id] for req_id in req_ids]
+        wanted = asked(
+            [request.sampling_params for request in requests],
+            [ids[-1] if ids else -1 for ids in sampled_token_ids],
+            self.eos_token_ids,
+            scheduler_output.num_spec_tokens_to_schedule,
+        )
         room = np.empty(num_reqs, dtype=np.int64)
-        stops_at_eos = np.empty(num_reqs, dtype=bool)
-        for i, req_id in enumerate(req_ids):
-            request = self.runner.requests[req_id]
-            params = request.sampling_params
-            stops_at_eos[i] = not params.ignore_eos
-            num_left = (params.max_tokens or limit) - (known[i] - request.num_prompt_tokens)
-            ended = sampled[i] and self._ends(params, sampled_token_ids[i][-1])
-            room[i] = 0 if ended else min(cap, num_left - 1, limit - known[i] - 1)
-        max_draft_lens = np.where(sampled, np.maximum(room, 0), 0)
+        for i, request in enumerate(requests):
+            num_output = int(known[i]) - request.num_prompt_tokens
+            room[i] = min(
+                _most_drafted(request.sampling_params, num_output, limit), limit - known[i] - 1
+            )
+        max_draft_lens = np.minimum(wanted.max_draft_lens, np.maximum(room, 0))
 
         width = int(known.max(initial=0))
         tokens = torch.from_numpy(batch.token_ids_cpu[:num_reqs, :width])
@@ -155,13 +161,23 @@ class FailFastProposer(DraftModelProposer):
             known_lens=np.where(sampled, known, final),
             committed_lens=committed,
             final_lens=final,
-            max_draft_lens=max_draft_lens,
+            max_draft_lens=np.where(sampled & ~wanted.ended, max_draft_lens, 0),
             draft_budget=self.drafter.draft_budget(num_reqs),
-            stops_at_eos=stops_at_eos,
+            stops_at_eos=wanted.stops_at_eos,
+            min_confidences=wanted.min_confidences,
         )
 
-    def _ends(self, params: Any, token_id: int) -> bool:
-        """Whether the scheduler is about to finish the request at this token."""
-        if token_id in (params.stop_token_ids or ()):
-            return True
-        return not params.ignore_eos and token_id in self.stop_token_ids
+
+def _most_drafted(params: Any, num_output_tokens: int, max_positions: int) -> int:
+    """Tokens after which a draft of one request must end (V1 only; V2 has none of these limits).
+
+    vLLM samples the token after an accepted draft with all of a request's logits processors, and
+    the drafted tokens with most of them.
+    """
+    if params.min_p > MIN_P_EPSILON or params.logit_bias:
+        return 0  # both are left out for drafted tokens
+    num_left: int = (params.max_tokens or max_positions) - num_output_tokens
+    if params.min_tokens > num_output_tokens:
+        # the token after a draft may not be a stop token either, however long the draft
+        num_left = min(num_left, params.min_tokens - num_output_tokens)
+    return num_left - 1

@@ -30,8 +30,10 @@ from failfast_vllm.hosting import (
     make_drafter,
     max_positions,
     safetensors_only,
+    stop_token_ids,
 )
 from failfast_vllm.ranks import drafter_group, keep_apart
+from failfast_vllm.request import asked
 
 
 class FailFastSpeculator(DraftModelSpeculator):
@@ -41,6 +43,8 @@ class FailFastSpeculator(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         self.req_states = req_states
         self.max_positions = max_positions(vllm_config)
+        self.eos_token_ids = frozenset(stop_token_ids(vllm_config.model_config))
+        self.params: list[Any] = [None] * self.max_num_reqs  # SamplingParams by state slot
         self.stats = DraftStats()
         self.drafter: Drafter | None = None  # these two set by `set_attn`
         self.rounds: Rounds | None = None
@@ -102,6 +106,12 @@ class FailFastSpeculator(DraftModelSpeculator):
         assert isinstance(hosted, HostedDraftModel)
         table_width = self.block_tables.input_block_tables[self.kv_group].shape[1]
         hosted.capture(cuda_graph, self.max_num_reqs, table_width, self.device)
+
+    def add_requests(self, scheduler_output: Any) -> None:
+        """Called after the runner has put new and resumed requests into their state slots."""
+        for request in scheduler_output.scheduled_new_reqs:
+            slot = self.req_states.req_id_to_index[request.req_id]
+            self.params[slot] = request.sampling_params
 
     @torch.inference_mode()
     def propose(
@@ -184,16 +194,15 @@ class FailFastSpeculator(DraftModelSpeculator):
         assert self.drafter is not None
         states, rows = self.req_states, input_batch.idx_mapping
         num_reqs = input_batch.num_reqs
-        ended = (last_sampled[rows] == self.drafter.stop_token_ids).any(dim=1)
         verdict = torch.stack(
             (
                 states.total_len.gpu[rows].long(),
                 states.num_computed_tokens.gpu[rows].long(),
                 num_sampled[:num_reqs].long(),
-                ended.long(),
+                last_sampled[rows].flatten().long(),
             )
         )
-        known, now_computed, emitted_lens, ended_np = verdict.cpu().numpy()  # the copy back
+        known, now_computed, emitted_lens, last_token_ids = verdict.cpu().numpy()  # the copy back
         computed = input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64)
         sampled = emitted_lens > 0
 
@@ -204,7 +213,13 @@ class FailFastSpeculator(DraftModelSpeculator):
 
         request_end = states.max_seq_len[input_batch.idx_mapping_np]  # prompt + max_tokens
         room = np.minimum(request_end, self.max_positions) - known - 1
-        wanted = sampled & (ended_np == 0)
+        wanted = asked(
+            [self.params[slot] for slot in input_batch.idx_mapping_np],
+            last_token_ids.tolist(),
+            self.eos_token_ids,
+            num_speculative_tokens,
+        )
+        max_draft_lens = np.minimum(wanted.max_draft_lens, np.maximum(room, 0))
         step = DraftStep(
             req_ids=input_batch.req_ids,
             token_ids=states.all_token_ids.gpu,
@@ -213,9 +228,10 @@ class FailFastSpeculator(DraftModelSpeculator):
             known_lens=np.where(sampled, known, final),
             committed_lens=committed,
             final_lens=final,
-            max_draft_lens=np.where(wanted, np.clip(room, 0, num_speculative_tokens), 0),
+            max_draft_lens=np.where(sampled & ~wanted.ended, max_draft_lens, 0),
             draft_budget=self.drafter.draft_budget(num_reqs),
-            stops_at_eos=np.ones(num_reqs, dtype=bool),
+            stops_at_eos=wanted.stops_at_eos,
+            min_confidences=wanted.min_confidences,
         )
         return step, emitted_lens
 

@@ -63,7 +63,9 @@ def serve_command(speculative_config, port):
     engine_flags = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "2048"]
     http_flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME]
     command = [vllm, "serve", TARGET, "--speculative-config", speculative_config]
-    return [*command, *engine_flags, *http_flags]
+    grammar = {"backend": "xgrammar", "disable_any_whitespace": True}  # a small model rambles
+    grammar_flags = ["--structured-outputs-config", json.dumps(grammar)]
+    return [*command, *engine_flags, *http_flags, *grammar_flags]
 
 
 def server_environment():
@@ -268,6 +270,121 @@ def test_wrong_request_is_the_clients_fault(server, questions):
     assert caught.value.status_code == 400
     assert server.is_healthy()
     test_completion(server, questions)
+
+
+@pytest.mark.parametrize(
+    ("xargs", "message"),
+    [
+        (
+            {"failfast_max_len": 61},
+            "failfast: 'failfast_max_len' must be an integer from 0 to 60 on this server; got 61.",
+        ),
+        ({"failfast_max_len": "3"}, "got '3'."),
+        ({"failfast_max_len": [3]}, "got [3]."),
+        (
+            {"failfast_confidence_threshold": 0.1},
+            "failfast: 'failfast_confidence_threshold' must be a probability from 0.45 to 1.0 on "
+            "this server; got 0.1.",
+        ),
+        ({"failfast_maxlen": 3}, "did you mean 'failfast_max_len'?"),
+    ],
+)
+def test_wrong_keys_of_a_request_are_the_clients_fault(server, questions, xargs, message):
+    """Catches a bad value that reaches the engine process, which would die of it."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(server, questions[0], vllm_xargs=xargs)
+    assert caught.value.status_code == 400
+    assert message in caught.value.body["message"]
+    assert server.is_healthy()
+
+
+def complete(server, question, echo=False, **extra_body):
+    completion = server.client().completions.create(
+        model=NAME,
+        prompt=question.prompt_ids,
+        max_tokens=question.max_tokens,
+        temperature=0,
+        echo=echo,
+        extra_body=extra_body,
+    )
+    return completion.choices[0].text
+
+
+def test_requests_limit_their_drafts(server, questions):
+    """Catches keys that are lost between the front end and the engine process."""
+    drafts, drafted = "spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total"
+    for limit in (0, 2):
+        before = server.metric(drafts), server.metric(drafted)
+        answer = complete(server, questions[0], vllm_xargs={"failfast_max_len": limit})
+        assert answer == questions[0].answer
+        num_drafts = server.metric(drafts) - before[0]
+        num_drafted = server.metric(drafted) - before[1]
+        assert num_drafted <= limit * num_drafts
+        assert (num_drafted > 0) == (limit > 0)
+
+
+def test_logit_bias_is_answered(server, questions):
+    """vLLM refuses it beside other drafters."""
+    biased = complete(server, questions[0], logit_bias={"300": 100.0})
+    assert len(biased) > 10
+    assert biased == biased[: len(biased) // questions[0].max_tokens] * questions[0].max_tokens
+
+
+def test_echo(server, questions):
+    echoed = complete(server, questions[0], echo=True)
+    assert echoed.endswith(questions[0].answer)
+    assert questions[0].messages[-1]["content"] in echoed
+
+
+GIVE = {
+    "type": "function",
+    "function": {
+        "name": "give",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "to": {"enum": ["Eric", "Leo"]},
+                "count": {"type": "integer", "minimum": 0, "maximum": 99},
+            },
+            "required": ["to", "count"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+async def call_tools(server, questions, num_calls):
+    """Forced tool calls, every second one drawn at temperature 1, up to 16 at a time."""
+    slots = asyncio.Semaphore(16)
+    async with server.async_client() as client:
+
+        async def call(i):
+            async with slots:
+                return await client.chat.completions.create(
+                    model=NAME,
+                    messages=questions[i % len(questions)].messages,
+                    tools=[GIVE],
+                    tool_choice={"type": "function", "function": {"name": "give"}},
+                    temperature=i % 2,
+                    seed=i,
+                    max_tokens=40,
+                )
+
+        return await asyncio.gather(*map(call, range(num_calls)))
+
+
+def test_forced_tool_calls_are_valid(server, questions):
+    """Catches a grammar that drafts lead out of step."""
+    before = server.metric("spec_decode_num_accepted_tokens_total")
+    for completion in asyncio.run(call_tools(server, questions, 200)):
+        (call,) = completion.choices[0].message.tool_calls
+        assert call.function.name == "give"
+        arguments = json.loads(call.function.arguments)
+        assert list(arguments) == ["to", "count"]
+        assert arguments["to"] in ("Eric", "Leo")
+        assert type(arguments["count"]) is int
+        assert 0 <= arguments["count"] <= 99
+    assert server.metric("spec_decode_num_accepted_tokens_total") > before + 100
 
 
 @pytest.mark.parametrize(

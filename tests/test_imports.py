@@ -20,6 +20,7 @@ ALLOWED = {  # module -> our modules it may import
         "failfast_vllm.policy",
     },
     "failfast_vllm/reuse.py": {"failfast_vllm.policy"},
+    "failfast_vllm/request.py": set(),
     "failfast_vllm/hf_config.py": set(),
     "failfast_vllm/cpu_sampling.py": set(),
     "failfast_vllm/drafter.py": {
@@ -52,12 +53,14 @@ ALLOWED = {  # module -> our modules it may import
         "failfast_vllm.drafter",
         "failfast_vllm.hosting",
         "failfast_vllm.ranks",
+        "failfast_vllm.request",
     },
     "failfast_vllm/speculator.py": {
         "failfast_vllm.drafter",
         "failfast_vllm.graphs",
         "failfast_vllm.hosting",
         "failfast_vllm.ranks",
+        "failfast_vllm.request",
     },
     "failfast_vllm/plugin.py": {
         "failfast_vllm",
@@ -66,6 +69,7 @@ ALLOWED = {  # module -> our modules it may import
         "failfast_vllm.hf_config",
         "failfast_vllm.cpu_sampling",
         "failfast_vllm.proposer",
+        "failfast_vllm.request",
         "failfast_vllm.speculator",
     },
 }
@@ -83,6 +87,7 @@ WITHOUT_VLLM = {
     "failfast_vllm/learned_policy.py",
     "failfast_vllm/policy.py",
     "failfast_vllm/reuse.py",
+    "failfast_vllm/request.py",
     "failfast_vllm/drafter.py",
     "failfast_vllm/hf_config.py",
 }

@@ -242,3 +242,42 @@ def test_policies_learn_across_preemptions(plain):
     assert len(forgotten) == len(set(forgotten))
     rounds = [(len(r.drafted), len(r.emitted) - 1) for r in record.rounds if r.drafted]
     assert sorted((o.num_verified, o.num_accepted) for o in observed) == sorted(rounds)
+
+
+def test_what_single_requests_ask(plain):
+    """Catches parameters of a request that do not reach its state slot, or reach another's."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    prompts = plain[0][0:16:2]
+    stop = plain[2][4][10]  # in the middle of the third answer
+    asked = [
+        {"extra_args": {"failfast_max_len": 0}},
+        {"extra_args": {"failfast_max_len": 3}},
+        {"stop_token_ids": [stop]},
+        {"extra_args": {"failfast_confidence_threshold": 1.0}},
+        {"ignore_eos": True},
+        {"logit_bias": dict.fromkeys(range(300, 310), 30.0)},
+        {"structured_outputs": StructuredOutputsParams(regex="The answer is [0-9]{1,9}")},
+        {"logprobs": 2},
+    ]
+    params = [SamplingParams(temperature=0.0, max_tokens=70, **keys) for keys in asked]
+    with v1_engine() as llm:
+        eos = llm.get_tokenizer().eos_token_id
+        expected = generate(llm, prompts, params)
+    with v2_engine() as llm, watch(llm) as record:
+        for _ in range(2):  # the second time in slots that others have left
+            assert generate(llm, prompts, params) == expected
+            prompts, params, expected = prompts[::-1], params[::-1], expected[::-1]
+
+    def drafts(i):
+        return [p for p in record.proposals if p.known[: len(prompts[i])] == prompts[i]]
+
+    assert drafts(0) == []
+    assert max(len(p.draft) for p in drafts(1)) == 3
+    assert expected[2][-1] == stop
+    assert {p.known[-1] for p in drafts(2)}.isdisjoint({stop})
+    assert {p.num_passes for p in drafts(3)} == {1}
+    assert any(eos in p.draft[:-1] for p in drafts(4))
+    assert all(eos not in p.draft[:-1] for i in (1, 2, 3, 5, 7) for p in drafts(i))
+    assert all(drafts(i) for i in (5, 6, 7))

@@ -1,0 +1,88 @@
+"""What a single request may ask of its drafts. No vLLM, no torch.
+
+The keys below come in `SamplingParams.extra_args`, over HTTP in `vllm_xargs`. They only tighten
+what the server was started with, and are checked where the request is admitted.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+MAX_LEN = "failfast_max_len"
+CONFIDENCE_THRESHOLD = "failfast_confidence_threshold"
+KEYS = (MAX_LEN, CONFIDENCE_THRESHOLD)
+
+
+class Asked(NamedTuple):
+    """What the requests of one step ask; arrays of [num_reqs]."""
+
+    max_draft_lens: npt.NDArray[np.int64]  # most tokens per draft, whatever the engine allows
+    min_confidences: npt.NDArray[np.float32]  # an increment with a token below it is the last
+    stops_at_eos: npt.NDArray[np.bool_]
+    ended: npt.NDArray[np.bool_]  # the scheduler is about to finish it at its last token
+
+
+def check(params: Any, num_speculative_tokens: int, confidence_threshold: float) -> None:
+    """Refuse what a request may not ask of a server with these settings; raises ValueError.
+
+    `logprob_token_ids` is vLLM's: beside drafts it answers without logprobs, or its engine dies.
+    """
+    if getattr(params, "logprob_token_ids", None):
+        raise ValueError(
+            "failfast: 'logprob_token_ids' does not go with speculative decoding; "
+            f"got {params.logprob_token_ids!r}. Use 'logprobs'."
+        )
+    extra_args: Mapping[str, Any] = getattr(params, "extra_args", None) or {}
+    given = {key: value for key, value in extra_args.items() if key.startswith("failfast")}
+    for key in given:
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(KEYS)}."
+            raise ValueError(f"failfast: unknown key {key!r} in a request; {hint}")
+    bounds = (
+        (MAX_LEN, "an integer", int, 0, num_speculative_tokens),
+        (CONFIDENCE_THRESHOLD, "a probability", int | float, confidence_threshold, 1.0),
+    )
+    for key, kind, types, low, high in bounds:
+        value = given.get(key, low)
+        if isinstance(value, bool) or not isinstance(value, types) or not low <= value <= high:
+            raise ValueError(
+                f"failfast: {key!r} must be {kind} from {low} to {high} on this server; "
+                f"got {value!r}."
+            )
+
+
+def asked(
+    params: Sequence[Any],
+    last_token_ids: Sequence[int],
+    eos_token_ids: frozenset[int],
+    num_speculative_tokens: int,
+) -> Asked:
+    """Read the checked parameters of a step's requests.
+
+    Args:
+        params: [num_reqs] vLLM's SamplingParams.
+        last_token_ids: [num_reqs] the last token of each request, -1 for none.
+        eos_token_ids: the target's.
+        num_speculative_tokens: most tokens per draft in this step.
+    """
+    num_reqs = len(params)
+    found = Asked(
+        max_draft_lens=np.full(num_reqs, num_speculative_tokens, dtype=np.int64),
+        min_confidences=np.zeros(num_reqs, dtype=np.float32),
+        stops_at_eos=np.empty(num_reqs, dtype=bool),
+        ended=np.empty(num_reqs, dtype=bool),
+    )
+    for i, (param, token_id) in enumerate(zip(params, last_token_ids, strict=True)):
+        found.stops_at_eos[i] = not param.ignore_eos
+        found.ended[i] = token_id in (param.stop_token_ids or ()) or (
+            not param.ignore_eos and token_id in eos_token_ids
+        )
+        if param.extra_args:
+            max_len = param.extra_args.get(MAX_LEN, num_speculative_tokens)
+            found.max_draft_lens[i] = min(max_len, num_speculative_tokens)
+            found.min_confidences[i] = param.extra_args.get(CONFIDENCE_THRESHOLD, 0.0)
+    return found
