@@ -67,6 +67,10 @@ def _dense(
         "intermediate_size": mlp,
         "vocab_size": vocab,
         "tie_word_embeddings": tied,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "hidden_act": "silu",
     }
 
 
