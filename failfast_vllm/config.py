@@ -123,6 +123,7 @@ class FailFastConfig:
     policy: str
     draft_budget: int  # tokens drafted in one step, over all sequences
     reuse_rejected: bool  # lengthen doubtful drafts by what was rejected before
+    load_aware: bool  # draft only where it is expected to raise throughput
     parameters: Mapping[str, Any]  # of the policy
 
     @staticmethod
@@ -138,11 +139,10 @@ class FailFastConfig:
         increment = cap if policy in ONE_PASS else min(10, cap)
         increment = _integer(given, "draft_increment", increment, 1, cap)
         budget = _integer(given, "draft_budget", 512, 1, MAX_DRAFT_BUDGET)
-        reuse = given.get("reuse_rejected", False)
-        if not isinstance(reuse, bool):
-            raise ValueError(f"failfast: 'reuse_rejected' must be true or false; got {reuse!r}.")
+        reuse = _flag(given, "reuse_rejected", False)
+        load_aware = _flag(given, "load_aware", policy == METHOD)
         parameters = policy_parameters(policy, given, cap)
-        return FailFastConfig(cap, increment, policy, budget, reuse, parameters)
+        return FailFastConfig(cap, increment, policy, budget, reuse, load_aware, parameters)
 
     def for_block_size(self, size: int, given: Mapping[str, Any]) -> "FailFastConfig":
         """Unless the user set it, an increment is not longer than the drafter's block.
@@ -344,6 +344,13 @@ def mask_token_id(
         "tokenizer); "
         "set 'mask_token_id' in its config.json."
     )
+
+
+def _flag(given: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = given.get(key, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"failfast: {key!r} must be true or false; got {value!r}.")
+    return value
 
 
 def _integer(given: Mapping[str, Any], key: str, default: int, low: int, high: int) -> int:

@@ -19,6 +19,7 @@ Lengths live on the host, tokens on the device: rows are planned with NumPy, a p
 copies to the device, and `_denoise` makes the only copy back.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +29,8 @@ import numpy.typing as npt
 import torch
 
 from failfast_kernels import TokenConfidence
+from failfast_vllm.blocks import CommittedBlocks
+from failfast_vllm.load import LoadPlanner
 from failfast_vllm.policy import DraftSoFar, Lengths, Policy
 from failfast_vllm.reuse import RejectedDrafts, RejectedTokens, continuation
 
@@ -104,6 +107,25 @@ class _Judged(NamedTuple):
     ends_at_stop: npt.NDArray[np.bool_]
 
 
+def share(increments: Lengths, budget: int) -> Lengths:
+    """Cut increments to a budget, evenly: the longest first, of equals the last sequences first."""
+    while increments.sum() > budget:
+        seqs = np.flatnonzero(increments == increments.max())
+        surplus = int(increments.sum()) - budget
+        increments[seqs[-surplus:]] -= 1
+    return increments
+
+
+def _postponing(step: DraftStep, drafts: npt.NDArray[np.bool_]) -> DraftStep:
+    """The step in which sequences without a draft need no row at all."""
+    return replace(
+        step,
+        known_lens=np.where(drafts, step.known_lens, step.committed_lens),
+        final_lens=np.where(drafts, step.final_lens, step.committed_lens),
+        max_draft_lens=np.where(drafts, step.max_draft_lens, 0),
+    )
+
+
 class Drafter:
     """Drafts for all sequences of a step.
 
@@ -113,6 +135,8 @@ class Drafter:
         vocab_size: of the drafter; it reads MASK where the target has an id beyond it.
         mask_token_id: the drafter's MASK.
         stop_token_ids: [num_ids] int64, tokens after which a draft ends.
+        blocks: which blocks of the KV cache are committed.
+        planner: decides what pays at this load; None: drafts grow as the policy says.
         reuse_rejected: lengthen doubtful drafts by what was rejected before (see `reuse`).
         kv_block_size: tokens per page of the KV cache, a multiple of `diffusion_block_size`.
     """
@@ -131,6 +155,8 @@ class Drafter:
         max_draft_budget: int,
         diffusion_block_size: int = 32,
         logit_shift: int = 1,
+        blocks: CommittedBlocks,
+        planner: LoadPlanner | None = None,
         reuse_rejected: bool = False,
     ) -> None:
         assert kv_block_size % diffusion_block_size == 0
@@ -145,6 +171,8 @@ class Drafter:
         self.max_draft_budget = max_draft_budget
         self.diffusion_block_size = diffusion_block_size
         self.logit_shift = logit_shift
+        self.blocks = blocks
+        self.planner = planner
         self.rejected = RejectedDrafts() if reuse_rejected else None
         self.device = stop_token_ids.device
 
@@ -153,8 +181,15 @@ class Drafter:
         return max(0, min(self.max_draft_budget, self.max_num_rows - num_seqs))
 
     def propose(self, step: DraftStep) -> Drafts:
-        """Commit every newly complete block and draft for the sequences that may have a draft."""
+        """Commit every newly complete block and draft for the sequences that may have a draft.
+
+        With a planner, commits wait until a sequence is drafted for.
+        """
         step = replace(step, max_draft_lens=self.policy.begin(step.req_ids, step.max_draft_lens))
+        increments = self._first_increments(step)
+        drafts = increments > 0
+        if self.planner is not None:
+            step = _postponing(step, drafts)
         canvas = self._canvas(step)
         judged = self._judged(step)
         draft_lens = np.zeros_like(step.known_lens)
@@ -162,8 +197,6 @@ class Drafter:
         num_forwards = num_rows = 0
 
         starts = step.committed_lens
-        increments = self._share(step.max_draft_lens, step.draft_budget)
-        drafts = increments > 0
         ends = np.where(drafts, step.known_lens + increments, step.final_lens)
         active = np.flatnonzero(ends > starts)
         if (ends - starts).sum() > self.max_num_rows:
@@ -175,6 +208,7 @@ class Drafter:
             goes_on = np.zeros_like(drafts)
             spare = step.draft_budget - int((draft_lens + increments).sum())
             for seqs in self._split(active, ends - starts):
+                began = time.perf_counter()
                 first_rows, batch = self._rows(step, canvas, seqs, starts, ends)
                 hidden_states = self.model.forward(batch)
                 num_forwards, num_rows = num_forwards + 1, num_rows + batch.input_ids.numel()
@@ -194,9 +228,13 @@ class Drafter:
                     spare // active.size,
                 )
                 num_passes[growing] += 1
+                if self.planner is not None:  # the pass has ended: its verdict is on the host
+                    self.planner.pass_took(
+                        batch.input_ids.numel(), (time.perf_counter() - began) * 1e3
+                    )
             starts = step.final_lens
             wanted = np.where(goes_on, step.max_draft_lens - draft_lens, 0)
-            increments = self._share(wanted, step.draft_budget - int(draft_lens.sum()))
+            increments = self._next_increments(step, wanted, draft_lens, judged)
             active = np.flatnonzero(increments)
             ends = step.known_lens + draft_lens + increments
 
@@ -214,17 +252,32 @@ class Drafter:
             judged.ends_at_stop,
         )
 
-    def _share(self, wanted: Lengths, budget: int) -> Lengths:
-        """The next increments of sequences that may still draft `wanted` tokens each.
+    def _first_increments(self, step: DraftStep) -> Lengths:
+        """[num_seqs] what the first pass drafts; 0 = no draft."""
+        if self.planner is None:
+            increments = np.minimum(step.max_draft_lens, self.draft_increment)
+        else:
+            increments = self.planner.first(
+                step.max_draft_lens,
+                step.known_lens - step.final_lens,
+                step.final_lens - step.committed_lens,
+            )
+        return share(increments, step.draft_budget)
 
-        What a budget cannot pay for in full is shared out evenly, the first sequences first.
-        """
-        increments = np.minimum(wanted, self.draft_increment)
-        while increments.sum() > budget:
-            seqs = np.flatnonzero(increments == increments.max())
-            surplus = int(increments.sum()) - budget
-            increments[seqs[-surplus:]] -= 1
-        return increments
+    def _next_increments(
+        self, step: DraftStep, wanted: Lengths, draft_lens: Lengths, judged: "_Judged"
+    ) -> Lengths:
+        """[num_seqs] what the next pass drafts, of `wanted` tokens at most; 0 = complete."""
+        if self.planner is None:
+            increments = np.minimum(wanted, self.draft_increment)
+        else:
+            increments = self.planner.following(
+                wanted,
+                step.known_lens - step.final_lens + draft_lens,
+                draft_lens,
+                judged.confidences[:, : int(draft_lens.max(initial=0))],
+            )
+        return share(increments, step.draft_budget - int(draft_lens.sum()))
 
     def _denoise(
         self,
@@ -244,8 +297,8 @@ class Drafter:
         `judged` are updated in place; positions that a sequence does not have go to their last
         columns. A draft that ends in doubt may get up to `max_reused` rejected tokens on top.
         """
-        offsets = np.arange(self.draft_increment)
-        valid = offsets < increments[:, None]  # [n, draft_increment]
+        offsets = np.arange(increments.max())
+        valid = offsets < increments[:, None]  # [n, longest increment]
         first_columns = (step.known_lens - step.committed_lens)[seqs]
         positions = np.where(valid, draft_lens[:, None] + offsets, judged.confidences.shape[1] - 1)
         lens = draft_lens + increments
@@ -363,6 +416,7 @@ class Drafter:
             pages = step.block_table[per_row[1], per_row[0] // self.kv_block_size].long()
             slots = pages * self.kv_block_size + per_row[0] % self.kv_block_size
             slot_mapping = torch.where(per_row[3].bool(), slots, -1)
+            self.blocks.mark(slot_mapping)
         batch = DraftBatch(
             input_ids=canvas[per_row[1], per_row[2]],
             positions=per_row[0],

@@ -15,11 +15,14 @@ from vllm.config.utils import replace
 
 from failfast_kernels import TokenConfidence, confidence_argmax
 from failfast_vllm.attention import BlockDiffusionMetadata
+from failfast_vllm.blocks import CommittedBlocks
+from failfast_vllm.calibration import Calibration
 from failfast_vllm.config import METHOD, POLICIES
 from failfast_vllm.drafter import DraftBatch, Drafter, Drafts
 from failfast_vllm.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.graphs import BucketedPasses, Capture, make_buckets
 from failfast_vllm.learned_policy import PerRequest, make_policy
+from failfast_vllm.load import AcceptanceByPosition, Costs, CostTable, LoadPlanner
 from failfast_vllm.policy import Outcome
 from failfast_vllm.ranks import draft_context, drafter_group
 
@@ -100,11 +103,13 @@ class Rounds:
         policy.observe(outcomes)
         if self.drafter.rejected is not None:
             self.drafter.rejected.observe(outcomes)
+        if self.drafter.planner is not None:
+            self.drafter.planner.observe(outcomes)
 
     def drafted(self, req_ids: Sequence[str], drafts: Drafts) -> None:
         """Keep what was drafted until it is verified."""
-        policy = self.drafter.policy
-        if not (policy.learns or policy.calibration or self.drafter.rejected):
+        drafter, policy = self.drafter, self.drafter.policy
+        if not (policy.learns or policy.calibration or drafter.rejected or drafter.planner):
             return
         for i in drafts.lens.nonzero()[0].tolist():
             self._drafts[req_ids[i]] = Outcome(
@@ -197,6 +202,7 @@ def make_drafter(
     layer_names: Iterable[str],
     stats: DraftStats,
     kv_block_size: int,
+    num_pages: int,
     device: torch.device,
 ) -> Drafter:
     """Build the drafter once the KV cache is laid out; raises ValueError on an unfit page size."""
@@ -230,6 +236,7 @@ def make_drafter(
             stop_token_ids(vllm_config.model_config), dtype=torch.int64, device=device
         ),
         kv_block_size=kv_block_size,
+        blocks=CommittedBlocks(num_pages, kv_block_size, knobs["diffusion_block_size"], device),
         max_draft_budget=knobs["draft_budget"],
         max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
         diffusion_block_size=knobs["diffusion_block_size"],
@@ -253,6 +260,58 @@ def dummy_pass(model: Any, vllm_config: VllmConfig, num_tokens: int, device: tor
         logits = model.compute_logits(hidden_states[:num_rows])
     copies = [logits.float() for _ in range(3)]
     del copies, logits
+
+
+@torch.inference_mode()
+def measure_costs(
+    target: Any, drafter: Any, vllm_config: VllmConfig, device: torch.device
+) -> Costs:
+    """Time passes of both models, without attention, in a few seconds; on all ranks alike.
+
+    A step of the target costs more than its forward pass: the planner learns the rest.
+    """
+    knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
+    scheduler = vllm_config.scheduler_config
+    widest = min(scheduler.max_num_seqs + knobs["draft_budget"], scheduler.max_num_batched_tokens)
+
+    def table(model: Any, sizes: list[int]) -> CostTable:
+        timed: list[float] = []
+        for size in sizes:
+            positions = torch.arange(size, device=device) % max_positions(vllm_config)
+            best = float("inf")
+            for _ in range(3):  # the first warms up
+                began = time.perf_counter()
+                hidden_states = model(
+                    input_ids=torch.zeros_like(positions).int(), positions=positions
+                )
+                model.compute_logits(hidden_states).amax().item()  # waits for the device
+                best = min(best, (time.perf_counter() - began) * 1e3)
+            timed.append(best)
+            if best > 500:
+                break  # wider passes are extrapolated
+        return CostTable(sizes[: len(timed)], timed)
+
+    sizes = [2**i for i in range(widest.bit_length())]
+    with draft_context(None, vllm_config):
+        verify = table(target, sizes)
+        with drafter_group(vllm_config):
+            draft = table(drafter, sizes[3:] or sizes)
+    return Costs(draft, verify)
+
+
+def make_planner(costs: Costs, vllm_config: VllmConfig) -> LoadPlanner:
+    """Build the load planner; every rank gets the times of the first."""
+    from vllm.distributed import get_tp_group
+
+    knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
+    group = get_tp_group()
+    return LoadPlanner(
+        group.broadcast_object(costs) if group.world_size > 1 else costs,
+        AcceptanceByPosition(knobs["num_speculative_tokens"]),
+        Calibration(),
+        knobs["draft_increment"],
+        learns=group.world_size == 1,
+    )
 
 
 def stop_token_ids(model_config: Any) -> list[int]:

@@ -10,11 +10,18 @@ Everything is deterministic in what it is given, so that the ranks of a tensor-p
 times must therefore come from one rank. NumPy only.
 """
 
+import logging
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from failfast_vllm.calibration import Calibration, Verified
+
+logger = logging.getLogger("vllm.failfast")
 
 Lengths = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -67,8 +74,7 @@ class Costs:
     """Times of this server's parts of a step."""
 
     draft: CostTable  # a draft pass, by rows
-    verify: CostTable  # a step of the target, by tokens
-    overhead_ms: float = 0.0  # of a step, whatever is drafted
+    verify: CostTable  # a step of the target with all around it, by tokens
 
 
 class AcceptanceByPosition:
@@ -122,14 +128,48 @@ class LoadPlanner:
     Args:
         costs: measured times.
         acceptance: learned from verification.
-        draft_increment: longest increment of one pass.
+        calibration: of the drafter's confidences.
+        draft_increment: tokens of each pass after the first.
+        learns: whether the costs follow what passes and steps take; only where there is one rank.
     """
 
     costs: Costs
     acceptance: AcceptanceByPosition
+    calibration: Calibration
     draft_increment: int
+    learns: bool = False
     last: Decision | None = field(default=None, repr=False)
     _spent_ms: float = field(default=0.0, repr=False)
+    _waits_since: float = field(default=0.0, repr=False)
+    _running: frozenset[str] = field(default=frozenset(), repr=False)
+
+    def step_began(self, req_ids: Sequence[str], num_tokens: int) -> None:
+        """The target has just verified `num_tokens` tokens."""
+        waited_ms = (time.perf_counter() - self._waits_since) * 1e3
+        # a request that is new may have come to an idle engine
+        if self.learns and self._running.issuperset(req_ids):
+            self.costs.verify.correct(num_tokens, waited_ms)
+
+    def step_ended(self, req_ids: Sequence[str]) -> None:
+        """The drafts of the step are made; the target is next."""
+        self._running = frozenset(req_ids)
+        self._waits_since = time.perf_counter()
+
+    def pass_took(self, num_rows: int, ms: float) -> None:
+        """A draft pass, from planning its rows to its tokens."""
+        if self.learns:
+            self.costs.draft.correct(num_rows, ms)
+
+    def observe(self, outcomes: Sequence[Verified]) -> None:
+        """Learn from a step's verified drafts; without any, forget a little."""
+        if not outcomes:
+            self.acceptance.forget()
+            return
+        self.calibration.observe(outcomes)
+        self.acceptance.observe(
+            np.array([outcome.num_verified for outcome in outcomes]),
+            np.array([outcome.num_accepted for outcome in outcomes]),
+        )
 
     def first(self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths) -> Lengths:
         """Increments of the first pass, [num_seqs]; all 0 where drafting does not pay.
@@ -153,15 +193,19 @@ class LoadPlanner:
         debt_ms = float(self.costs.draft(commit_rows.sum())) / AMORTISED_ROUNDS
         draft_ms = self.costs.draft(rows) + np.where(options > 0, debt_ms, 0.0)
         verify_ms = self.costs.verify(num_seqs + lens.sum(axis=1))
-        rates = tokens / (self.costs.overhead_ms + verify_ms + draft_ms)
+        rates = tokens / (verify_ms + draft_ms)
         rates[0] *= MARGIN
         best = int(rates.argmax())
         self._spent_ms = float(draft_ms[best])
-        self.last = Decision(num_seqs, options.tolist(), (rates * 1e3).tolist(), best)
+        self._decided(Decision(num_seqs, options.tolist(), (rates * 1e3).tolist(), best))
         return np.where(drafting, np.minimum(best, wanted), 0)
 
     def following(
-        self, wanted: Lengths, live_rows: Lengths, draft_lens: Lengths, survival: Floats
+        self,
+        wanted: Lengths,
+        live_rows: Lengths,
+        draft_lens: Lengths,
+        confidences: npt.NDArray[np.floating],
     ) -> Lengths:
         """Increments of the next pass, [num_seqs]; 0 = that draft is complete.
 
@@ -169,8 +213,11 @@ class LoadPlanner:
             wanted: [num_seqs] most tokens that each may still draft; 0 where the policy stopped.
             live_rows: [num_seqs] known and drafted tokens that a pass encodes again.
             draft_lens: [num_seqs] tokens drafted so far.
-            survival: [num_seqs] probability that all of them are accepted.
+            confidences: [num_seqs, longest] of the tokens drafted so far, 1.0 behind them.
         """
+        places = np.arange(confidences.shape[1])
+        chances = self.calibration.probabilities(confidences, places)
+        survival = np.where(places < draft_lens[:, None], chances, 1.0).prod(axis=1)
         increments = np.minimum(wanted, self.draft_increment)
         gains = survival * self.acceptance.gains(draft_lens, increments)
         order = np.argsort(-np.where(increments > 0, gains, -1.0), kind="stable")
@@ -187,13 +234,16 @@ class LoadPlanner:
         more_rows = np.concatenate(([0], (increments + live_rows)[order].cumsum()))
         draft_ms = self.costs.draft(more_rows)
         verify_ms = self.costs.verify(num_tokens + more_tokens)
-        rates = (expected + more_gain) / (
-            self.costs.overhead_ms + self._spent_ms + draft_ms + verify_ms
-        )
+        rates = (expected + more_gain) / (self._spent_ms + draft_ms + verify_ms)
         rates[0] *= MARGIN
         best = int(rates.argmax())
         self._spent_ms += float(draft_ms[best])
-        self.last = Decision(len(order), counts.tolist(), (rates * 1e3).tolist(), best)
+        self._decided(Decision(len(order), counts.tolist(), (rates * 1e3).tolist(), best))
         chosen = np.zeros_like(increments)
         chosen[order[:best]] = increments[order[:best]]
         return chosen
+
+    def _decided(self, decision: Decision) -> None:
+        self.last = decision
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("failfast: %s", decision)

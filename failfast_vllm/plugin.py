@@ -537,8 +537,24 @@ def _initializing_worker(original: Any) -> Any:
             else:
                 install_v1_hooks()
         original(self, vllm_config, *args, **kwargs)
+        if asked_for(vllm_config) and vllm_config.additional_config[METHOD]["load_aware"]:
+            self.compile_or_warm_up_model = _planning_for_load(self)
 
     return __init__
+
+
+def _planning_for_load(worker: Any) -> Any:
+    """The worker's last step before it serves: its models can be timed."""
+    warm_up = worker.compile_or_warm_up_model
+
+    def compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
+        result = warm_up(*args, **kwargs)
+        runner = worker.model_runner
+        adapter = runner.drafter if hasattr(runner, "drafter") else runner.speculator
+        adapter.plan_for_load()
+        return result
+
+    return compile_or_warm_up_model
 
 
 def register_model() -> None:

@@ -24,7 +24,9 @@ from failfast_vllm.hosting import (
     Rounds,
     dummy_pass,
     make_drafter,
+    make_planner,
     max_positions,
+    measure_costs,
     safetensors_only,
     stop_token_ids,
 )
@@ -82,6 +84,7 @@ class FailFastProposer(DraftModelProposer):
             self._draft_attn_layer_names,
             self.stats,
             kv_block_size,
+            kv_cache_config.num_blocks * (self.block_size // kv_block_size),
             self.device,
         )
         self.rounds = Rounds(self.drafter)
@@ -94,7 +97,9 @@ class FailFastProposer(DraftModelProposer):
         assert self.rounds is not None
         began = time.perf_counter()
         step = self._gather(scheduler_output, sampled_token_ids, common_attn_metadata)
-        req_ids = step.req_ids
+        req_ids, planner = step.req_ids, self.drafter.planner
+        if planner is not None:
+            planner.step_began(req_ids, scheduler_output.total_num_scheduled_tokens)
         verified = scheduler_output.scheduled_spec_decode_tokens
         self.rounds.verified(
             req_ids,
@@ -110,7 +115,15 @@ class FailFastProposer(DraftModelProposer):
                 if emitted:
                     self.stats.report(req_id, len(verified.get(req_id, ())), list(emitted))
             self.stats.remember(req_ids, drafts)
+        if planner is not None:
+            planner.step_ended(req_ids)
         return lists
+
+    def plan_for_load(self) -> None:
+        """Called by the worker when it is ready to serve."""
+        assert self.drafter is not None
+        costs = measure_costs(self.runner.model, self.model, self.vllm_config, self.device)
+        self.drafter.planner = make_planner(costs, self.vllm_config)
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended; also called in steps without any other."""
@@ -133,7 +146,13 @@ class FailFastProposer(DraftModelProposer):
 
         limit = self.max_positions
         size = self.drafter.diffusion_block_size
-        committed = np.minimum(computed, limit) // size * size
+        table = common_attn_metadata.block_table_tensor[:num_reqs]
+        committed_lens = self.drafter.blocks.committed_lens(
+            table,
+            torch.from_numpy(np.minimum(computed, limit)).to(self.device),
+            torch.from_numpy(known).to(self.device),
+        )
+        committed = committed_lens.cpu().numpy()
         final = np.maximum(np.minimum(now_computed, limit) // size * size, committed)
 
         requests = [self.runner.requests[req_id] for req_id in req_ids]
@@ -157,7 +176,7 @@ class FailFastProposer(DraftModelProposer):
             req_ids=req_ids,
             token_ids=tokens.to(self.device),
             slots=np.arange(num_reqs),
-            block_table=common_attn_metadata.block_table_tensor[:num_reqs],
+            block_table=table,
             known_lens=np.where(sampled, known, final),
             committed_lens=committed,
             final_lens=final,

@@ -28,7 +28,9 @@ from failfast_vllm.hosting import (
     Rounds,
     dummy_pass,
     make_drafter,
+    make_planner,
     max_positions,
+    measure_costs,
     safetensors_only,
     stop_token_ids,
 )
@@ -53,6 +55,7 @@ class FailFastSpeculator(DraftModelSpeculator):
     def load_draft_model(
         self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
     ) -> torch.nn.Module:
+        self.target_model = target_model
         draft_config = replace(
             self.vllm_config,
             model_config=self.draft_model_config,
@@ -83,12 +86,15 @@ class FailFastSpeculator(DraftModelSpeculator):
         ]
         assert len(groups) == 1, "one KV page shape for target and drafter, checked at start-up"
         self.kv_group = groups[0]
+        spec = kv_cache_config.kv_cache_groups[self.kv_group].kv_cache_spec
+        num_pages_per_block = spec.block_size // block_tables.block_sizes[self.kv_group]
         self.drafter = make_drafter(
             self.model,
             self.vllm_config,
             self.draft_attn_layer_names,
             self.stats,
             block_tables.block_sizes[self.kv_group],
+            kv_cache_config.num_blocks * num_pages_per_block,
             self.device,
         )
         self.rounds = Rounds(self.drafter)
@@ -152,6 +158,9 @@ class FailFastSpeculator(DraftModelSpeculator):
         step, emitted_lens = self._gather(
             input_batch, num_sampled, last_sampled, num_speculative_tokens
         )
+        planner = self.drafter.planner
+        if planner is not None:
+            planner.step_began(step.req_ids, input_batch.num_tokens)
         num_verified = input_batch.num_draft_tokens_per_req
         if num_verified is None:
             num_verified = np.zeros(num_reqs, dtype=np.int64)
@@ -166,7 +175,15 @@ class FailFastSpeculator(DraftModelSpeculator):
         self.stats.count(drafts, (time.perf_counter() - began) * 1e3)
         if self.stats.on_round is not None:
             self._report_rounds(input_batch, step, emitted_lens, drafts)
+        if planner is not None:
+            planner.step_ended(step.req_ids)
         return draft_tokens
+
+    def plan_for_load(self) -> None:
+        """Called by the worker when it is ready to serve."""
+        assert self.drafter is not None
+        costs = measure_costs(self.target_model, self.model, self.vllm_config, self.device)
+        self.drafter.planner = make_planner(costs, self.vllm_config)
 
     def trim(self, drafts: DraftTokenIds | None) -> DraftTokenIds | None:
         """What the scheduler is told: each request's list cut to its draft."""
@@ -194,20 +211,29 @@ class FailFastSpeculator(DraftModelSpeculator):
         assert self.drafter is not None
         states, rows = self.req_states, input_batch.idx_mapping
         num_reqs = input_batch.num_reqs
+        computed = input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64)
+        table = self.block_tables.input_block_tables[self.kv_group][:num_reqs]
+        known_lens = states.total_len.gpu[rows].long()
+        committed_lens = self.drafter.blocks.committed_lens(
+            table,
+            torch.from_numpy(np.minimum(computed, self.max_positions)).to(self.device),
+            known_lens,
+        )
         verdict = torch.stack(
             (
-                states.total_len.gpu[rows].long(),
+                known_lens,
+                committed_lens,
                 states.num_computed_tokens.gpu[rows].long(),
                 num_sampled[:num_reqs].long(),
                 last_sampled[rows].flatten().long(),
             )
         )
-        known, now_computed, emitted_lens, last_token_ids = verdict.cpu().numpy()  # the copy back
-        computed = input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64)
+        known, committed, now_computed, emitted_lens, last_token_ids = (
+            verdict.cpu().numpy()  # the copy back
+        )
         sampled = emitted_lens > 0
 
         size = self.drafter.diffusion_block_size
-        committed = np.minimum(computed, self.max_positions) // size * size
         final = np.minimum(now_computed, self.max_positions) // size * size
         final = np.maximum(final, committed)
 
@@ -224,7 +250,7 @@ class FailFastSpeculator(DraftModelSpeculator):
             req_ids=input_batch.req_ids,
             token_ids=states.all_token_ids.gpu,
             slots=input_batch.idx_mapping_np.astype(np.int64),
-            block_table=self.block_tables.input_block_tables[self.kv_group][:num_reqs],
+            block_table=table,
             known_lens=np.where(sampled, known, final),
             committed_lens=committed,
             final_lens=final,

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from failfast_vllm.config import MODELS_DIR, POLICIES, FailFastConfig
+from failfast_vllm.config import METHOD, MODELS_DIR, POLICIES, FailFastConfig
 from failfast_vllm.learned_policy import make_policy
 from failfast_vllm.reuse import RejectedDrafts
 
@@ -15,8 +15,16 @@ TARGET = str(MODELS_DIR / "target")
 
 @contextlib.contextmanager
 def engine(speculative_config=None, **overrides):
-    """A `vllm.LLM` in this process, float32 and eager unless overridden."""
+    """A `vllm.LLM` in this process, float32 and eager unless overridden.
+
+    Drafts do not follow the load unless asked to: they would depend on times.
+    """
     from vllm import LLM
+
+    if speculative_config == METHOD:
+        speculative_config = {"method": METHOD}
+    if speculative_config and speculative_config["method"] == METHOD:
+        speculative_config = {"load_aware": False, **speculative_config}
 
     settings = {
         "model": TARGET,

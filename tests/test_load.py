@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from failfast_vllm.calibration import Calibration
 from failfast_vllm.load import AcceptanceByPosition, Costs, CostTable, LoadPlanner
 
 INCREMENT, CAP = 10, 60
@@ -59,21 +60,21 @@ def fixed(length):
 
 
 def planned(costs):
-    planner = LoadPlanner(costs, AcceptanceByPosition(CAP), INCREMENT)
+    planner = LoadPlanner(costs, AcceptanceByPosition(CAP), Calibration(), INCREMENT)
 
     def draft(sim):
         num = len(sim.easy)
         lens, wanted = np.zeros(num, dtype=int), np.full(num, CAP)
         increments = planner.first(wanted, sim.live_rows(lens), np.zeros(num, dtype=int))
         draft_ms = 0.0
-        survival = np.where(sim.easy, 0.92, 0.4).astype(float)
+        confidences = np.where(sim.easy, 0.92, 0.4)[:, None].repeat(CAP, axis=1)
         while increments.any():
             going = increments > 0
             draft_ms += float(sim.costs.draft((sim.live_rows(lens) + increments)[going].sum()))
             lens = lens + increments
             sure = going & sim.easy & (lens >= INCREMENT)  # as confidences tell
             wanted = np.where(sure, CAP - lens, 0)
-            increments = planner.following(wanted, sim.live_rows(lens), lens, survival**lens)
+            increments = planner.following(wanted, sim.live_rows(lens), lens, confidences)
         return lens, draft_ms, planner.acceptance.observe
 
     return draft
