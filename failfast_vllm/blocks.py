@@ -26,25 +26,39 @@ class CommittedBlocks:
         # the last bit belongs to no page: it takes what is written for rows that are not committed
         self.bits = torch.zeros(num_pages * self.per_page + 1, dtype=torch.bool, device=device)
 
-    def committed_lens(
+    def clear(
         self, block_table: torch.Tensor, computed_lens: torch.Tensor, known_lens: torch.Tensor
-    ) -> torch.Tensor:
-        """Tokens in front of each sequence's first block without KV, [num_seqs] int64.
+    ) -> None:
+        """Note the blocks whose tokens a step has computed; to be called in every step.
 
         Args:
             block_table: [num_seqs, max_pages] int; undefined behind the pages of `known_lens`.
             computed_lens: [num_seqs] int, tokens whose target KV was there before this step.
-            known_lens: [num_seqs] int, tokens now; the blocks in between are new.
+            known_lens: [num_seqs] int, tokens now.
         """
-        inside = torch.arange(self.per_page, device=self.bits.device)
-        blocks = (block_table.long()[:, :, None] * self.per_page + inside).flatten(1)
-        places = torch.arange(blocks.shape[1], device=self.bits.device)
-        old = places < (computed_lens // self.size)[:, None]
-        new = ~old & (places * self.size < known_lens[:, None])
+        blocks, places = self._blocks(block_table)
+        new = places >= (computed_lens // self.size)[:, None]
+        new &= places * self.size < known_lens[:, None]
         self.bits[torch.where(new, blocks, self.bits.numel() - 1)] = False
+
+    def committed_lens(
+        self, block_table: torch.Tensor, computed_lens: torch.Tensor
+    ) -> torch.Tensor:
+        """Tokens in front of each sequence's first block without KV, [num_seqs] int64.
+
+        The arguments are those of `clear`.
+        """
+        blocks, places = self._blocks(block_table)
+        old = places < (computed_lens // self.size)[:, None]
         committed = self.bits[torch.where(old, blocks, self.bits.numel() - 1)] & old
         return committed.long().cumprod(dim=1).sum(dim=1) * self.size
 
     def mark(self, slot_mapping: torch.Tensor) -> None:
         """The blocks of these slots are committed; -1 is no slot. [num_rows] int64."""
         self.bits[slot_mapping // self.size] = True  # -1 // size is the last bit
+
+    def _blocks(self, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bit of each block of each sequence, [num_seqs, max_blocks], and its place there."""
+        inside = torch.arange(self.per_page, device=self.bits.device)
+        blocks = (block_table.long()[:, :, None] * self.per_page + inside).flatten(1)
+        return blocks, torch.arange(blocks.shape[1], device=self.bits.device)

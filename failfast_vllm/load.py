@@ -29,7 +29,11 @@ Floats = npt.NDArray[np.float64]
 # Committing a long prefix that was skipped pays over the rounds that follow; this many are counted.
 AMORTISED_ROUNDS = 32
 # A draft must promise this much more than none: times and acceptance are only estimates.
-MARGIN = 1.02
+MARGIN = 1.05
+# A step of plain decoding among many with drafts, to know what it takes.
+PROBE_STEPS = 64
+# Where drafting does not pay, this many steps are not looked at.
+REST_STEPS = 16
 PRIOR_ACCEPTANCE, PRIOR_TRIALS = 0.85, 8.0
 DECAY = 0.995  # per observed round: a memory of about 200 rounds
 FORGETTING = 0.01  # per step without drafts: what was learned long ago gets another try
@@ -139,13 +143,20 @@ class LoadPlanner:
     draft_increment: int
     learns: bool = False
     last: Decision | None = field(default=None, repr=False)
-    _spent_ms: float = field(default=0.0, repr=False)
+    _spent_ms: float = field(default=0.0, repr=False)  # predicted of this step's passes
+    _passes_ms: float = field(default=0.0, repr=False)  # measured
+    _overhead_ms: float = field(default=0.0, repr=False)  # of drafting, outside the passes
+    _began: float = field(default=0.0, repr=False)
+    _steps_to_probe: int = field(default=PROBE_STEPS, repr=False)
+    _steps_to_rest: int = field(default=0, repr=False)
+    _rests_from: int = field(default=0, repr=False)  # sequences
     _waits_since: float = field(default=0.0, repr=False)
     _running: frozenset[str] = field(default=frozenset(), repr=False)
 
     def step_began(self, req_ids: Sequence[str], num_tokens: int) -> None:
         """The target has just verified `num_tokens` tokens."""
-        waited_ms = (time.perf_counter() - self._waits_since) * 1e3
+        self._began, self._passes_ms = time.perf_counter(), 0.0
+        waited_ms = (self._began - self._waits_since) * 1e3
         # a request that is new may have come to an idle engine
         if self.learns and self._running.issuperset(req_ids):
             self.costs.verify.correct(num_tokens, waited_ms)
@@ -154,9 +165,18 @@ class LoadPlanner:
         """The drafts of the step are made; the target is next."""
         self._running = frozenset(req_ids)
         self._waits_since = time.perf_counter()
+        if self.learns and self._passes_ms:
+            overhead_ms = (self._waits_since - self._began) * 1e3 - self._passes_ms
+            self._overhead_ms += 0.1 * (overhead_ms - self._overhead_ms)
+
+    def rests(self, num_seqs: int) -> bool:
+        """Whether this step need not be looked at: drafting did not pay with as many sequences."""
+        self._steps_to_rest -= 1
+        return self._steps_to_rest >= 0 and num_seqs >= 0.8 * self._rests_from
 
     def pass_took(self, num_rows: int, ms: float) -> None:
         """A draft pass, from planning its rows to its tokens."""
+        self._passes_ms += ms
         if self.learns:
             self.costs.draft.correct(num_rows, ms)
 
@@ -190,12 +210,18 @@ class LoadPlanner:
         zeros = np.zeros_like(lens)
         tokens = num_seqs + self.acceptance.gains(zeros, lens).sum(axis=1)
         rows = np.where(options > 0, (lens + live).sum(axis=1), 0)
-        debt_ms = float(self.costs.draft(commit_rows.sum())) / AMORTISED_ROUNDS
-        draft_ms = self.costs.draft(rows) + np.where(options > 0, debt_ms, 0.0)
+        extra_ms = float(self.costs.draft(commit_rows.sum())) / AMORTISED_ROUNDS + self._overhead_ms
+        draft_ms = self.costs.draft(rows) + np.where(options > 0, extra_ms, 0.0)
         verify_ms = self.costs.verify(num_seqs + lens.sum(axis=1))
         rates = tokens / (verify_ms + draft_ms)
         rates[0] *= MARGIN
         best = int(rates.argmax())
+        if best == 0:
+            self._steps_to_rest, self._rests_from = REST_STEPS, num_seqs
+        elif self.learns:
+            self._steps_to_probe -= 1
+            if self._steps_to_probe == 0:
+                self._steps_to_probe, best = PROBE_STEPS, 0
         self._spent_ms = float(draft_ms[best])
         self._decided(Decision(num_seqs, options.tolist(), (rates * 1e3).tolist(), best))
         return np.where(drafting, np.minimum(best, wanted), 0)

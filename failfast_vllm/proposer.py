@@ -30,6 +30,7 @@ from failfast_vllm.hosting import (
     safetensors_only,
     stop_token_ids,
 )
+from failfast_vllm.policy import Lengths
 from failfast_vllm.ranks import drafter_group, keep_apart
 from failfast_vllm.request import asked
 
@@ -96,10 +97,21 @@ class FailFastProposer(DraftModelProposer):
         assert self.drafter is not None
         assert self.rounds is not None
         began = time.perf_counter()
-        step = self._gather(scheduler_output, sampled_token_ids, common_attn_metadata)
-        req_ids, planner = step.req_ids, self.drafter.planner
+        batch, planner = self.runner.input_batch, self.drafter.planner
+        num_reqs = len(sampled_token_ids)
+        req_ids = batch.req_ids[:num_reqs]
+        table = common_attn_metadata.block_table_tensor[:num_reqs]
+        computed = np.minimum(batch.num_computed_tokens_cpu[:num_reqs], self.max_positions)
+        computed_lens = torch.from_numpy(computed).to(self.device)  # before this step
+        known = torch.from_numpy(batch.num_tokens_no_spec[:num_reqs]).to(self.device)
+        self.drafter.blocks.clear(table, computed_lens, known)
         if planner is not None:
             planner.step_began(req_ids, scheduler_output.total_num_scheduled_tokens)
+            if planner.rests(num_reqs):
+                planner.step_ended(req_ids)
+                return [[]] * num_reqs
+        committed = self.drafter.blocks.committed_lens(table, computed_lens).cpu().numpy()
+        step = self._gather(scheduler_output, sampled_token_ids, table, committed)
         verified = scheduler_output.scheduled_spec_decode_tokens
         self.rounds.verified(
             req_ids,
@@ -131,7 +143,11 @@ class FailFastProposer(DraftModelProposer):
             self.rounds.forget(req_ids)
 
     def _gather(
-        self, scheduler_output: Any, sampled_token_ids: list[list[int]], common_attn_metadata: Any
+        self,
+        scheduler_output: Any,
+        sampled_token_ids: list[list[int]],
+        table: torch.Tensor,
+        committed: Lengths,
     ) -> DraftStep:
         """The runner's state after bookkeeping, as tensors over its requests."""
         assert self.drafter is not None
@@ -146,13 +162,6 @@ class FailFastProposer(DraftModelProposer):
 
         limit = self.max_positions
         size = self.drafter.diffusion_block_size
-        table = common_attn_metadata.block_table_tensor[:num_reqs]
-        committed_lens = self.drafter.blocks.committed_lens(
-            table,
-            torch.from_numpy(np.minimum(computed, limit)).to(self.device),
-            torch.from_numpy(known).to(self.device),
-        )
-        committed = committed_lens.cpu().numpy()
         final = np.maximum(np.minimum(now_computed, limit) // size * size, committed)
 
         requests = [self.runner.requests[req_id] for req_id in req_ids]

@@ -214,11 +214,9 @@ class FailFastSpeculator(DraftModelSpeculator):
         computed = input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64)
         table = self.block_tables.input_block_tables[self.kv_group][:num_reqs]
         known_lens = states.total_len.gpu[rows].long()
-        committed_lens = self.drafter.blocks.committed_lens(
-            table,
-            torch.from_numpy(np.minimum(computed, self.max_positions)).to(self.device),
-            known_lens,
-        )
+        computed_lens = torch.from_numpy(np.minimum(computed, self.max_positions)).to(self.device)
+        self.drafter.blocks.clear(table, computed_lens, known_lens)
+        committed_lens = self.drafter.blocks.committed_lens(table, computed_lens)
         verdict = torch.stack(
             (
                 known_lens,

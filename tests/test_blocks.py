@@ -74,11 +74,9 @@ def test_a_block_is_read_only_if_its_kv_is_there(seed):
         table = torch.tensor(
             [r["table"] + g[len(r["table"]) :] for r, g in zip(requests, garbage, strict=True)]
         )
-        committed = bits.committed_lens(
-            table,
-            torch.tensor([r["before"] for r in requests]),
-            torch.tensor([len(r["tokens"]) for r in requests]),
-        ).tolist()
+        computed = torch.tensor([r["before"] for r in requests])
+        bits.clear(table, computed, torch.tensor([len(r["tokens"]) for r in requests]))
+        committed = bits.committed_lens(table, computed).tolist()
         places = [
             [(r["table"][p // PAGE], p % PAGE // BLOCK) for p in range(0, len(r["tokens"]), BLOCK)]
             for r in requests
@@ -118,9 +116,14 @@ def test_committed_blocks_are_found_again():
     """Catches bits that are never read: the test above would pass with none at all."""
     bits = CommittedBlocks(4, PAGE, BLOCK, torch.device("cpu"))
     table = torch.tensor([[2, 3, 0]])
-    assert bits.committed_lens(table, torch.tensor([0]), torch.tensor([14])).tolist() == [0]
+
+    def committed(computed, known):
+        bits.clear(table, torch.tensor([computed]), torch.tensor([known]))
+        return bits.committed_lens(table, torch.tensor([computed])).tolist()
+
+    assert committed(0, 14) == [0]
     bits.mark(torch.arange(2 * PAGE, 2 * PAGE + 8))
     bits.mark(torch.arange(3 * PAGE, 3 * PAGE + 4))
-    assert bits.committed_lens(table, torch.tensor([13]), torch.tensor([15])).tolist() == [12]
-    assert bits.committed_lens(table, torch.tensor([8]), torch.tensor([16])).tolist() == [8]
-    assert bits.committed_lens(table, torch.tensor([13]), torch.tensor([15])).tolist() == [8]
+    assert committed(13, 15) == [12]
+    assert committed(8, 16) == [8]
+    assert committed(13, 15) == [8]

@@ -57,6 +57,7 @@ ALLOWED = {  # module -> our modules it may import
     "failfast_vllm/proposer.py": {
         "failfast_vllm.drafter",
         "failfast_vllm.hosting",
+        "failfast_vllm.policy",
         "failfast_vllm.ranks",
         "failfast_vllm.request",
     },
