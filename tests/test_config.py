@@ -153,9 +153,7 @@ def test_target_with_latent_attention(target):
     "overrides",
     [
         pytest.param({"max_window_layers": 6}, id="all"),
-        pytest.param(
-            {"layer_types": ["sliding_attention", "full_attention"] * 3}, id="some"
-        ),
+        pytest.param({"layer_types": ["sliding_attention", "full_attention"] * 3}, id="some"),
         pytest.param(
             {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, id="Mistral"
         ),
