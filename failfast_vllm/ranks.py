@@ -28,7 +28,8 @@ def is_replicated(vllm_config: VllmConfig) -> bool:
 def drafter_group(vllm_config: VllmConfig) -> Iterator[None]:
     """Inside, vLLM's tensor-parallel group is the drafter's: the target's, or this rank alone.
 
-    Layers read the group when they are built and when they run, so both happen inside.
+    Layers are built inside, and keep its size. Passes run inside too: compilation reads the group,
+    and no layer that reads it late can make a rank wait for others.
     """
     if not is_replicated(vllm_config):
         yield

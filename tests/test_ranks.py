@@ -5,6 +5,7 @@ import types
 from collections import Counter
 
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -13,6 +14,7 @@ from engine import TARGET, engine, generate, mixed_prompts, watch
 from failfast_vllm import config as user_config
 from failfast_vllm import hosting, plugin, ranks
 from failfast_vllm.config import MODELS_DIR
+from failfast_vllm.drafter import DraftBatch
 from rank_worker import EXTENSION
 from wide_models import equal_experts, four_heads, rewrite
 
@@ -290,22 +292,26 @@ def test_the_drafters_rank_is_numbered_as_the_targets():
     assert numbered.tensor_parallel_size == 1
 
 
-def test_profiling_pass_runs_in_the_drafters_group(groups):
-    """Catches a memory profile that waits for the other ranks' collectives."""
-    import torch
+class GroupWatchingModel:
+    """Notes the tensor-parallel group of every call, and how many rows want logits."""
 
-    _, alone = groups
-    seen = []
+    def __init__(self):
+        self.groups = []
+        self.num_logits = []
 
-    class Model:
-        def __call__(self, input_ids, positions):
-            seen.append(parallel_state.get_tp_group())
-            return torch.zeros(input_ids.numel(), 4)
+    def __call__(self, input_ids, positions):
+        self.groups.append(parallel_state.get_tp_group())
+        return torch.zeros(input_ids.numel(), 4)
 
-        def compute_logits(self, hidden_states):
-            seen.append(parallel_state.get_tp_group())
-            seen.append(hidden_states.shape[0])
+    def compute_logits(self, hidden_states):
+        self.groups.append(parallel_state.get_tp_group())
+        self.num_logits.append(hidden_states.shape[0])
+        return hidden_states
 
+
+def test_passes_run_in_the_drafters_group(groups):
+    """Catches a profile, a pass or its logits that could wait for the other ranks."""
+    shared, alone = groups
     config = a_config(2, 1)
     config.speculative_config.num_speculative_tokens = 5
     config.speculative_config.draft_model_config = types.SimpleNamespace(
@@ -313,5 +319,20 @@ def test_profiling_pass_runs_in_the_drafters_group(groups):
     )
     config.model_config = types.SimpleNamespace(max_model_len=32)
     config.scheduler_config = types.SimpleNamespace(max_num_seqs=3)
-    hosting.dummy_pass(Model(), config, 40, torch.device("cpu"))
-    assert seen == [alone, alone, 15]
+    model = GroupWatchingModel()
+    hosting.dummy_pass(model, config, 40, torch.device("cpu"))
+    assert model.num_logits == [15]
+
+    hosted = hosting.HostedDraftModel(model, config, ["layer"], 4, 3, 32, hosting.DraftStats())
+    rows, ends = torch.arange(2), torch.tensor([0, 2])
+    batch = DraftBatch(
+        input_ids=rows,
+        positions=rows,
+        query_start_loc=ends,
+        committed_lens=torch.zeros(1, dtype=torch.int64),
+        slot_mapping=None,
+        block_table=torch.zeros(1, 1, dtype=torch.int32),
+    )
+    hosted.confidence(hosted.forward(batch))
+    assert model.groups == [alone] * 4
+    assert parallel_state.get_tp_group() is shared
