@@ -258,15 +258,20 @@ def _install_request_hooks() -> None:
 
 def _validating_params(original: Any) -> Any:
     """A request's own failfast keys: refused here, they are the client's error."""
+    from vllm.exceptions import VLLMValidationError
+
+    class RequestError(VLLMValidationError, ValueError):
+        """HTTP 400 on a server, which answers a mere ValueError with 500."""
 
     def _validate_params(self: Any, params: Any, supported_tasks: Any) -> Any:
         if asked_for(self.vllm_config):
             knobs = self.vllm_config.additional_config[METHOD]
-            request.check(
-                params,
-                knobs["num_speculative_tokens"],
-                knobs["confidence_threshold"],
-            )
+            try:
+                request.check(
+                    params, knobs["num_speculative_tokens"], knobs["confidence_threshold"]
+                )
+            except ValueError as error:
+                raise RequestError(str(error)) from None
         return original(self, params, supported_tasks)
 
     return _validate_params

@@ -65,7 +65,9 @@ def serve_command(speculative_config, port):
     command = [vllm, "serve", TARGET, "--speculative-config", speculative_config]
     grammar = {"backend": "xgrammar", "disable_any_whitespace": True}  # a small model rambles
     grammar_flags = ["--structured-outputs-config", json.dumps(grammar)]
-    return [*command, *engine_flags, *http_flags, *grammar_flags]
+    # a parser without a format of its own: a forced call's arguments are bound to the schema
+    tool_flags = ["--tool-call-parser", "xlam", "--enable-auto-tool-choice"]
+    return [*command, *engine_flags, *http_flags, *grammar_flags, *tool_flags]
 
 
 def server_environment():
