@@ -17,6 +17,7 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Unless told otherwise, vLLM on a CPU takes most of the memory and pins its threads to cores.
 test: export VLLM_CPU_KVCACHE_SPACE = 1
 test: export VLLM_CPU_OMP_THREADS_BIND = nobind
+test: export OMP_NUM_THREADS = 1
 check test: export HF_HUB_OFFLINE = 1
 # Keeps the repository root, and with it the folder `kernels`, off sys.path.
 check test: export PYTHONSAFEPATH = 1
@@ -27,8 +28,8 @@ demo: .venv/.ready
 	.venv/bin/failfast demo
 
 test: check
-	$(PY) -m pytest
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreted
+	$(PY) -m pytest --numprocesses 2 --dist loadfile
+	TRITON_INTERPRET=1 $(PY) -m pytest --numprocesses 2 --dist loadfile tests/interpreted
 
 check: .venv/.ready
 	$(PY) -m ruff check

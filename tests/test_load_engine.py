@@ -1,0 +1,83 @@
+"""Load-aware drafting in the engine: commits that wait, rests, and the start-up measurement."""
+
+import random
+
+import numpy as np
+import pytest
+
+from engine import engine, generate, greedy_params, mixed_prompts, proposer, watch
+from failfast_vllm.config import MODELS_DIR
+from independent import IndependentDrafter
+from state_check import TOLERANCE, largest_error
+
+ASKED = {"method": "failfast", "load_aware": True}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Prompts, twice for prefix hits, and vLLM's own answers."""
+    with engine(None) as llm:
+        prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 40) if len(p) < 700]
+        prompts = prompts + prompts[:16]
+        params = greedy_params(prompts)
+        return prompts, params, generate(llm, prompts, params)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param({"enable_prefix_caching": True}, id="prefix hits"),
+        pytest.param(
+            {"enable_prefix_caching": True, "num_gpu_blocks_override": 36, "block_size": 64},
+            id="preemption",
+        ),
+    ],
+)
+def test_drafting_that_comes_and_goes(expected, overrides):
+    """Catches KV that is read where a commit was left out, and commits that are never made up."""
+    prompts, params, answers = expected
+    rng = random.Random(4)
+    with engine(ASKED, **overrides) as llm, watch(llm) as record:
+        planner = proposer(llm).drafter.planner
+        first = planner.first
+        late = []  # commits of blocks that an earlier step had completed
+
+        def moody_first(wanted, live_rows, commit_rows):
+            late.append(int((commit_rows >= 64).sum()))
+            increments = first(wanted, live_rows, commit_rows)
+            planner._steps_to_rest = rng.choice((0, 0, 3, 7))
+            asks = rng.choice((0.0, 0.5, 1.0))  # of the sequences
+            chosen = np.array([rng.random() < asks for _ in wanted])
+            return np.where(chosen, np.minimum(wanted, 10), 0) if rng.random() < 0.8 else increments
+
+        planner.first = moody_first
+        independent = IndependentDrafter(MODELS_DIR / "drafter", num_draftable_tokens=1)
+        found = []
+        error, num_checked = largest_error(
+            llm, independent, lambda: found.extend(generate(llm, prompts, params))
+        )
+        record.assert_not_vacuous()
+    assert found == answers
+    assert error < TOLERANCE
+    assert num_checked > 100
+    assert sum(late) > 5
+
+
+def test_where_drafting_does_not_pay_nothing_is_drafted(expected):
+    """And drafting comes back when it pays again, over prompts that were never committed."""
+    prompts, params, answers = expected
+    with engine(ASKED) as llm:
+        planner = proposer(llm).drafter.planner
+        assert len(planner.costs.verify.sizes) >= 6
+        assert (planner.costs.verify.ms > 0).all()
+        planner.learns = False
+        planner.costs.draft.ms *= 1e6
+        with watch(llm) as record:
+            assert generate(llm, prompts, params) == answers
+        assert record.num_drafted == 0
+        assert proposer(llm).stats.num_forwards == 0
+        planner.costs.draft.ms /= 1e9
+        planner._steps_to_rest = 0
+        with watch(llm) as record:
+            assert generate(llm, prompts, params) == answers
+        record.assert_not_vacuous()
