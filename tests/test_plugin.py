@@ -292,6 +292,14 @@ def test_changed_runner_stops_the_worker_before_it_drafts(version, monkeypatch, 
         getattr(plugin, f"install_{version}_hooks")()
 
 
+def test_changed_admission_stops_failfast_and_nobody_else(monkeypatch, hook):
+    """Catches a plugin that breaks every server of a vLLM whose front end has changed."""
+    monkeypatch.setattr(plugin, "REQUEST_HOOKS", (hook("renamed"),))
+    plugin.register()
+    with pytest.raises(RuntimeError, match=r"failfast cannot run: vllm_of_tomorrow\.Runner"):
+        EngineArgs(model=TARGET, speculative_config=METHOD).create_engine_config()
+
+
 def test_other_drafters_must_still_match_the_vocabulary():
     """The shipped pair of autoregressive models is padded differently; vLLM refuses it."""
     other = {
