@@ -26,8 +26,8 @@ logger = logging.getLogger("vllm.failfast")
 Lengths = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# Committing a long prefix that was skipped pays over the rounds that follow; this many are counted.
-AMORTISED_ROUNDS = 32
+# Committing what was skipped pays over the rounds that follow; answers may end after few.
+AMORTISED_ROUNDS = 8
 # A draft must promise this much more than none: times and acceptance are only estimates.
 MARGIN = 1.05
 # A step of plain decoding among many with drafts, to know what it takes.

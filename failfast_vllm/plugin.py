@@ -268,7 +268,7 @@ def _validating_params(original: Any) -> Any:
             knobs = self.vllm_config.additional_config[METHOD]
             try:
                 request.check(
-                    params, knobs["num_speculative_tokens"], knobs["confidence_threshold"]
+                    params, knobs["num_speculative_tokens"], knobs.get("confidence_threshold", 0.0)
                 )
             except ValueError as error:
                 raise RequestError(str(error)) from None
