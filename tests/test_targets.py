@@ -7,8 +7,10 @@ from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
 
 from awq import write_awq
+from checkpoints import tiny_config, write_checkpoint
 from engine import core, engine, generate, greedy_params, mixed_prompts, watch
 from failfast_vllm.config import MODELS_DIR
+from failfast_vllm.families import SDAR
 
 ASKED = {"method": "failfast", "model": str(MODELS_DIR / "drafter")}
 
@@ -70,3 +72,21 @@ def test_lora_on_the_target(tmp_path):
     adapted = answers(None, **settings)
     assert answers(ASKED, **settings)[0] == adapted
     assert answers(None) != adapted
+
+
+def test_sdar_drafts_for_a_qwen3_target(tmp_path):
+    """Random weights: hardly a draft is accepted, and every answer is the target's."""
+    fields = tiny_config(SDAR, block_size=None, mask_token_id=None, tie_word_embeddings=False)
+    fields.update(architectures=["Qwen3ForCausalLM"], model_type="qwen3")
+    write_checkpoint(tmp_path / "target", SDAR, fields, seed=1)
+    config = tiny_config(SDAR, tie_word_embeddings=False)
+    write_checkpoint(tmp_path / "drafter", SDAR, config, seed=2)
+    target = {"model": str(tmp_path / "target")}
+    spec = {"method": "failfast", "model": str(tmp_path / "drafter")}
+    with engine(None, **target) as llm:
+        prompts = some_prompts(llm)
+        params = greedy_params(prompts)
+        expected = generate(llm, prompts, params)
+    with engine(spec, **target) as llm, watch(llm) as record:
+        assert generate(llm, prompts, params) == expected
+    assert record.num_drafted > 1000
