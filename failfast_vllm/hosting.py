@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from vllm.config import VllmConfig
 from vllm.config.utils import replace
+from vllm.forward_context import set_forward_context
 
 from failfast_kernels import TokenConfidence, confidence_argmax
 from failfast_vllm.attention import BlockDiffusionMetadata
@@ -274,28 +275,31 @@ def measure_costs(
     scheduler = vllm_config.scheduler_config
     widest = min(scheduler.max_num_seqs + knobs["draft_budget"], scheduler.max_num_batched_tokens)
 
-    def table(model: Any, sizes: list[int]) -> CostTable:
+    in_lockstep = vllm_config.parallel_config.data_parallel_size > 1
+
+    def table(model: Any, sizes: list[int], context: Callable[[int], Any]) -> CostTable:
         timed: list[float] = []
         for size in sizes:
             positions = torch.arange(size, device=device) % max_positions(vllm_config)
+            input_ids = torch.zeros_like(positions).int()
             best = float("inf")
             for _ in range(3):  # the first warms up
                 began = time.perf_counter()
-                hidden_states = model(
-                    input_ids=torch.zeros_like(positions).int(), positions=positions
-                )
-                model.compute_logits(hidden_states).amax().item()  # waits for the device
+                with context(size):
+                    hidden_states = model(input_ids=input_ids, positions=positions)
+                    model.compute_logits(hidden_states).amax().item()  # waits for the device
                 best = min(best, (time.perf_counter() - began) * 1e3)
             timed.append(best)
-            if best > 500:
+            if best > 500 and not in_lockstep:
                 break  # wider passes are extrapolated
         return CostTable(sizes[: len(timed)], timed)
 
     sizes = [2**i for i in range(widest.bit_length())]
-    with draft_context(None, vllm_config):
-        verify = table(target, sizes)
-        with drafter_group(vllm_config):
-            draft = table(drafter, sizes[3:] or sizes)
+    verify = table(
+        target, sizes, lambda size: set_forward_context(None, vllm_config, num_tokens=size)
+    )
+    with drafter_group(vllm_config):
+        draft = table(drafter, sizes[3:] or sizes, lambda _: draft_context(None, vllm_config))
     return Costs(draft, verify)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from failfast_kernels import TokenConfidence
+from failfast_vllm.blocks import CommittedBlocks
 from failfast_vllm.drafter import Drafter, DraftStep
 
 STOP = 7
@@ -41,6 +42,7 @@ def make_drafter(policy, script, *, increment=10, reuse_rejected=False, max_num_
         mask_token_id=MASK,
         stop_token_ids=torch.tensor([STOP]),
         kv_block_size=32,
+        blocks=CommittedBlocks(64, 32, 32, torch.device("cpu")),
         max_num_rows=max_num_rows,
         max_draft_budget=4096,
         logit_shift=0,

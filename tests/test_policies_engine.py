@@ -4,6 +4,7 @@ One engine serves all of them; the policy of its drafter is exchanged in between
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -131,7 +132,9 @@ def test_the_comparison_runs(tmp_path):
         "--policies",
     ]
     command = [sys.executable, script, *tiny, "survival + reuse", "--json", out]
-    subprocess.run(command, check=True, timeout=300)
+    # scripts find their neighbours beside them
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    subprocess.run(command, check=True, timeout=300, env=environment)
     found = json.loads(out.read_text(encoding="utf-8"))
     assert "compare_policies" in found["provenance"]["command"]
     rows = {row["method"]: row for row in found["rows"]}
