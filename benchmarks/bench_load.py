@@ -30,7 +30,7 @@ def methods():
     return {
         "none": None,
         **{f"fixed K{k}": {**fixed, "num_speculative_tokens": k} for k in FIXED},
-        "failfast": {"method": "failfast"},
+        "failfast": {"method": "failfast", "load_aware": True},
     }
 
 

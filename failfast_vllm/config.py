@@ -140,7 +140,7 @@ class FailFastConfig:
         increment = _integer(given, "draft_increment", increment, 1, cap)
         budget = _integer(given, "draft_budget", 512, 1, MAX_DRAFT_BUDGET)
         reuse = _flag(given, "reuse_rejected", False)
-        load_aware = _flag(given, "load_aware", policy == METHOD)
+        load_aware = _flag(given, "load_aware", False)
         parameters = policy_parameters(policy, given, cap)
         return FailFastConfig(cap, increment, policy, budget, reuse, load_aware, parameters)
 
