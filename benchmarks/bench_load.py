@@ -1,4 +1,4 @@
-"""Throughput by load on the shipped pair: nothing drafted, fixed lengths, and failfast.
+"""Throughput by load on the shipped pair: nothing drafted, fixed lengths, and load-aware failfast.
 
 A closed loop keeps `concurrency` requests in flight; each that ends is replaced. All engines live
 in one process and take turns, point by point; a figure is the median over the repeats, a ratio the
@@ -30,7 +30,7 @@ def methods():
     return {
         "none": None,
         **{f"fixed K{k}": {**fixed, "num_speculative_tokens": k} for k in FIXED},
-        "failfast": {"method": "failfast", "load_aware": True},
+        "load-aware": {"method": "failfast", "load_aware": True},
     }
 
 

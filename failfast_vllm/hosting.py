@@ -274,8 +274,8 @@ def measure_costs(
     knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
     scheduler = vllm_config.scheduler_config
     widest = min(scheduler.max_num_seqs + knobs["draft_budget"], scheduler.max_num_batched_tokens)
-
-    in_lockstep = vllm_config.parallel_config.data_parallel_size > 1
+    ranks = vllm_config.parallel_config
+    in_lockstep = max(ranks.data_parallel_size, ranks.tensor_parallel_size) > 1
 
     def table(model: Any, sizes: list[int], context: Callable[[int], Any]) -> CostTable:
         timed: list[float] = []
