@@ -35,6 +35,7 @@ class Round(NamedTuple):
     drafted: list[int]  # what the target verified
     emitted: list[int]  # accepted tokens and the bonus
     num_passes: int  # draft passes that the draft took
+    confidences: list[float]  # of `drafted`, before the target judged it; fewer with reused tokens
 
 
 @dataclass
@@ -47,7 +48,7 @@ class DraftStats:
     forward_ms: float = 0.0  # inside the draft model
     total_ms: float = 0.0  # in the adapter's step, forwards included
     on_round: Callable[[Round], None] | None = field(default=None, repr=False)
-    _drafts: dict[str, tuple[list[int], int]] = field(default_factory=dict, repr=False)
+    _drafts: dict[str, tuple[list[int], int, list[float]]] = field(default_factory=dict, repr=False)
 
     def count(self, drafts: Drafts, milliseconds: float) -> None:
         self.num_steps += 1
@@ -58,18 +59,16 @@ class DraftStats:
     def report(self, req_id: str, num_verified: int, emitted: list[int]) -> None:
         """Hand the round that has just been verified to `on_round`, which must be set."""
         assert self.on_round is not None
-        drafted, num_passes = self._drafts.pop(req_id, ([], 0))
-        self.on_round(Round(req_id, drafted[:num_verified], emitted, num_passes))
+        drafted, num_passes, confidences = self._drafts.pop(req_id, ([], 0, []))
+        drafted, confidences = drafted[:num_verified], confidences[:num_verified]
+        self.on_round(Round(req_id, drafted, emitted, num_passes, confidences))
 
     def remember(self, req_ids: Sequence[str], drafts: Drafts) -> None:
         """Keep what was drafted until it is reported."""
-        self._drafts.update(
-            zip(
-                req_ids,
-                zip(drafts.to_lists(), drafts.num_passes.tolist(), strict=True),
-                strict=True,
-            )
-        )
+        lists, passes = drafts.to_lists(), drafts.num_passes.tolist()
+        for i, req_id in enumerate(req_ids):
+            confidences = drafts.confidences[i, : drafts.num_confidences[i]].tolist()
+            self._drafts[req_id] = lists[i], passes[i], confidences
 
 
 class Rounds:
