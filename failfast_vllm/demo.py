@@ -197,7 +197,7 @@ def _answer_all(llm: Any, prompts: list[Prompt], max_tokens: int, bar: Any) -> l
 def trace(rounds: "list[Round]", num_tokens: int) -> list[TracedRound]:
     """Split what each round emitted; the engine drops what comes after the answer's end."""
     traced = []
-    for drafted, emitted, num_passes in (r[1:] for r in rounds):
+    for _, drafted, emitted, num_passes, _ in rounds:
         kept = emitted[:num_tokens]
         num_tokens -= len(kept)
         pairs = zip(drafted, kept, strict=False)
