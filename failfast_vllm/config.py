@@ -44,7 +44,7 @@ def _length(default: int, low: int) -> Check:
 
 def _arms(given: Mapping[str, Any], key: str, cap: int) -> list[str]:
     names = given.get(key, DEFAULT_ARMS)
-    known = [name for name in POLICIES if name != "tapout"]
+    known = [name for name in POLICIES if name not in ("tapout", "goodput")]
     is_list = isinstance(names, list | tuple)
     if not is_list or not names or any(n not in known or names.count(n) > 1 for n in names):
         raise ValueError(
@@ -81,6 +81,7 @@ POLICIES: dict[str, dict[str, Check]] = {
         "min_draft_len": _length(2, 1),
     },
     "survival": {"survival_threshold": _number_in(0.01, 0, 1)},
+    "goodput": {},
     "tapout": {
         "arms": _arms,
         "bandit": _bandit,
@@ -95,7 +96,7 @@ POLICIES: dict[str, dict[str, Check]] = {
 }
 DEFAULT_ARMS = ("failfast", "confidence", "svip", "adaedl", "specdec++", "survival")
 DEFAULT_CAPS = {"svip": 40, "specdec++": 20, "diffuspec-adl": 30}  # the others: 60
-ONE_PASS = ("fixed", "diffuspec-adl")  # the length is known beforehand: no second look
+ONE_PASS = ("fixed", "goodput", "diffuspec-adl")  # the length is known beforehand: no second look
 
 
 def policy_parameters(policy: str, given: Mapping[str, Any], cap: int) -> dict[str, Any]:
@@ -140,7 +141,12 @@ class FailFastConfig:
         increment = _integer(given, "draft_increment", increment, 1, cap)
         budget = _integer(given, "draft_budget", 512, 1, MAX_DRAFT_BUDGET)
         reuse = _flag(given, "reuse_rejected", False)
-        load_aware = _flag(given, "load_aware", False)
+        load_aware = _flag(given, "load_aware", True)
+        if policy == "goodput" and not load_aware:
+            raise ValueError(
+                "failfast: the policy 'goodput' is made of measured times; got 'load_aware' false. "
+                "Remove it or take another policy."
+            )
         parameters = policy_parameters(policy, given, cap)
         return FailFastConfig(cap, increment, policy, budget, reuse, load_aware, parameters)
 

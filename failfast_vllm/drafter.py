@@ -84,11 +84,13 @@ class Drafts(NamedTuple):
 
     token_ids: torch.Tensor  # [num_seqs, longest] int64, on the device; undefined beyond `lens`
     lens: Lengths  # [num_seqs], 0 = no draft
+    first_lens: Lengths  # [num_seqs] tokens that the first pass was to draft
     num_passes: Lengths  # [num_seqs] increments drafted
     num_forwards: int
     num_rows: int  # over all forwards
     confidences: npt.NDArray[np.float32]  # [num_seqs, cap], of `num_confidences` tokens each
-    num_confidences: Lengths  # [num_seqs], less than `lens` where rejected tokens were reused
+    # [num_seqs], less than `lens` where rejected tokens were reused, more where the draft was cut
+    num_confidences: Lengths
     ends_at_stop: npt.NDArray[np.bool_]  # [num_seqs], a pass drafted a stop token
 
     def to_lists(self) -> list[list[int]]:
@@ -186,7 +188,7 @@ class Drafter:
         With a planner, commits wait until a sequence is drafted for.
         """
         step = replace(step, max_draft_lens=self.policy.begin(step.req_ids, step.max_draft_lens))
-        increments = self._first_increments(step)
+        first_lens = increments = self._first_increments(step)
         drafts = increments > 0
         if self.planner is not None:
             step = _postponing(step, drafts)
@@ -234,16 +236,19 @@ class Drafter:
                     )
             starts = step.final_lens
             wanted = np.where(goes_on, step.max_draft_lens - draft_lens, 0)
-            increments = self._next_increments(step, wanted, draft_lens, judged)
+            increments = self._next_increments(step, wanted, first_lens, draft_lens, judged)
             active = np.flatnonzero(increments)
             ends = step.known_lens + draft_lens + increments
 
+        if self.planner is not None:
+            draft_lens = self.planner.keep(draft_lens, judged.num_confidences, judged.confidences)
         token_ids = self._drafted(step, canvas, draft_lens)
         if self.rejected is not None:
             self.rejected.remember(step.req_ids, token_ids)
         return Drafts(
             token_ids,
             draft_lens,
+            first_lens,
             num_passes,
             num_forwards,
             num_rows,
@@ -265,7 +270,12 @@ class Drafter:
         return share(increments, step.draft_budget)
 
     def _next_increments(
-        self, step: DraftStep, wanted: Lengths, draft_lens: Lengths, judged: "_Judged"
+        self,
+        step: DraftStep,
+        wanted: Lengths,
+        first_lens: Lengths,
+        draft_lens: Lengths,
+        judged: "_Judged",
     ) -> Lengths:
         """[num_seqs] what the next pass drafts, of `wanted` tokens at most; 0 = complete."""
         if self.planner is None:
@@ -274,6 +284,7 @@ class Drafter:
             increments = self.planner.following(
                 wanted,
                 step.known_lens - step.final_lens + draft_lens,
+                np.minimum(first_lens, draft_lens),
                 draft_lens,
                 judged.confidences[:, : int(draft_lens.max(initial=0))],
             )

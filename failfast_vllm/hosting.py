@@ -17,15 +17,17 @@ from vllm.forward_context import set_forward_context
 from failfast_kernels import TokenConfidence, confidence_argmax
 from failfast_vllm.attention import BlockDiffusionMetadata
 from failfast_vllm.blocks import CommittedBlocks
-from failfast_vllm.calibration import Calibration
 from failfast_vllm.config import METHOD, POLICIES
 from failfast_vllm.drafter import DraftBatch, Drafter, Drafts
 from failfast_vllm.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.graphs import BucketedPasses, Capture, make_buckets
 from failfast_vllm.learned_policy import PerRequest, make_policy
-from failfast_vllm.load import AcceptanceByPosition, Costs, CostTable, LoadPlanner
+from failfast_vllm.load import Costs, CostTable, LoadPlanner
 from failfast_vllm.policy import Outcome
 from failfast_vllm.ranks import draft_context, drafter_group
+
+WARM_UP_SECONDS = 3.0  # of each model, on a CPU
+MAX_WARM_ROWS = 256
 
 
 class Round(NamedTuple):
@@ -115,10 +117,13 @@ class Rounds:
             self._drafts[req_ids[i]] = Outcome(
                 req_ids[i],
                 num_drafted=int(drafts.lens[i]),
+                num_first=int(drafts.first_lens[i]),
                 num_verified=0,
                 num_accepted=0,
                 confidences=drafts.confidences[i, : drafts.num_confidences[i]],
-                ends_at_stop=bool(drafts.ends_at_stop[i]),
+                ends_at_stop=bool(
+                    drafts.ends_at_stop[i] and drafts.lens[i] >= drafts.num_confidences[i]
+                ),
             )
 
     def forget(self, req_ids: Iterable[str]) -> None:
@@ -276,21 +281,26 @@ def measure_costs(
     ranks = vllm_config.parallel_config
     in_lockstep = max(ranks.data_parallel_size, ranks.tensor_parallel_size) > 1
 
+    def milliseconds(model: Any, size: int, context: Callable[[int], Any]) -> float:
+        positions = torch.arange(size, device=device) % max_positions(vllm_config)
+        input_ids = torch.zeros_like(positions).int()
+        began = time.perf_counter()
+        with context(size):
+            hidden_states = model(input_ids=input_ids, positions=positions)
+            model.compute_logits(hidden_states).amax().item()  # waits for the device
+        return (time.perf_counter() - began) * 1e3
+
     def table(model: Any, sizes: list[int], context: Callable[[int], Any]) -> CostTable:
         timed: list[float] = []
-        for size in sizes:
-            positions = torch.arange(size, device=device) % max_positions(vllm_config)
-            input_ids = torch.zeros_like(positions).int()
-            best = float("inf")
-            for _ in range(3):  # the first warms up
-                began = time.perf_counter()
-                with context(size):
-                    hidden_states = model(input_ids=input_ids, positions=positions)
-                    model.compute_logits(hidden_states).amax().item()  # waits for the device
-                best = min(best, (time.perf_counter() - began) * 1e3)
-            timed.append(best)
-            if best > 500 and not in_lockstep:
+        for size in sizes:  # the first of three warms up
+            timed.append(min(milliseconds(model, size, context) for _ in range(3)))
+            if timed[-1] > 500 and not in_lockstep:
                 break  # wider passes are extrapolated
+        if device.type == "cpu" and not in_lockstep:  # it compiles its kernels per row count
+            ends = time.perf_counter() + WARM_UP_SECONDS
+            for size in range(1, min(sizes[-1], MAX_WARM_ROWS) + 1):
+                if time.perf_counter() < ends:
+                    milliseconds(model, size, context)
         return CostTable(sizes[: len(timed)], timed)
 
     sizes = [2**i for i in range(widest.bit_length())]
@@ -310,8 +320,7 @@ def make_planner(costs: Costs, vllm_config: VllmConfig) -> LoadPlanner:
     group = get_tp_group()
     return LoadPlanner(
         group.broadcast_object(costs) if group.world_size > 1 else costs,
-        AcceptanceByPosition(knobs["num_speculative_tokens"]),
-        Calibration(),
+        knobs["num_speculative_tokens"],
         knobs["draft_increment"],
         learns=group.world_size == 1,
     )

@@ -22,6 +22,7 @@ from failfast_vllm.policy import (
     DraftSoFar,
     FailFast,
     Fixed,
+    Goodput,
     Lengths,
     Outcome,
     Policy,
@@ -260,6 +261,7 @@ class TapOut(Policy):
 RULES: dict[str, type[Policy]] = {
     "failfast": FailFast,
     "fixed": Fixed,
+    "goodput": Goodput,
     "confidence": Confidence,
     "svip": Svip,
     "survival": Survival,

@@ -1,10 +1,16 @@
 """How much to draft at this load: what the next tokens are expected to bring, and what they cost.
 
-Throughput of a step is (tokens emitted) / (draft time + verification time). Before the first pass
-`LoadPlanner.first` chooses the length that maximises it over the whole batch, and no draft at all
-where that is best; after each pass `LoadPlanner.following` chooses the sequences that go on. A
-policy says where a draft may grow, the planner where it pays. After SmartSpec and TurboSpec (arXiv
-2406.14066) and vLLM's adaptive verification.
+Throughput is (tokens emitted) / (draft time + verification time). Three choices per step, each over
+the whole batch:
+
+- `LoadPlanner.first`: the length of the first pass that maximises it; 0 where no draft is best.
+- `LoadPlanner.following`, after each pass: which sequences go on.
+- `LoadPlanner.keep`, at the end: which drafted tokens are worth verifying.
+
+The first fixes the rate r in tokens per ms, an average over rounds. The others see what this round
+looks like, and take what brings more than its time would bring elsewhere: maximise tokens - r * ms
+(Dinkelbach's form of a ratio). A policy says where a draft may grow, the planner where it pays.
+After SmartSpec and TurboSpec (arXiv 2406.14066) and vLLM's adaptive verification.
 
 Everything is deterministic in what it is given, so that the ranks of a tensor-parallel group agree;
 times must therefore come from one rank. NumPy only.
@@ -14,7 +20,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +41,11 @@ PROBE_STEPS = 64
 # Where drafting does not pay, this many steps are not looked at.
 REST_STEPS = 16
 PRIOR_ACCEPTANCE, PRIOR_TRIALS = 0.85, 8.0
+UNTRIED = 0.97  # acceptance of a position that was never tried, of that before it
 DECAY = 0.995  # per observed round: a memory of about 200 rounds
 FORGETTING = 0.01  # per step without drafts: what was learned long ago gets another try
+LEARNING_STEPS = 8  # steps whose drafts are learned from at once
+COST_MEMORY = 20.0  # measurements near a size that its time is averaged over
 
 
 class CostTable:
@@ -50,101 +59,158 @@ class CostTable:
     def __init__(self, sizes: list[int], ms: list[float]) -> None:
         assert len(sizes) == len(ms) > 0
         self.sizes = np.array(sizes, dtype=np.float64)
-        self.ms = np.maximum.accumulate(np.array(ms, dtype=np.float64))
+        self.start_ms = np.maximum.accumulate(np.array(ms, dtype=np.float64))
+        self.ms = self.start_ms
+        self._extra = np.zeros(len(sizes))  # found while serving, on top of `start_ms`
+        self._weights = np.zeros(len(sizes))
+        self._nearness: dict[int, Floats] = {}  # by size that was measured
 
     def __call__(self, size: npt.ArrayLike) -> Floats:
         """Time of a pass of `size` rows; 0 for 0 rows."""
-        size = np.asarray(size, dtype=np.float64)
-        found = np.interp(size, self.sizes, self.ms)
-        if len(self.sizes) > 1:
-            slope = (self.ms[-1] - self.ms[-2]) / (self.sizes[-1] - self.sizes[-2])
+        return self._interpolated(self.ms, size)
+
+    def correct(self, size: int, ms: float) -> None:
+        """Learn from a measured time: what it takes beyond the start-up time, near `size`.
+
+        An average over the last measurements, weighted by how near they were; sizes that nothing
+        was measured at follow the nearest ones.
+        """
+        if self._weights[0]:  # a hiccup moves little
+            ms = min(ms, 4.0 * float(self(size)))
+        nearness = self._nearness.get(size)  # 1 here, 1/e at half and double
+        if nearness is None:
+            nearness = self._nearness[size] = np.exp(-np.abs(np.log2(self.sizes / size)))
+        self._weights = np.minimum(self._weights + nearness, COST_MEMORY)
+        missing = ms - float(self._interpolated(self.start_ms, size)) - self._extra
+        self._extra += nearness / self._weights * missing
+        self.ms = np.maximum.accumulate(np.maximum(self.start_ms + self._extra, 1e-6))
+
+    def _interpolated(self, ms: Floats, size: npt.ArrayLike) -> Floats:
+        size = np.asarray(size)
+        found = np.interp(size, self.sizes, ms)
+        if size.max() > self.sizes[-1]:
+            slope = ms[-1] / self.sizes[-1]
+            if len(ms) > 1:
+                slope = (ms[-1] - ms[-2]) / (self.sizes[-1] - self.sizes[-2])
             found = found + slope * np.maximum(size - self.sizes[-1], 0.0)
-        else:
-            found = found * np.maximum(size / self.sizes[-1], 1.0)
         return np.where(size > 0, found, 0.0)
 
-    def correct(self, size: int, ms: float, rate: float = 0.1) -> None:
-        """Move the table towards a measured time, as a factor on its neighbourhood."""
-        expected = float(self(size))
-        if expected <= 0.0:
-            return
-        nearness = np.exp(-np.abs(np.log2(self.sizes / size)))  # 1 here, 1/e at half and double
-        ratio = min(max(ms / expected, 0.25), 4.0)  # a hiccup moves little
-        self.ms = np.maximum.accumulate(self.ms * ratio ** (rate * nearness))
 
-
-@dataclass
 class Costs:
-    """Times of this server's parts of a step."""
+    """Times of this server's parts of a step.
 
-    draft: CostTable  # a draft pass, by rows
-    verify: CostTable  # a step of the target with all around it, by tokens
+    Args:
+        draft: a draft pass, by rows.
+        verify: a step of the target with all around it, by tokens.
+    """
+
+    def __init__(self, draft: CostTable, verify: CostTable) -> None:
+        self.draft = draft
+        self.verify = verify
+        # a step without drafts takes less: it has its own measurements
+        self.plain = CostTable(verify.sizes.astype(int).tolist(), verify.ms.tolist())
 
 
 class AcceptanceByPosition:
-    """P(token j is accepted | those before it were), learned from verification with decay."""
+    """P(token j is accepted | those before it were), learned from verification with decay.
+
+    A position that was rarely tried is taken for a little worse than the one before it.
+    """
 
     def __init__(self, max_len: int) -> None:
-        self.trials = np.full(max_len, PRIOR_TRIALS)
-        self.hits = self.trials * PRIOR_ACCEPTANCE
+        self.trials = np.zeros(max_len)
+        self.hits = np.zeros(max_len)
+        self._sums: tuple[Floats, Floats] | None = None
 
-    def observe(self, draft_lens: Lengths, accepted_lens: Lengths) -> None:
-        """Learn from verified drafts; positions behind the first rejection say nothing."""
-        for drafted, accepted in zip(draft_lens.tolist(), accepted_lens.tolist(), strict=True):
-            seen = min(accepted + 1, drafted)
-            if not seen:
-                continue
-            self.hits[:seen] *= DECAY
-            self.trials[:seen] *= DECAY
-            self.trials[:seen] += 1.0
-            self.hits[: min(accepted, drafted)] += 1.0
+    def observe(
+        self, offered_lens: Lengths, accepted_lens: Lengths, next_chances: npt.ArrayLike = 0.0
+    ) -> None:
+        """Learn from drafts.
+
+        Args:
+            offered_lens: [n] tokens that were meant to be drafted.
+            accepted_lens: [n] of them accepted. What follows the next one says nothing.
+            next_chances: [n] acceptance of that next one: 0 = it was rejected.
+        """
+        max_len = len(self.trials)
+        seen_lens = np.minimum(accepted_lens + 1, offered_lens)
+        seen, hit = (
+            np.bincount(np.minimum(lens, max_len), minlength=max_len + 1)[::-1].cumsum()[::-1][1:]
+            for lens in (seen_lens, accepted_lens)
+        )
+        fading = DECAY**seen
+        self.trials = self.trials * fading + seen
+        self.hits = self.hits * fading + hit
+        chances = np.broadcast_to(next_chances, accepted_lens.shape)
+        left = accepted_lens < np.minimum(offered_lens, max_len)
+        np.add.at(self.hits, accepted_lens[left], chances[left])
+        self._sums = None
 
     def forget(self) -> None:
         """A step without drafts: move slowly back to the prior."""
-        self.trials += FORGETTING * (PRIOR_TRIALS - self.trials)
-        self.hits += FORGETTING * (PRIOR_TRIALS * PRIOR_ACCEPTANCE - self.hits)
+        self.trials *= 1.0 - FORGETTING
+        self.hits *= 1.0 - FORGETTING
+        self._sums = None
 
-    def gains(self, starts: Lengths, lens: Lengths) -> Floats:
+    def gains(self, starts: Lengths | int, lens: Lengths) -> Floats:
         """Tokens expected of positions `start : start + len` if all before are accepted."""
-        logs = np.log(np.maximum(self.hits, 1e-9) / np.maximum(self.trials, 1e-9)).clip(max=0.0)
-        ends = np.concatenate(([0.0], logs.cumsum()))  # log survival up to each position
-        survival = np.exp(ends[1:])
-        sums = np.concatenate(([0.0], survival.cumsum()))
-        stops = np.minimum(starts + lens, len(survival))
-        starts = np.minimum(starts, len(survival))
-        gains: Floats = (sums[stops] - sums[starts]) / np.maximum(np.exp(ends[starts]), 1e-9)
+        survival, sums = self._survival()
+        stops = np.minimum(starts + lens, len(self.trials))
+        if isinstance(starts, int) and starts == 0:
+            found: Floats = sums[stops]
+            return found
+        starts = np.minimum(starts, len(self.trials))
+        gains: Floats = (sums[stops] - sums[starts]) / survival[starts]
         return gains
+
+    def _survival(self) -> tuple[Floats, Floats]:
+        """[max_len + 1] chance that the first i are all accepted, and its sum over 1 to i."""
+        if self._sums is None:
+            chance, alive = PRIOR_ACCEPTANCE / UNTRIED, 1.0
+            survival = [alive]
+            for trials, hits in zip(self.trials.tolist(), self.hits.tolist(), strict=True):
+                chance = (hits + PRIOR_TRIALS * UNTRIED * chance) / (trials + PRIOR_TRIALS)
+                alive = max(alive * chance, 1e-9)
+                survival.append(alive)
+            alive_up_to = np.array(survival)
+            self._sums = alive_up_to, np.concatenate(([0.0], alive_up_to[1:].cumsum()))
+        return self._sums
 
 
 class Decision(NamedTuple):
     """One choice of the planner, for the log."""
 
+    choice: str  # first: length of the pass; following: sequences that go on; keep: tokens
     num_seqs: int
-    lengths: list[int]  # considered: of the first pass, or how many sequences go on
-    tokens_per_second: list[float]  # expected of each
+    values: list[float]  # expected of each option from 0: tokens per second; later, net tokens
     chosen: int
+
+
+class Drafted(Verified, Protocol):
+    """What the planner learns from; `policy.Outcome` is one."""
+
+    @property
+    def num_first(self) -> int: ...
 
 
 @dataclass
 class LoadPlanner:
-    """Chooses increments that raise the expected tokens per second of the whole batch.
+    """Chooses what raises the expected tokens per second of the whole batch.
 
     Args:
         costs: measured times.
-        acceptance: learned from verification.
-        calibration: of the drafter's confidences.
+        max_len: most tokens of a draft.
         draft_increment: tokens of each pass after the first.
         learns: whether the costs follow what passes and steps take; only where there is one rank.
     """
 
     costs: Costs
-    acceptance: AcceptanceByPosition
-    calibration: Calibration
+    max_len: int
     draft_increment: int
     learns: bool = False
-    last: Decision | None = field(default=None, repr=False)
-    _spent_ms: float = field(default=0.0, repr=False)  # predicted of this step's passes
-    _passes_ms: float = field(default=0.0, repr=False)  # measured
+    calibration: Calibration = field(default_factory=Calibration)  # of the drafter's confidences
+    _rate: float = field(default=0.0, repr=False)  # tokens per ms that this step can expect
+    _passes_ms: float = field(default=0.0, repr=False)  # measured, of this step
     _overhead_ms: float = field(default=0.0, repr=False)  # of drafting, outside the passes
     _began: float = field(default=0.0, repr=False)
     _steps_to_probe: int = field(default=PROBE_STEPS, repr=False)
@@ -152,14 +218,31 @@ class LoadPlanner:
     _rests_from: int = field(default=0, repr=False)  # sequences
     _waits_since: float = field(default=0.0, repr=False)
     _running: frozenset[str] = field(default=frozenset(), repr=False)
+    _num_drafted: int = field(default=0, repr=False)  # tokens that the next step verifies
+    _unlearned: list[Drafted] = field(default_factory=list, repr=False)
+    _steps_to_learn: int = field(default=0, repr=False)
 
-    def step_began(self, req_ids: Sequence[str], num_tokens: int) -> None:
-        """The target has just verified `num_tokens` tokens."""
+    def __post_init__(self) -> None:
+        self.acceptance = AcceptanceByPosition(self.max_len)  # of the first pass
+        self.growth = AcceptanceByPosition(self.max_len)  # behind it, where a draft went on
+
+    def step_began(self, req_ids: Sequence[str], num_tokens: int) -> bool:
+        """The target has just verified `num_tokens` tokens: whether to look at drafting at all.
+
+        Not in the steps after one in which drafting did not pay, unless the load has fallen.
+        """
         self._began, self._passes_ms = time.perf_counter(), 0.0
         waited_ms = (self._began - self._waits_since) * 1e3
         # a request that is new may have come to an idle engine
         if self.learns and self._running.issuperset(req_ids):
-            self.costs.verify.correct(num_tokens, waited_ms)
+            table = self.costs.verify if self._num_drafted else self.costs.plain
+            table.correct(num_tokens, waited_ms)
+        self._num_drafted = 0
+        self._steps_to_rest -= 1
+        if self._steps_to_rest < 0 or len(req_ids) < 0.8 * self._rests_from:
+            return True
+        self.step_ended(req_ids)
+        return False
 
     def step_ended(self, req_ids: Sequence[str]) -> None:
         """The drafts of the step are made; the target is next."""
@@ -169,27 +252,43 @@ class LoadPlanner:
             overhead_ms = (self._waits_since - self._began) * 1e3 - self._passes_ms
             self._overhead_ms += 0.1 * (overhead_ms - self._overhead_ms)
 
-    def rests(self, num_seqs: int) -> bool:
-        """Whether this step need not be looked at: drafting did not pay with as many sequences."""
-        self._steps_to_rest -= 1
-        return self._steps_to_rest >= 0 and num_seqs >= 0.8 * self._rests_from
-
     def pass_took(self, num_rows: int, ms: float) -> None:
         """A draft pass, from planning its rows to its tokens."""
         self._passes_ms += ms
         if self.learns:
             self.costs.draft.correct(num_rows, ms)
 
-    def observe(self, outcomes: Sequence[Verified]) -> None:
-        """Learn from a step's verified drafts; without any, forget a little."""
+    def observe(self, outcomes: Sequence[Drafted]) -> None:
+        """Learn from a step's verified drafts, a few steps later; without any, forget a little."""
         if not outcomes:
             self.acceptance.forget()
+            self.growth.forget()
             return
+        self._unlearned.extend(outcomes)
+        self._steps_to_learn -= 1
+        if self._steps_to_learn > 0:
+            return
+        self._steps_to_learn = LEARNING_STEPS
+        outcomes, self._unlearned = self._unlearned, []
+        accepted, offered, drafted = np.array(
+            [(o.num_accepted, o.num_first, len(o.confidences)) for o in outcomes]
+        ).T
+        # what was drafted and not verified is taken for as good as its confidence
+        chances = np.zeros(len(outcomes))
+        for i, outcome in enumerate(outcomes):
+            end = outcome.num_verified
+            if outcome.num_accepted == end < len(outcome.confidences):
+                unseen = outcome.confidences[end : end + 1]
+                chances[i] = self.calibration.probabilities(unseen, np.array([end]))[0]
+        self.acceptance.observe(offered, np.minimum(accepted, offered), chances)
+        grew = (drafted > offered) & (accepted >= offered)
+        if grew.any():
+            self.growth.observe(
+                (drafted - offered)[grew],
+                np.minimum(accepted, drafted)[grew] - offered[grew],
+                chances[grew],
+            )
         self.calibration.observe(outcomes)
-        self.acceptance.observe(
-            np.array([outcome.num_verified for outcome in outcomes]),
-            np.array([outcome.num_accepted for outcome in outcomes]),
-        )
 
     def first(self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths) -> Lengths:
         """Increments of the first pass, [num_seqs]; all 0 where drafting does not pay.
@@ -200,36 +299,37 @@ class LoadPlanner:
             commit_rows: [num_seqs] tokens whose blocks a pass would commit.
         """
         drafting = wanted > 0
-        num_seqs = int(drafting.sum())
-        self._spent_ms = 0.0
-        if not num_seqs:
+        if not drafting.any():
             return np.zeros_like(wanted)
-        wanted_here, live = wanted[drafting], live_rows[drafting]
+        num_seqs = len(wanted)
+        wanted_here, live = wanted[drafting], int(live_rows[drafting].sum())
         options = np.arange(int(wanted_here.max()) + 1)  # one pass may fill a long draft
-        lens = np.minimum(options[:, None], wanted_here)  # [options, num_seqs]
-        zeros = np.zeros_like(lens)
-        tokens = num_seqs + self.acceptance.gains(zeros, lens).sum(axis=1)
-        rows = np.where(options > 0, (lens + live).sum(axis=1), 0)
-        extra_ms = float(self.costs.draft(commit_rows.sum())) / AMORTISED_ROUNDS + self._overhead_ms
-        draft_ms = self.costs.draft(rows) + np.where(options > 0, extra_ms, 0.0)
-        verify_ms = self.costs.verify(num_seqs + lens.sum(axis=1))
-        rates = tokens / (verify_ms + draft_ms)
-        rates[0] *= MARGIN
+        lens = np.minimum(options[:, None], wanted_here)  # [options, num_drafting]
+        tokens = num_seqs + self.acceptance.gains(0, lens).sum(axis=1)
+        drafted = lens.sum(axis=1)
+        rows = drafted + live + tokens  # every token that comes out is committed once
+        draft_ms = self.costs.draft(rows)
+        ms = draft_ms + self.costs.verify(num_seqs + drafted) + self._overhead_ms
+        if backlog := int(commit_rows.sum()):  # pays over the rounds that follow
+            ms += (self.costs.draft(rows + backlog) - draft_ms) / AMORTISED_ROUNDS
+        ms[0] = float(self.costs.plain(num_seqs)) / MARGIN
+        rates = tokens / ms
         best = int(rates.argmax())
+        self._rate = float(rates[best])
         if best == 0:
             self._steps_to_rest, self._rests_from = REST_STEPS, num_seqs
         elif self.learns:
             self._steps_to_probe -= 1
             if self._steps_to_probe == 0:
                 self._steps_to_probe, best = PROBE_STEPS, 0
-        self._spent_ms = float(draft_ms[best])
-        self._decided(Decision(num_seqs, options.tolist(), (rates * 1e3).tolist(), best))
+        self._decided("first", num_seqs, rates * 1e3, best)
         return np.where(drafting, np.minimum(best, wanted), 0)
 
     def following(
         self,
         wanted: Lengths,
         live_rows: Lengths,
+        first_lens: Lengths,
         draft_lens: Lengths,
         confidences: npt.NDArray[np.floating],
     ) -> Lengths:
@@ -238,38 +338,62 @@ class LoadPlanner:
         Args:
             wanted: [num_seqs] most tokens that each may still draft; 0 where the policy stopped.
             live_rows: [num_seqs] known and drafted tokens that a pass encodes again.
+            first_lens: [num_seqs] tokens of the first pass.
             draft_lens: [num_seqs] tokens drafted so far.
-            confidences: [num_seqs, longest] of the tokens drafted so far, 1.0 behind them.
+            confidences: [num_seqs, longest] of the tokens drafted so far.
         """
+        increments = np.minimum(wanted, self.draft_increment)
+        going = np.flatnonzero(increments)
+        if not going.size:
+            return increments
+        survival = self._survival(draft_lens, confidences)[going, draft_lens[going] - 1]
+        gains = survival * self.growth.gains((draft_lens - first_lens)[going], increments[going])
+        order = np.argsort(-gains, kind="stable")
+        seqs = going[order]
+        num_tokens = len(wanted) + int(draft_lens.sum())
+        more_tokens, more_rows, more_gain = (
+            np.concatenate(([0], values.cumsum()))
+            for values in (increments[seqs], (increments + live_rows)[seqs], gains[order])
+        )
+        ms = self.costs.draft(more_rows) + self.costs.verify(num_tokens + more_tokens)
+        values = more_gain - self._rate * (ms - ms[0])
+        best = int(values.argmax())
+        self._decided("following", len(going), values, best)
+        increments[seqs[best:]] = 0
+        return increments
+
+    def keep(
+        self, draft_lens: Lengths, num_confidences: Lengths, confidences: npt.NDArray[np.floating]
+    ) -> Lengths:
+        """How much of each draft is worth verifying, [num_seqs].
+
+        Args:
+            draft_lens: [num_seqs] tokens drafted.
+            num_confidences: [num_seqs] of them with a confidence; the others count as sure.
+            confidences: [num_seqs, at least the longest draft].
+        """
+        longest = int(draft_lens.max(initial=0))
+        if not longest:
+            return draft_lens
+        survival = self._survival(num_confidences, confidences[:, :longest])
+        seqs, places = np.nonzero(np.arange(longest) < draft_lens[:, None])
+        gains = survival[seqs, places]
+        order = np.argsort(-gains, kind="stable")  # of equals the earlier: drafts stay whole
+        counts = np.arange(len(order) + 1)
+        ms = self.costs.verify(len(draft_lens) + counts)
+        values = np.concatenate(([0.0], gains[order].cumsum())) - self._rate * (ms - ms[0])
+        best = int(values.argmax())
+        self._decided("keep", len(draft_lens), values, best)
+        self._num_drafted = best
+        return np.bincount(seqs[order[:best]], minlength=len(draft_lens))
+
+    def _survival(self, lens: Lengths, confidences: npt.NDArray[np.floating]) -> Floats:
+        """[num_seqs, longest] chance that each token and all before it are accepted."""
         places = np.arange(confidences.shape[1])
         chances = self.calibration.probabilities(confidences, places)
-        survival = np.where(places < draft_lens[:, None], chances, 1.0).prod(axis=1)
-        increments = np.minimum(wanted, self.draft_increment)
-        gains = survival * self.acceptance.gains(draft_lens, increments)
-        order = np.argsort(-np.where(increments > 0, gains, -1.0), kind="stable")
-        order = order[: int((increments > 0).sum())]
-        if not len(order):
-            return increments
-        num_tokens = int((draft_lens > 0).sum() + draft_lens.sum())
-        expected = float((draft_lens > 0).sum()) + float(
-            self.acceptance.gains(np.zeros_like(draft_lens), draft_lens).sum()
-        )
-        counts = np.arange(len(order) + 1)
-        more_gain = np.concatenate(([0.0], gains[order].cumsum()))
-        more_tokens = np.concatenate(([0], increments[order].cumsum()))
-        more_rows = np.concatenate(([0], (increments + live_rows)[order].cumsum()))
-        draft_ms = self.costs.draft(more_rows)
-        verify_ms = self.costs.verify(num_tokens + more_tokens)
-        rates = (expected + more_gain) / (self._spent_ms + draft_ms + verify_ms)
-        rates[0] *= MARGIN
-        best = int(rates.argmax())
-        self._spent_ms += float(draft_ms[best])
-        self._decided(Decision(len(order), counts.tolist(), (rates * 1e3).tolist(), best))
-        chosen = np.zeros_like(increments)
-        chosen[order[:best]] = increments[order[:best]]
-        return chosen
+        survival: Floats = np.where(places < lens[:, None], chances, 1.0).cumprod(axis=1)
+        return survival
 
-    def _decided(self, decision: Decision) -> None:
-        self.last = decision
+    def _decided(self, choice: str, num_seqs: int, values: Floats, chosen: int) -> None:
         if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("failfast: %s", decision)
+            logger.debug("failfast: %s", Decision(choice, num_seqs, values.tolist(), chosen))

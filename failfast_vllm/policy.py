@@ -43,9 +43,12 @@ class Outcome(NamedTuple):
 
     req_id: str
     num_drafted: int
+    num_first: int  # tokens that its first pass was to draft; a policy may have cut it
     num_verified: int  # at least 1; less than `num_drafted` if the scheduler cut the draft
     num_accepted: int
-    confidences: npt.NDArray[np.float32]  # of the tokens that a pass drafted
+    confidences: npt.NDArray[
+        np.float32
+    ]  # of what passes drafted, also if it was not worth verifying
     ends_at_stop: bool  # the draft's last token is a stop token
 
 
@@ -101,6 +104,18 @@ class Fixed(Policy):
 
     def extend(self, draft: DraftSoFar) -> Verdict:
         return Verdict(draft.lens, torch.ones_like(draft.lens, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class Goodput(Policy):
+    """One pass, of the length that maximises (1 + sum of s_i) / (draft ms + verify ms).
+
+    s_i are calibrated survivals. `load.LoadPlanner` chooses the length before the pass and what to
+    verify after it; nothing is left to decide here (SmartSpec / TurboSpec, arXiv 2406.14066).
+    """
+
+    def extend(self, draft: DraftSoFar) -> Verdict:
+        return Verdict(draft.lens, torch.zeros_like(draft.lens, dtype=torch.bool))
 
 
 class TokenRule(Policy):

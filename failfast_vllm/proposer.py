@@ -45,6 +45,8 @@ class FailFastProposer(DraftModelProposer):
         self.runner = runner
         self.max_positions = max_positions(vllm_config)
         self.eos_token_ids = frozenset(stop_token_ids(vllm_config.model_config))
+        # a KV connector fills pages that our commits know nothing of: what it brings is not trusted
+        self.foreign_kv = vllm_config.kv_transfer_config is not None
         self.stats = DraftStats()
         self.drafter: Drafter | None = None  # these two set by `initialize_attn_backend`
         self.rounds: Rounds | None = None
@@ -102,14 +104,16 @@ class FailFastProposer(DraftModelProposer):
         req_ids = batch.req_ids[:num_reqs]
         table = common_attn_metadata.block_table_tensor[:num_reqs]
         computed = np.minimum(batch.num_computed_tokens_cpu[:num_reqs], self.max_positions)
+        if self.foreign_kv:
+            resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
+            fresh = {request.req_id for request in scheduler_output.scheduled_new_reqs} | resumed
+            computed = np.where([req_id in fresh for req_id in req_ids], 0, computed)
         computed_lens = torch.from_numpy(computed).to(self.device)  # before this step
         known = torch.from_numpy(batch.num_tokens_no_spec[:num_reqs]).to(self.device)
         self.drafter.blocks.clear(table, computed_lens, known)
-        if planner is not None:
-            planner.step_began(req_ids, scheduler_output.total_num_scheduled_tokens)
-            if planner.rests(num_reqs):
-                planner.step_ended(req_ids)
-                return [[]] * num_reqs
+        num_tokens = scheduler_output.total_num_scheduled_tokens
+        if planner is not None and not planner.step_began(req_ids, num_tokens):
+            return [[]] * num_reqs
         committed = self.drafter.blocks.committed_lens(table, computed_lens).cpu().numpy()
         step = self._gather(scheduler_output, sampled_token_ids, table, committed)
         verified = scheduler_output.scheduled_spec_decode_tokens

@@ -47,6 +47,9 @@ class FailFastSpeculator(DraftModelSpeculator):
         self.max_positions = max_positions(vllm_config)
         self.eos_token_ids = frozenset(stop_token_ids(vllm_config.model_config))
         self.params: list[Any] = [None] * self.max_num_reqs  # SamplingParams by state slot
+        # a KV connector fills pages that our commits know nothing of: what it brings is not trusted
+        self.foreign_kv = vllm_config.kv_transfer_config is not None
+        self._fresh: set[str] = set()  # requests that this step has added
         self.stats = DraftStats()
         self.drafter: Drafter | None = None  # these two set by `set_attn`
         self.rounds: Rounds | None = None
@@ -115,6 +118,7 @@ class FailFastSpeculator(DraftModelSpeculator):
 
     def add_requests(self, scheduler_output: Any) -> None:
         """Called after the runner has put new and resumed requests into their state slots."""
+        self._fresh = {request.req_id for request in scheduler_output.scheduled_new_reqs}
         for request in scheduler_output.scheduled_new_reqs:
             slot = self.req_states.req_id_to_index[request.req_id]
             self.params[slot] = request.sampling_params
@@ -155,12 +159,14 @@ class FailFastSpeculator(DraftModelSpeculator):
         began = time.perf_counter()
         if num_speculative_tokens is None:
             num_speculative_tokens = self.num_speculative_steps
+        committed_lens = self._committed_lens(input_batch)
+        planner, req_ids = self.drafter.planner, input_batch.req_ids
+        if planner is not None and not planner.step_began(req_ids, input_batch.num_tokens):
+            self._lens = {}
+            return draft_tokens
         step, emitted_lens = self._gather(
-            input_batch, num_sampled, last_sampled, num_speculative_tokens
+            input_batch, committed_lens, num_sampled, last_sampled, num_speculative_tokens
         )
-        planner = self.drafter.planner
-        if planner is not None:
-            planner.step_began(step.req_ids, input_batch.num_tokens)
         num_verified = input_batch.num_draft_tokens_per_req
         if num_verified is None:
             num_verified = np.zeros(num_reqs, dtype=np.int64)
@@ -200,9 +206,24 @@ class FailFastSpeculator(DraftModelSpeculator):
         if self.rounds is not None:
             self.rounds.forget(req_ids)
 
+    def _committed_lens(self, input_batch: Any) -> torch.Tensor:
+        """[num_reqs] tokens in front of each request's first block without drafter KV."""
+        assert self.drafter is not None
+        num_reqs = input_batch.num_reqs
+        computed = input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64)
+        if self.foreign_kv:
+            fresh = [req_id in self._fresh for req_id in input_batch.req_ids]
+            computed = np.where(fresh, 0, computed)
+        computed_lens = torch.from_numpy(np.minimum(computed, self.max_positions)).to(self.device)
+        table = self.block_tables.input_block_tables[self.kv_group][:num_reqs]
+        known_lens = self.req_states.total_len.gpu[input_batch.idx_mapping].long()
+        self.drafter.blocks.clear(table, computed_lens, known_lens)
+        return self.drafter.blocks.committed_lens(table, computed_lens)
+
     def _gather(
         self,
         input_batch: Any,
+        committed_lens: torch.Tensor,
         num_sampled: torch.Tensor,
         last_sampled: torch.Tensor,
         num_speculative_tokens: int,
@@ -211,15 +232,9 @@ class FailFastSpeculator(DraftModelSpeculator):
         assert self.drafter is not None
         states, rows = self.req_states, input_batch.idx_mapping
         num_reqs = input_batch.num_reqs
-        computed = input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64)
-        table = self.block_tables.input_block_tables[self.kv_group][:num_reqs]
-        known_lens = states.total_len.gpu[rows].long()
-        computed_lens = torch.from_numpy(np.minimum(computed, self.max_positions)).to(self.device)
-        self.drafter.blocks.clear(table, computed_lens, known_lens)
-        committed_lens = self.drafter.blocks.committed_lens(table, computed_lens)
         verdict = torch.stack(
             (
-                known_lens,
+                states.total_len.gpu[rows].long(),
                 committed_lens,
                 states.num_computed_tokens.gpu[rows].long(),
                 num_sampled[:num_reqs].long(),
@@ -248,7 +263,7 @@ class FailFastSpeculator(DraftModelSpeculator):
             req_ids=input_batch.req_ids,
             token_ids=states.all_token_ids.gpu,
             slots=input_batch.idx_mapping_np.astype(np.int64),
-            block_table=table,
+            block_table=self.block_tables.input_block_tables[self.kv_group][:num_reqs],
             known_lens=np.where(sampled, known, final),
             committed_lens=committed,
             final_lens=final,

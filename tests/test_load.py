@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from failfast_vllm.calibration import Calibration
-from failfast_vllm.load import AcceptanceByPosition, Costs, CostTable, LoadPlanner
+from failfast_vllm.load import Costs, CostTable, LoadPlanner
+from failfast_vllm.policy import Outcome
 
 INCREMENT, CAP = 10, 60
 
@@ -60,12 +60,12 @@ def fixed(length):
 
 
 def planned(costs):
-    planner = LoadPlanner(costs, AcceptanceByPosition(CAP), Calibration(), INCREMENT)
+    planner = LoadPlanner(costs, CAP, INCREMENT)
 
     def draft(sim):
         num = len(sim.easy)
         lens, wanted = np.zeros(num, dtype=int), np.full(num, CAP)
-        increments = planner.first(wanted, sim.live_rows(lens), np.zeros(num, dtype=int))
+        first = increments = planner.first(wanted, sim.live_rows(lens), np.zeros(num, dtype=int))
         draft_ms = 0.0
         confidences = np.where(sim.easy, 0.92, 0.4)[:, None].repeat(CAP, axis=1)
         while increments.any():
@@ -74,8 +74,21 @@ def planned(costs):
             lens = lens + increments
             sure = going & sim.easy & (lens >= INCREMENT)  # as confidences tell
             wanted = np.where(sure, CAP - lens, 0)
-            increments = planner.following(wanted, sim.live_rows(lens), lens, confidences)
-        return lens, draft_ms, planner.acceptance.observe
+            increments = planner.following(wanted, sim.live_rows(lens), first, lens, confidences)
+        kept = planner.keep(lens, lens, confidences)
+
+        def observe(verified_lens, accepted_lens):
+            planner.observe(
+                [
+                    Outcome("r", v, f, v, a, c[:n], False)
+                    for v, f, a, n, c in zip(
+                        verified_lens, first, accepted_lens, lens, confidences, strict=True
+                    )
+                    if v
+                ]
+            )
+
+        return kept, draft_ms, observe
 
     return draft
 

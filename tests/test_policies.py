@@ -29,7 +29,7 @@ SEEDS = range(40)
 def outcome(req_id="r", drafted=10, verified=None, accepted=0, confidences=(), stops=False):
     verified = drafted if verified is None else verified
     confidences = np.array(confidences, dtype=np.float32)
-    return Outcome(req_id, drafted, verified, accepted, confidences, stops)
+    return Outcome(req_id, drafted, drafted, verified, accepted, confidences, stops)
 
 
 def trained_calibration(seed):
