@@ -77,9 +77,9 @@ class CostTable:
         """
         if self._weights[0]:  # a hiccup moves little
             ms = min(ms, 4.0 * float(self(size)))
-        nearness = self._nearness.get(size)  # 1 here, 1/e at half and double
+        nearness = self._nearness.get(size)  # 1 here, .05 at half and double
         if nearness is None:
-            nearness = self._nearness[size] = np.exp(-np.abs(np.log2(self.sizes / size)))
+            nearness = self._nearness[size] = np.exp(-3.0 * np.abs(np.log2(self.sizes / size)))
         self._weights = np.minimum(self._weights + nearness, COST_MEMORY)
         missing = ms - float(self._interpolated(self.start_ms, size)) - self._extra
         self._extra += nearness / self._weights * missing
@@ -122,28 +122,19 @@ class AcceptanceByPosition:
         self.hits = np.zeros(max_len)
         self._sums: tuple[Floats, Floats] | None = None
 
-    def observe(
-        self, offered_lens: Lengths, accepted_lens: Lengths, next_chances: npt.ArrayLike = 0.0
-    ) -> None:
-        """Learn from drafts.
+    def observe(self, places: Lengths, alive: Floats, accepted: Floats) -> None:
+        """Learn from tokens of drafts.
 
         Args:
-            offered_lens: [n] tokens that were meant to be drafted.
-            accepted_lens: [n] of them accepted. What follows the next one says nothing.
-            next_chances: [n] acceptance of that next one: 0 = it was rejected.
+            places: [n] position of each.
+            alive: [n] chance that all before it were accepted: 1 or 0, between where not verified.
+            accepted: [n] that it was, too.
         """
         max_len = len(self.trials)
-        seen_lens = np.minimum(accepted_lens + 1, offered_lens)
-        seen, hit = (
-            np.bincount(np.minimum(lens, max_len), minlength=max_len + 1)[::-1].cumsum()[::-1][1:]
-            for lens in (seen_lens, accepted_lens)
-        )
+        seen = np.bincount(places, alive, minlength=max_len)
         fading = DECAY**seen
         self.trials = self.trials * fading + seen
-        self.hits = self.hits * fading + hit
-        chances = np.broadcast_to(next_chances, accepted_lens.shape)
-        left = accepted_lens < np.minimum(offered_lens, max_len)
-        np.add.at(self.hits, accepted_lens[left], chances[left])
+        self.hits = self.hits * fading + np.bincount(places, accepted, minlength=max_len)
         self._sums = None
 
     def forget(self) -> None:
@@ -270,24 +261,24 @@ class LoadPlanner:
             return
         self._steps_to_learn = LEARNING_STEPS
         outcomes, self._unlearned = self._unlearned, []
-        accepted, offered, drafted = np.array(
-            [(o.num_accepted, o.num_first, len(o.confidences)) for o in outcomes]
-        ).T
+        firsts, drafted, verified, accepted = np.array(
+            [(o.num_first, len(o.confidences), o.num_verified, o.num_accepted) for o in outcomes]
+        ).T[:, :, None]
+        places = np.arange(max(int(firsts.max()), int(drafted.max())))
+        confidences = np.ones((len(outcomes), len(places)), dtype=np.float32)
+        confidences[places < drafted] = np.concatenate([o.confidences for o in outcomes])
         # what was drafted and not verified is taken for as good as its confidence
-        chances = np.zeros(len(outcomes))
-        for i, outcome in enumerate(outcomes):
-            end = outcome.num_verified
-            if outcome.num_accepted == end < len(outcome.confidences):
-                unseen = outcome.confidences[end : end + 1]
-                chances[i] = self.calibration.probabilities(unseen, np.array([end]))[0]
-        self.acceptance.observe(offered, np.minimum(accepted, offered), chances)
-        grew = (drafted > offered) & (accepted >= offered)
-        if grew.any():
-            self.growth.observe(
-                (drafted - offered)[grew],
-                np.minimum(accepted, drafted)[grew] - offered[grew],
-                chances[grew],
-            )
+        chances = self.calibration.probabilities(confidences, places)
+        chances[places >= drafted] = 0.0
+        chances[places < accepted] = 1.0
+        chances[(places == accepted) & (accepted < verified)] = 0.0
+        alive = np.pad(chances.cumprod(axis=1), ((0, 0), (1, 0)), constant_values=1.0)
+        for table, asked, begin in (
+            (self.acceptance, places < firsts, np.zeros_like(firsts)),
+            (self.growth, (places >= firsts) & (places < drafted), firsts),
+        ):
+            where = (places - begin)[asked]
+            table.observe(where, alive[:, :-1][asked], alive[:, 1:][asked])
         self.calibration.observe(outcomes)
 
     def first(self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths) -> Lengths:

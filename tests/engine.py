@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from failfast_vllm.config import METHOD, MODELS_DIR, POLICIES, FailFastConfig
 from failfast_vllm.learned_policy import make_policy
+from failfast_vllm.load import Costs, CostTable, LoadPlanner
 from failfast_vllm.reuse import RejectedDrafts
 
 TARGET = str(MODELS_DIR / "target")
@@ -136,6 +137,9 @@ def policy(llm, variant, **given):
     own = proposer(llm)
     drafter = own.drafter
     before = (drafter.policy, drafter.draft_increment, drafter.rejected, own.rounds)
+    if name == "goodput":
+        costs = Costs(CostTable([1, 1000], [1.0, 2.0]), CostTable([1, 1000], [5.0, 9.0]))
+        drafter.planner = LoadPlanner(costs, knobs["num_speculative_tokens"], 1)
     parameters = {key: knobs[key] for key in POLICIES[name]}
     drafter.policy = make_policy(name, parameters, knobs["num_speculative_tokens"])
     drafter.draft_increment = knobs["draft_increment"]
@@ -145,6 +149,7 @@ def policy(llm, variant, **given):
         yield drafter.policy
     finally:
         drafter.policy, drafter.draft_increment, drafter.rejected, own.rounds = before
+        drafter.planner = None
 
 
 def shipped_prompts():

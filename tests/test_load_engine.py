@@ -81,3 +81,29 @@ def test_where_drafting_does_not_pay_nothing_is_drafted(expected):
         with watch(llm) as record:
             assert generate(llm, prompts, params) == answers
         record.assert_not_vacuous()
+
+
+def test_kv_from_a_connector_is_not_trusted(expected):
+    """Catches a drafter that reads pages which something else has filled."""
+    prompts, params, answers = expected
+    with engine(ASKED, enable_prefix_caching=True) as llm:
+        drafter = proposer(llm).drafter
+        propose, found = drafter.propose, []
+
+        def watching(step):
+            found.extend(step.committed_lens[step.known_lens > 0].tolist())
+            return propose(step)
+
+        drafter.propose = watching
+        drafter.planner = None
+        longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for trusted in (True, False):
+            proposer(llm).foreign_kv = not trusted
+            for again in (False, True):
+                found.clear()
+                assert generate(llm, [prompts[longest]], params[longest : longest + 1]) == [
+                    answers[longest]
+                ]
+                assert (found[0] > 0) == (again and trusted), "the second run is a prefix hit"
+                assert found[1] > 0
+            llm.reset_prefix_cache()

@@ -65,6 +65,8 @@ def literal_length(name, p, entropy, cap, increment, calibration):
         begin, length, passes = length, min(cap, length + increment), passes + 1
         if name == "failfast" and any(p[i] < 0.45 for i in range(begin, length)):
             break
+        if name == "goodput":
+            break
         if name in ("failfast", "fixed", "diffuspec-adl"):
             continue
         fired = [i for i in range(begin, length) if fires(name, p, entropy, i, calibration)]
@@ -102,7 +104,7 @@ def test_lengths_equal_the_literal_ones(name):
             assert kept.tolist() == script.confidences[i, :length].tolist()
         assert (drafts.num_confidences == drafts.lens).all()
         found_lens |= set(drafts.lens.tolist())
-    assert len(found_lens) >= 4
+    assert len(found_lens) >= 3
 
 
 def test_a_stop_token_ends_a_draft_only_before_the_rule_does():
