@@ -271,7 +271,7 @@ def provenance(**settings: Any) -> dict[str, Any]:
 
 def _git_sha() -> str:
     """Of the checkout that this package is in, or "none"."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return "none"
 

@@ -10,6 +10,7 @@ import gc
 import json
 import math
 import multiprocessing
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -314,6 +315,8 @@ def _work(
     max_tokens: int,
 ) -> None:
     """The engine's process: sends None when it is ready, runs when asked, a text if it fails."""
+    # ngram asks for one thread; numba's others would spin on cores that something else may need
+    os.environ.setdefault("NUMBA_NUM_THREADS", "1")
     try:
         with engine(speculative_config, **engine_args) as llm:
             watch = Watch(llm, speculative_config)
