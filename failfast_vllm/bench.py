@@ -42,6 +42,7 @@ from failfast_vllm.config import MODELS_DIR, POLICIES, FailFastConfig, check_loc
 from failfast_vllm.request import MAX_LEN
 
 PROMPTS = MODELS_DIR / "prompts.jsonl"
+SHIPPED_PAIR = "the shipped small pair"  # failfast_vllm/models/README.md
 BASELINE = "none"
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
 DEFAULT_METHODS = (BASELINE, "ngram", "draft_model", "fixed K8", "failfast")
@@ -392,8 +393,8 @@ def _offline_methods(job: Job, stack: contextlib.ExitStack) -> tuple[Makers, dic
 
     shown = methods(args.drafter, args.ar_drafter or "shipped")  # without a temporary folder
     settings = {
-        "target": args.target or "shipped small pair (see failfast_vllm/models/README.md)",
-        "drafter": args.drafter or ("by target" if args.target else "shipped small pair"),
+        "target": args.target or SHIPPED_PAIR,
+        "drafter": args.drafter or ("by target" if args.target else SHIPPED_PAIR),
         "dtype": engine_args["dtype"],
         "compiled": args.compile,
         "max_model_len": engine_args["max_model_len"],

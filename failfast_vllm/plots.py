@@ -4,6 +4,7 @@ Counts by draft length, position and confidence are those of the lowest concurre
 load, drafts may get shorter.
 """
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ Row = dict[str, Any]
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")  # told apart without colours
 ACCEPTED, BONUS, REJECTED = "#0072B2", "#E69F00", "#BBBBBB"
-FEW = 10  # positions with fewer drafted tokens are left out
+FEW = 10  # a share of fewer tokens is left out
 
 
 def draw(result: Result, folder: Path) -> list[Path]:
@@ -39,27 +40,28 @@ def draw(result: Result, folder: Path) -> list[Path]:
         if figure is None:
             continue
         where = "" if name == "throughput" else f"concurrency {lowest}; "
-        figure.supxlabel(where + caption(result["provenance"]), fontsize=7, color="#555555")
+        text = where + caption(result["provenance"])
+        width = int(figure.get_figwidth() * 17)  # characters of this size in an inch
+        figure.supxlabel(textwrap.fill(text, width), fontsize=7, color="#555555")
         paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1], dpi=150)
     return paths
 
 
 def caption(facts: dict[str, Any]) -> str:
-    """Where the figures come from, on two lines at most."""
-    models = [f"target: {facts['target']}", facts.get("drafter") and f"drafter: {facts['drafter']}"]
+    """Where the figures come from, on one line."""
+    drafter = facts.get("drafter")
     parts = [
-        *filter(None, models),
+        facts["target"]
+        + (f", drafter: {drafter}" if drafter not in (None, facts["target"]) else ""),
         facts.get("dtype"),
         facts.get("server") and f"server: {facts['server']}",
         facts["device"],
         f"vLLM {facts.get('server_version') or facts['vllm']}",
-        f"failfast {facts['failfast_vllm']} ({facts['git']})",
+        f"failfast {facts['failfast_vllm']} (git {facts['git']})",
         facts["date"],
     ]
-    half = len(parts) // 2
-    lines = [parts[:half], parts[half:]]
-    return "\n".join("; ".join(filter(None, line)) for line in lines)
+    return "; ".join(filter(None, parts))
 
 
 def style(i: int) -> dict[str, Any]:
@@ -76,12 +78,13 @@ def style(i: int) -> dict[str, Any]:
 def throughput(rows: list[Row], styles: dict[str, dict[str, Any]]) -> Figure:
     """Tokens per second of the server against those of one request; up and right is better."""
     figure, axes = _canvas("Throughput against interactivity", (7.5, 5))
+    first = next(iter(styles))
     for name, look in styles.items():
         points = [row for row in rows if row["method"] == name]
         x = [row["tokens_per_second_per_request"] for row in points]
         y = [row["tokens_per_second"] for row in points]
         axes.plot(x, y, label=name, **look)
-        for row in points if name == "none" else ():
+        for row in points if name == first else ():
             axes.annotate(
                 str(row["concurrency"]),
                 (row["tokens_per_second_per_request"], row["tokens_per_second"]),
@@ -90,7 +93,7 @@ def throughput(rows: list[Row], styles: dict[str, dict[str, Any]]) -> Figure:
                 ha="right",
                 fontsize=7,
             )
-    axes.set_xlabel("tokens/s of a request (numbers at the points of none: concurrency)")
+    axes.set_xlabel(f"tokens/s of a request (numbers beside {first}: concurrency)")
     axes.set_ylabel("tokens/s of all requests")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
@@ -145,16 +148,17 @@ def reliability(rows: list[Row], styles: dict[str, dict[str, Any]]) -> Figure | 
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, label="calibrated")
     most = max(each["count"] for row in rows for each in row["reliability"])
     for row in rows:
-        bins, look = row["reliability"], styles[row["method"]]
+        look = styles[row["method"]]
+        bins = [each for each in row["reliability"] if each["count"] >= FEW]
         x = [each["mean_confidence"] for each in bins]
         y = [each["accepted"] / each["count"] for each in bins]
-        axes.plot(x, y, label=row["method"], **{**look, "markersize": 0})
+        axes.plot(x, y, label=row["method"], **{**look, "markersize": 3})
         sizes = [10 + 140 * each["count"] / most for each in bins]
         axes.scatter(x, y, sizes, color=look["color"], marker=look["marker"], alpha=0.8)
-    axes.set_xlabel("confidence (mean of the bin; area: number of tokens)")
+    axes.set_xlabel(f"confidence (mean of a bin; area: tokens in it, at least {FEW})")
     axes.set_ylabel("accepted share of the judged tokens")
-    axes.set_xlim(0, 1.03)
-    axes.set_ylim(0, 1.03)
+    axes.set_xlim(-0.03, 1.05)
+    axes.set_ylim(-0.03, 1.05)
     _legend(axes)
     return figure
 
@@ -179,7 +183,8 @@ def trajectory(rows: list[Row]) -> Figure | None:
         axes.set_xlim(-0.7, num_rounds - 0.3)
         axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
 
-    figure = _panels(rows, panel, "One answer, round by round", "round", "tokens", columns=1)
+    title = "The first answer, round by round (up: emitted, down: rejected)"
+    figure = _panels(rows, panel, title, "round", "tokens", columns=1)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.axes[0].legend(handles, labels, fontsize=8, ncols=3, frameon=False, loc="upper right")
     return figure
