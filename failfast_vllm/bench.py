@@ -255,8 +255,10 @@ def _percentiles(name: str, values: list[float]) -> dict[str, float | None]:
 
 def provenance(**settings: Any) -> dict[str, Any]:
     """Machine, versions and command of a measurement, around its own settings."""
+    program = Path(sys.argv[0])  # a script as it was called, or an installed command
+    called = ["python", sys.argv[0]] if program.suffix == ".py" else [program.name]
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*called, *sys.argv[1:]]),
         "git": _git_sha(),
         "device": _device(),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
@@ -394,7 +396,7 @@ def _offline_methods(job: Job, stack: contextlib.ExitStack) -> tuple[Makers, dic
     shown = methods(args.drafter, args.ar_drafter or "shipped")  # without a temporary folder
     settings = {
         "target": args.target or SHIPPED_PAIR,
-        "drafter": args.drafter or ("by target" if args.target else SHIPPED_PAIR),
+        "drafter": args.drafter or ("the target's own" if args.target else SHIPPED_PAIR),
         "dtype": engine_args["dtype"],
         "compiled": args.compile,
         "max_model_len": engine_args["max_model_len"],

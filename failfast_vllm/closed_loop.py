@@ -429,12 +429,11 @@ class Server:
             return Counter()
         found: Counter[str | int] = Counter()
         for family in text_string_to_metric_families(text):
-            if family.name.startswith("vllm:spec_decode_num_"):
-                for sample in family.samples:
-                    if sample.name.endswith("_total"):
-                        position = sample.labels.get("position")
-                        name = family.name.removeprefix("vllm:spec_decode_num_")
-                        found[int(position) if position else name] += int(sample.value)
+            for sample in family.samples:
+                name = sample.name.removeprefix("vllm:spec_decode_num_").removesuffix("_total")
+                if sample.name == f"vllm:spec_decode_num_{name}_total":
+                    position = sample.labels.get("position")
+                    found[int(position) if position else name] += int(sample.value)
         return found
 
     async def _get(self, path: str) -> str:

@@ -50,10 +50,9 @@ def draw(result: Result, folder: Path) -> list[Path]:
 
 def caption(facts: dict[str, Any]) -> str:
     """Where the figures come from, on one line."""
-    drafter = facts.get("drafter")
+    models = dict.fromkeys(filter(None, (facts["target"], facts.get("drafter"))))
     parts = [
-        facts["target"]
-        + (f", drafter: {drafter}" if drafter not in (None, facts["target"]) else ""),
+        " and ".join(models),  # one name for the shipped pair
         facts.get("dtype"),
         facts.get("server") and f"server: {facts['server']}",
         facts["device"],

@@ -1,4 +1,4 @@
-"""`failfast bench`: its arithmetic on made-up runs, a small real run, and a server that is a fake."""
+"""`failfast bench`: its arithmetic on made-up runs, a small real run, and a fake server."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ def made_up(seconds, answers, tally=None):
 
 
 def test_a_row_by_hand():
-    """Catches ratios across repeats, means instead of medians, and percentiles of the wrong times."""
+    """Catches ratios across repeats, means for medians, and percentiles of the wrong times."""
     answers = [[1, 2, 3, 4], [5, 6]]
     none = [made_up(seconds, answers) for seconds in (1.0, 2.0, 4.0)]  # 6, 3, 1.5 tokens/s
     others = [made_up(s, found) for s, found in ((0.5, answers), (0.4, answers), (2.0, [[1], [5]]))]
@@ -128,8 +128,7 @@ def test_a_request_that_ends_is_replaced_at_once(monkeypatch):
     llm, prompts = FakeEngine(), [{"prompt_token_ids": [i]} for i in (0, 1)]
     run = closed_loop.closed_loop(llm, watch, prompts, 50, concurrency=4, num_requests=9)
     assert run.answers == [[i] * (i % 3 + 1) for i in range(9)]
-    assert llm.in_flight[:4] == [4, 4, 4, 4]  # then there are no more
-    assert sorted(llm.in_flight, reverse=True) == llm.in_flight
+    assert llm.in_flight == [4, 4, 4, 3, 2, 1]  # after the third step none is left to start
     assert [s.num_tokens for s in run.served] == [1, 2, 3] * 3
 
 
@@ -234,7 +233,7 @@ def test_missing_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_what_cannot_run_here_is_left_out():
-    """suffix needs a package, draft_model a drafter of the target's kind; it is said, not hidden."""
+    """suffix needs a package, draft_model a drafter of the target's kind; the user is told."""
     args = cli._parser().parse_args(
         ["bench", "--methods", "suffix", "draft_model", "failfast", "--target", "some/model"]
     )
@@ -375,12 +374,12 @@ class FakeServer:
         return web.json_response({"version": "9.9"})
 
     async def metrics(self, request):
-        lines = ["# TYPE vllm:other counter", "vllm:other_total 7.0"]
+        lines = ["# TYPE vllm:other_total counter", "vllm:other_total 7.0"]
         for name in ("drafts", "draft_tokens", "accepted_tokens"):
-            lines.append(f"# TYPE vllm:spec_decode_num_{name} counter")
+            lines.append(f"# TYPE vllm:spec_decode_num_{name}_total counter")
             lines.append(f'vllm:spec_decode_num_{name}_total{{engine="0"}} {self.counters[name]}')
         name = "vllm:spec_decode_num_accepted_tokens_per_pos"
-        lines.append(f"# TYPE {name} counter")
+        lines.append(f"# TYPE {name}_total counter")
         for position in range(3):
             lines.append(f'{name}_total{{position="{position}"}} {self.counters[position]}')
         return web.Response(text="\n".join(lines) + "\n")
