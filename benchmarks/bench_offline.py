@@ -27,8 +27,12 @@ from failfast_vllm.cli import ENGINE_ENVIRONMENT
 from failfast_vllm.closed_loop import encode, engine, padded_ar_drafter
 from failfast_vllm.config import MODELS_DIR
 
-# one thread, as a vLLM worker, which leaves a core to the rest
-for key, value in {"OMP_NUM_THREADS": "1", **ENGINE_ENVIRONMENT}.items():
+# one thread, as a vLLM worker, which leaves a core to the rest; ngram's idle ones would spin there
+for key, value in {
+    "OMP_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",
+    **ENGINE_ENVIRONMENT,
+}.items():
     os.environ.setdefault(key, value)
 
 

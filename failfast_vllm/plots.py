@@ -19,6 +19,7 @@ Row = dict[str, Any]
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")  # told apart without colours
 ACCEPTED, BONUS, REJECTED = "#0072B2", "#E69F00", "#BBBBBB"
+NO_BREAK = "\u00a0"
 FEW = 10  # a share of fewer tokens is left out
 
 
@@ -42,7 +43,9 @@ def draw(result: Result, folder: Path) -> list[Path]:
         where = "" if name == "throughput" else f"concurrency {lowest}; "
         text = where + caption(result["provenance"])
         width = int(figure.get_figwidth() * 17)  # characters of this size in an inch
-        figure.supxlabel(textwrap.fill(text, width), fontsize=7, color="#555555")
+        figure.supxlabel(
+            textwrap.fill(text, width, break_on_hyphens=False), fontsize=7, color="#555555"
+        )
         paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1], dpi=150)
     return paths
@@ -60,7 +63,7 @@ def caption(facts: dict[str, Any]) -> str:
         f"failfast {facts['failfast_vllm']} (git {facts['git']})",
         facts["date"],
     ]
-    return "; ".join(filter(None, parts))
+    return "; ".join(part.replace(" ", NO_BREAK) for part in parts if part)
 
 
 def style(i: int) -> dict[str, Any]:
