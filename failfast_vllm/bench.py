@@ -10,7 +10,6 @@ kernels per row count) and is not counted. Results are written after every point
 
 import argparse
 import contextlib
-import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -203,6 +202,8 @@ def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
 
 def check_writable(path: Path) -> None:
     """Make the folder and try the file; raises ValueError."""
+    if path.suffix == ".md":
+        raise ValueError(f"{path} is where the table goes. Choose another ending.")
     existed = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -377,7 +378,7 @@ def _offline_methods(job: Job, stack: contextlib.ExitStack) -> tuple[Makers, dic
     }
     if not args.target:  # 50,000 tokens, so that many engines fit into one machine
         engine_args["kv_cache_memory_bytes"] = 2**29
-    elif not on_cpu:
+    if not on_cpu:
         engine_args["gpu_memory_utilization"] = round(0.9 / len(job.methods), 3)
     ar_drafter = args.ar_drafter or ""
     if "draft_model" in job.methods and not ar_drafter:
@@ -412,7 +413,7 @@ def _server_methods(job: Job, stack: contextlib.ExitStack) -> tuple[Makers, dict
     server = Server(args.server, job.prompts, args.max_tokens, {}).connect()
     asked = {args.method_name or "failfast": server}
     if server.understands_failfast():
-        plain = Server(args.server, job.prompts, args.max_tokens, {MAX_LEN: 0}).connect()
+        plain = Server(args.server, job.prompts, args.max_tokens, {MAX_LEN: 0})
         asked = {BASELINE: plain, **asked}
     else:
         print("failfast bench: the server has no failfast; only it is measured.", file=sys.stderr)
@@ -422,11 +423,7 @@ def _server_methods(job: Job, stack: contextlib.ExitStack) -> tuple[Makers, dict
         "target": server.model,
         "methods": {name: each.extra for name, each in asked.items()},
     }
-    return {name: functools.partial(_itself, each) for name, each in asked.items()}, settings
-
-
-def _itself(server: Server) -> Server:
-    return server
+    return {name: each.connect for name, each in asked.items()}, settings
 
 
 def earlier_rows(path: Path, facts: dict[str, Any]) -> list[Row]:

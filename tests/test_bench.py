@@ -194,6 +194,7 @@ def test_results_are_resumed_only_with_the_same_settings(tmp_path):
         (["--prompts", "{tmp}/empty.jsonl"], "holds no prompts"),
         (["--json", "{tmp}"], "cannot write"),
         (["--json", "{tmp}/bad.jsonl/x.json"], "cannot write"),
+        (["--json", "{tmp}/x.md"], "is where the table goes"),
         (["--resume"], "--resume continues a file. Add --json FILE."),
         (["--target", "{tmp}"], "has no config.json"),
         (["--drafter", "./nowhere"], "has no config.json"),
