@@ -91,7 +91,7 @@ def test_the_warm_up_is_not_counted_and_methods_take_turns():
 
 
 class FakeEngine:
-    """Request i answers i % 3 + 1 tokens, one per step."""
+    """Request i answers (i + 1) % 3 + 1 tokens, one per step."""
 
     def __init__(self):
         self.running, self.in_flight = {}, []
@@ -107,7 +107,7 @@ class FakeEngine:
         for request_id in list(self.running):
             self.running[request_id] += 1
             num_tokens = self.running[request_id]
-            finished = num_tokens == int(request_id) % 3 + 1
+            finished = num_tokens == (int(request_id) + 1) % 3 + 1
             if finished:
                 del self.running[request_id]
             outputs.append(
@@ -120,16 +120,28 @@ class FakeEngine:
         return outputs
 
 
-def test_a_request_that_ends_is_replaced_at_once(monkeypatch):
-    """Catches batches that drain, and answers in the order in which they end."""
+def loop(monkeypatch, first_rounds):
     stub = types.SimpleNamespace(SamplingParams=lambda **given: given)
     monkeypatch.setitem(sys.modules, "vllm", stub)
-    watch = types.SimpleNamespace(begin=lambda: None, tally=Tally(), first_rounds=[])
+    watch = types.SimpleNamespace(begin=lambda: None, tally=Tally(), first_rounds=first_rounds)
     llm, prompts = FakeEngine(), [{"prompt_token_ids": [i]} for i in (0, 1)]
     run = closed_loop.closed_loop(llm, watch, prompts, 50, concurrency=4, num_requests=9)
-    assert run.answers == [[i] * (i % 3 + 1) for i in range(9)]
-    assert llm.in_flight == [4, 4, 4, 3, 2, 1]  # after the third step none is left to start
-    assert [s.num_tokens for s in run.served] == [1, 2, 3] * 3
+    return llm, run
+
+
+def test_a_request_that_ends_is_replaced_at_once(monkeypatch):
+    """Catches batches that drain, and answers in the order in which they end."""
+    llm, run = loop(monkeypatch, [])
+    assert run.answers == [[i] * ((i + 1) % 3 + 1) for i in range(9)]
+    assert llm.in_flight == [4, 4, 4, 4, 1, 1]  # after the third step none is left to start
+    assert [s.num_tokens for s in run.served] == [2, 3, 1] * 3
+
+
+def test_a_trajectory_is_whole_or_absent(monkeypatch):
+    """Catches an answer drawn without the steps in which a load-aware drafter rested."""
+    prefill, last = ("0-abc", [], [0], 0, []), ("0-abc", [], [0], 1, [])
+    assert len(loop(monkeypatch, [prefill, last])[1].trajectory) == 2
+    assert loop(monkeypatch, [prefill])[1].trajectory == []
 
 
 def test_methods_cover_all_policies_and_say_what_load_does():
