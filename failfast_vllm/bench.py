@@ -386,11 +386,14 @@ def _offline_methods(job: Job, stack: contextlib.ExitStack) -> tuple[Makers, dic
         ar_drafter = str(padded_ar_drafter(Path(folder)))
     configs = methods(args.drafter, ar_drafter)
 
+    started: list[EngineProcess] = []
+    stack.callback(EngineProcess.close, started)
+
     def maker(name: str) -> Callable[[], EngineProcess]:
         def make() -> EngineProcess:
-            started = EngineProcess(name, configs[name], engine_args, job.prompts, args.max_tokens)
-            stack.callback(started.close)
-            return started
+            settings = (configs[name], engine_args, job.prompts, args.max_tokens)
+            started.append(EngineProcess(name, *settings))
+            return started[-1]
 
         return make
 

@@ -304,9 +304,13 @@ class EngineProcess:
             raise ValueError(f"the engine of {self.name!r} failed: {found}")
         return found
 
-    def close(self) -> None:
-        self._pipe.close()
-        self._process.join(30)
+    @staticmethod
+    def close(engines: "Sequence[EngineProcess]") -> None:
+        """End them side by side: each takes seconds."""
+        for each in engines:
+            each._pipe.close()
+        for each in engines:
+            each._process.join(30)
 
 
 def _work(
