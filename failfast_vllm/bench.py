@@ -461,7 +461,10 @@ def _save(result: dict[str, Any], path: str | None) -> None:
 
 def report(result: dict[str, Any]) -> str:
     """Markdown: provenance, speed-ups by concurrency, and all figures."""
-    facts = [f"- {key}: {value}" for key, value in result["provenance"].items() if value != {}]
+    facts = [
+        f"- {key}: {value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in result["provenance"].items()
+    ]
     tables = [speedups_table(result["rows"]), "", full_table(result["rows"])]
     return "\n".join([*facts, "", *tables])
 

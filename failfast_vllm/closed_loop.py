@@ -291,7 +291,8 @@ class EngineProcess:
         self._receive()  # it is ready
 
     def __call__(self, concurrency: int, num_requests: int) -> Run:
-        self._pipe.send((concurrency, num_requests))
+        with contextlib.suppress(OSError):  # it died since: `_receive` says so
+            self._pipe.send((concurrency, num_requests))
         run: Run = self._receive()
         return run
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import multiprocessing
 import subprocess
 import sys
 import threading
@@ -274,6 +275,7 @@ def measure(folder, *more):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_a_real_run_agrees_with_itself(real):
     """Catches figures that come from different runs, and counts that miss the drafter's rounds."""
     folder, done = real
@@ -510,6 +512,14 @@ def test_an_engine_that_cannot_start_says_why():
     """Catches a parent that waits for ever, or shows a traceback of pickles."""
     with pytest.raises(ValueError, match=r"the engine of 'x' failed: .*nowhere"):
         closed_loop.EngineProcess("x", None, {"model": "/nowhere"}, [], 5)
+
+
+def test_an_engine_that_died_is_named():
+    dead = object.__new__(closed_loop.EngineProcess)
+    dead.name, (dead._pipe, theirs) = "x", multiprocessing.Pipe()
+    theirs.close()
+    with pytest.raises(ValueError, match="the engine of 'x' died"):
+        dead(1, 2)
 
 
 def test_nan_is_no_json():
