@@ -490,9 +490,9 @@ COLUMNS = (  # title, key, format
     ("acceptance length", "acceptance_length", "{:.2f}"),
     ("passes/round", "passes_per_round", "{:.2f}"),
     ("TTFT p50, ms", "ttft_p50_ms", "{:.1f}"),
-    ("p99", "ttft_p99_ms", "{:.1f}"),
+    ("TTFT p99", "ttft_p99_ms", "{:.1f}"),
     ("TPOT p50, ms", "tpot_p50_ms", "{:.2f}"),
-    ("p99", "tpot_p99_ms", "{:.2f}"),
+    ("TPOT p99", "tpot_p99_ms", "{:.2f}"),
     ("equal answers", "answers_equal_to_none", "{:.1%}"),
 )
 
