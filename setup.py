@@ -17,6 +17,7 @@ setup(
     package_dir={"failfast_kernels": "kernels/failfast_kernels"},
     package_data={"failfast_vllm": ["py.typed", "models/*", "models/*/*"]},
     install_requires=["vllm>=0.32,<0.34", "torch", "transformers", "triton", "safetensors"],
+    extras_require={"bench": ["matplotlib"]},
     entry_points={
         "vllm.general_plugins": ["failfast = failfast_vllm.plugin:register"],
         "console_scripts": ["failfast = failfast_vllm.cli:main"],

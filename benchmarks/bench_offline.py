@@ -10,15 +10,10 @@ Acceptance length = accepted + 1 per verified draft, over the whole run.
 """
 
 import argparse
-import contextlib
-import gc
 import json
 import multiprocessing
 import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,14 +22,18 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as a vLLM worker, which leaves a core to the rest
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from failfast_vllm.bench import PROMPTS, SHIPPED_PAIR, provenance, read_prompts, spread
+from failfast_vllm.cli import ENGINE_ENVIRONMENT
+from failfast_vllm.closed_loop import encode, engine, padded_ar_drafter
+from failfast_vllm.config import MODELS_DIR
 
-MODELS = Path(__file__).parent.parent / "failfast_vllm" / "models"
+# one thread, as a vLLM worker, which leaves a core to the rest; ngram's idle ones would spin there
+for key, value in {
+    "OMP_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",
+    **ENGINE_ENVIRONMENT,
+}.items():
+    os.environ.setdefault(key, value)
 
 
 @dataclass(frozen=True)
@@ -81,28 +80,6 @@ def methods(ar_drafter):
     }
 
 
-def pad_vocabulary(source, vocab_size, destination):
-    """Copy a checkpoint with its embedding padded: vLLM's draft_model wants equal sizes."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    destination.mkdir()
-    for path in source.iterdir():
-        if path.suffix != ".safetensors":
-            (destination / path.name).write_bytes(path.read_bytes())
-    config = json.loads((source / "config.json").read_text())
-    missing = vocab_size - config["vocab_size"]
-    weights = load_file(source / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in weights:  # the padding repeats row 0: equal logits, and the lower id wins a tie
-            rows = weights[name]
-            weights[name] = torch.cat([rows, rows[:1].expand(missing, -1)]).contiguous()
-    save_file(weights, destination / "model.safetensors", metadata={"format": "pt"})
-    config["vocab_size"] = vocab_size
-    (destination / "config.json").write_text(json.dumps(config))
-    return destination
-
-
 class Stopwatch:
     """Adds up the milliseconds inside wrapped calls."""
 
@@ -124,32 +101,11 @@ class Stopwatch:
         setattr(owner, name, timed)
 
 
-@contextlib.contextmanager
-def engine(speculative_config, args, batch_size):
-    from vllm import LLM
-
-    llm = LLM(
-        model=str(MODELS / "target"),
-        dtype=args.dtype,
-        enforce_eager=not args.compile,
-        max_model_len=2048,
-        max_num_seqs=batch_size,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        speculative_config=speculative_config,
-    )
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-
-
 def run_once(speculative_config, args, batch_size, prompts):
     from vllm import SamplingParams
 
-    with engine(speculative_config, args, batch_size) as llm:
+    engine_args = {"dtype": args.dtype, "enforce_eager": not args.compile}
+    with engine(speculative_config, **engine_args, max_num_seqs=batch_size) as llm:
         params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
 
         def answer_all():
@@ -213,42 +169,6 @@ def run_once(speculative_config, args, batch_size, prompts):
         )
 
 
-def provenance(args):
-    import torch
-    import vllm
-
-    import failfast_vllm
-
-    sha = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "git": sha,
-        "device": f"{cpu}, {os.cpu_count()} cores",
-        "vllm": vllm.__version__,
-        "torch": torch.__version__,
-        "failfast_vllm": failfast_vllm.__version__,
-        "target": "the shipped small target (see failfast_vllm/models/README.md)",
-        "dtype": args.dtype,
-        "compiled": args.compile,
-        "prompts": args.num_prompts,
-        "repeats": args.repeats,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def median_row(name, batch_size, runs, baselines, expected):
     """Medians over the repeats; the speed-up is the median of the ratios within a repeat."""
     fields = [f for f in asdict(runs[0]) if f != "answers"]
@@ -271,20 +191,8 @@ def held_out_prompts(count):
     """Questions that neither model was trained on, as vLLM takes them."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(MODELS / "target")
-    lines = (MODELS / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    step = max(1, len(lines) // count)
-    return [
-        {
-            "prompt_token_ids": tokenizer(
-                tokenizer.apply_chat_template(
-                    json.loads(line)["messages"], add_generation_prompt=True, tokenize=False
-                ),
-                add_special_tokens=False,
-            )["input_ids"]
-        }
-        for line in lines[::step][:count]
-    ]
+    tokenizer = AutoTokenizer.from_pretrained(MODELS_DIR / "target")
+    return [encode(tokenizer, prompt) for prompt in spread(read_prompts(PROMPTS), count)]
 
 
 def measure(chosen, args, prompts):
@@ -343,13 +251,17 @@ def main():
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    facts = provenance(args)
+    facts = provenance(
+        target=SHIPPED_PAIR,
+        dtype=args.dtype,
+        compiled=args.compile,
+        prompts=args.num_prompts,
+        repeats=args.repeats,
+    )
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        vocab_size = json.loads((MODELS / "target" / "config.json").read_text())["vocab_size"]
-        ar_drafter = pad_vocabulary(MODELS / "ar-drafter", vocab_size, Path(folder) / "ar")
-        chosen = methods(ar_drafter)
+        chosen = methods(padded_ar_drafter(Path(folder)))
         if args.methods:
             chosen = {name: chosen[name] for name in ["none", *args.methods]}
         rows = measure(chosen, args, held_out_prompts(args.num_prompts))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import failfast_vllm
+from failfast_vllm import bench
 from failfast_vllm.config import MODELS_DIR, FailFastConfig
 
 SHIPPED = ("target", "drafter", "ar-drafter")
@@ -91,6 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--target", type=Path, metavar="PATH", help="default: the shipped target")
     demo.add_argument("--drafter", type=Path, metavar="PATH", help="default: the target's own")
+    text = "Compare drafting methods by concurrency, offline or against a server."
+    measure = commands.add_parser("bench", help=text, description=text)
+    measure.set_defaults(run=_bench)
+    bench.add_arguments(measure)
     plan = add("plan", _plan, "Count a pair's memory and model (not measure) what it gains.")
     plan.add_argument("target", metavar="TARGET", help="checkpoint directory, config.json or name")
     plan.add_argument("--drafter", metavar="PATH_OR_ID", help="default: the family's own")
@@ -311,6 +316,23 @@ def _demo(args: argparse.Namespace) -> int:
             raise UsageError(" ".join(str(error).split())) from error
     print(json.dumps(result.to_dict()) if args.json else demo.render(result, sys.stdout))
     return 0 if result.outputs_identical else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    is_shipped = not args.server and not args.target
+    problems = [shipped_problem(MODELS_DIR / name) for name in SHIPPED if is_shipped]
+    if any(problems):
+        raise UsageError(f"{'; '.join(filter(None, problems))}. {REINSTALL}")
+    if is_shipped:  # as for the demo
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        job = bench.prepare(args)
+        with _engine_environment():
+            result = bench.run(job)
+    except (ValueError, OSError) as error:
+        raise UsageError(" ".join(str(error).split()).removeprefix("failfast: ")) from error
+    print(bench.report(result))
+    return 0
 
 
 def _plan(args: argparse.Namespace) -> int:

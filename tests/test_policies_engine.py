@@ -3,12 +3,6 @@
 One engine serves all of them; the policy of its drafter is exchanged in between.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -114,31 +108,3 @@ def test_the_check_catches_a_biased_acceptance(llm, question, monkeypatch):
     with policy(llm, "survival"):
         draws = draw(llm, prompt, NUM_DRAWS)
     assert p_value(draws, distribution, NUM_DRAWS) < P_VALUE
-
-
-def test_the_comparison_runs(tmp_path):
-    """Catches a script that nobody runs until its figures are needed."""
-    script = Path(__file__).parent.parent / "benchmarks" / "compare_policies.py"
-    out = tmp_path / "found.json"
-    tiny = [
-        "--batch-sizes",
-        "1",
-        "--num-prompts",
-        "1",
-        "--max-tokens",
-        "12",
-        "--repeats",
-        "1",
-        "--policies",
-    ]
-    command = [sys.executable, script, *tiny, "survival + reuse", "--json", out]
-    # scripts find their neighbours beside them
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
-    subprocess.run(command, check=True, timeout=300, env=environment)
-    found = json.loads(out.read_text(encoding="utf-8"))
-    assert "compare_policies" in found["provenance"]["command"]
-    rows = {row["method"]: row for row in found["rows"]}
-    assert list(rows) == ["none", "survival + reuse"]
-    assert rows["survival + reuse"]["answers_equal_to_none"] == "1/1"
-    assert rows["survival + reuse"]["acceptance_length"] > 1
-    assert "| survival + reuse | " in out.with_suffix(".md").read_text(encoding="utf-8")
