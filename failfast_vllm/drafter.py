@@ -30,6 +30,7 @@ import torch
 
 from failfast_kernels import TokenConfidence
 from failfast_vllm.blocks import CommittedBlocks
+from failfast_vllm.counts import BUDGET, CAP, EOS, LOAD, REQUEST
 from failfast_vllm.load import LoadPlanner
 from failfast_vllm.policy import DraftSoFar, Lengths, Policy
 from failfast_vllm.reuse import RejectedDrafts, RejectedTokens, continuation
@@ -92,6 +93,7 @@ class Drafts(NamedTuple):
     # [num_seqs], less than `lens` where rejected tokens were reused, more where the draft was cut
     num_confidences: Lengths
     ends_at_stop: npt.NDArray[np.bool_]  # [num_seqs], a pass drafted a stop token
+    stop_reasons: Lengths  # [num_seqs] what ended each draft, see `counts`
 
     def to_lists(self) -> list[list[int]]:
         """One list per sequence: a copy to the host."""
@@ -132,6 +134,7 @@ class Drafter:
     """Drafts for all sequences of a step.
 
     Args:
+        max_draft_len: most tokens of a draft; steps may ask for less.
         max_num_rows: rows that one forward may have; more are split. Verification has as many.
         max_draft_budget: tokens that one step may draft over all sequences.
         vocab_size: of the drafter; it reads MASK where the target has an id beyond it.
@@ -153,6 +156,7 @@ class Drafter:
         mask_token_id: int,
         stop_token_ids: torch.Tensor,
         kv_block_size: int,
+        max_draft_len: int,
         max_num_rows: int,
         max_draft_budget: int,
         diffusion_block_size: int = 32,
@@ -169,6 +173,7 @@ class Drafter:
         self.mask_token_id = mask_token_id
         self.stop_token_ids = stop_token_ids
         self.kv_block_size = kv_block_size
+        self.max_draft_len = max_draft_len
         self.max_num_rows = max_num_rows
         self.max_draft_budget = max_draft_budget
         self.diffusion_block_size = diffusion_block_size
@@ -187,6 +192,7 @@ class Drafter:
 
         With a planner, commits wait until a sequence is drafted for.
         """
+        asked_lens = step.max_draft_lens
         step = replace(step, max_draft_lens=self.policy.begin(step.req_ids, step.max_draft_lens))
         first_lens = increments = self._first_increments(step)
         drafts = increments > 0
@@ -197,6 +203,7 @@ class Drafter:
         draft_lens = np.zeros_like(step.known_lens)
         num_passes = np.zeros_like(draft_lens)
         num_forwards = num_rows = 0
+        willing = np.zeros_like(drafts)  # to go on, were it allowed to
 
         starts = step.committed_lens
         ends = np.where(drafts, step.known_lens + increments, step.final_lens)
@@ -235,13 +242,17 @@ class Drafter:
                         batch.input_ids.numel(), (time.perf_counter() - began) * 1e3
                     )
             starts = step.final_lens
+            willing[active] = goes_on[active]
             wanted = np.where(goes_on, step.max_draft_lens - draft_lens, 0)
             increments = self._next_increments(step, wanted, first_lens, draft_lens, judged)
             active = np.flatnonzero(increments)
             ends = step.known_lens + draft_lens + increments
 
+        stop_reasons = self._stop_reasons(step, asked_lens, draft_lens, willing, judged)
         if self.planner is not None:
-            draft_lens = self.planner.keep(draft_lens, judged.num_confidences, judged.confidences)
+            kept = self.planner.keep(draft_lens, judged.num_confidences, judged.confidences)
+            stop_reasons[kept < draft_lens] = LOAD
+            draft_lens = kept
         token_ids = self._drafted(step, canvas, draft_lens)
         if self.rejected is not None:
             self.rejected.remember(step.req_ids, token_ids)
@@ -255,7 +266,24 @@ class Drafter:
             judged.confidences,
             judged.num_confidences,
             judged.ends_at_stop,
+            stop_reasons,
         )
+
+    def _stop_reasons(
+        self,
+        step: DraftStep,
+        asked_lens: Lengths,
+        draft_lens: Lengths,
+        willing: npt.NDArray[np.bool_],
+        judged: "_Judged",
+    ) -> Lengths:
+        """[num_seqs] what ended each draft; meaningless where there is none."""
+        spent = draft_lens.sum() >= step.draft_budget
+        refused = LOAD if self.planner is not None and not spent else BUDGET
+        reasons = np.where(willing, refused, self.policy.ends_by)
+        own_limit = np.where(asked_lens < self.max_draft_len, REQUEST, CAP)
+        reasons = np.where(draft_lens >= step.max_draft_lens, own_limit, reasons)
+        return np.where(judged.ends_at_stop, EOS, reasons)
 
     def _first_increments(self, step: DraftStep) -> Lengths:
         """[num_seqs] what the first pass drafts; 0 = no draft."""

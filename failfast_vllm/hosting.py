@@ -18,6 +18,7 @@ from failfast_kernels import TokenConfidence, confidence_argmax
 from failfast_vllm.attention import BlockDiffusionMetadata
 from failfast_vllm.blocks import CommittedBlocks
 from failfast_vllm.config import METHOD, POLICIES
+from failfast_vllm.counts import Counts, Judged
 from failfast_vllm.drafter import DraftBatch, Drafter, Drafts
 from failfast_vllm.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.graphs import BucketedPasses, Capture, make_buckets
@@ -49,7 +50,9 @@ class DraftStats:
     num_rows: int = 0
     forward_ms: float = 0.0  # inside the draft model
     total_ms: float = 0.0  # in the adapter's step, forwards included
+    counts: Counts = field(default_factory=Counts, repr=False)  # for Prometheus
     on_round: Callable[[Round], None] | None = field(default=None, repr=False)
+    _waits_since: float = field(default=0.0, repr=False)
     _drafts: dict[str, tuple[list[int], int, list[float]]] = field(default_factory=dict, repr=False)
 
     def count(self, drafts: Drafts, milliseconds: float) -> None:
@@ -57,6 +60,15 @@ class DraftStats:
         self.num_forwards += drafts.num_forwards
         self.num_rows += drafts.num_rows
         self.total_ms += milliseconds
+        self.counts.drafted(drafts.num_forwards, drafts.num_rows, milliseconds)
+        self.counts.stopped(drafts.stop_reasons[drafts.lens > 0])
+        self._waits_since = time.perf_counter() if drafts.lens.any() else 0.0
+
+    def step_began(self) -> None:
+        """The target has verified what the step before has drafted."""
+        if self._waits_since:
+            self.counts.verified((time.perf_counter() - self._waits_since) * 1e3)
+            self._waits_since = 0.0
 
     def report(self, req_id: str, num_verified: int, emitted: list[int]) -> None:
         """Hand the round that has just been verified to `on_round`, which must be set."""
@@ -79,8 +91,9 @@ class Rounds:
     An adapter calls `verified` before a step's drafts are made, `drafted` after.
     """
 
-    def __init__(self, drafter: Drafter) -> None:
+    def __init__(self, drafter: Drafter, counts: Counts) -> None:
         self.drafter = drafter
+        self.counts = counts
         self._drafts = PerRequest[Outcome | None](None)  # nothing of them is verified yet
 
     def verified(
@@ -99,6 +112,9 @@ class Rounds:
                 outcomes.append(draft._replace(num_verified=verified, num_accepted=emitted - 1))
             if emitted:
                 self._drafts.forget((req_id,))
+        self.counts.judged(
+            Judged(o.confidences[: o.num_verified], o.num_accepted) for o in outcomes
+        )
         policy = self.drafter.policy
         if policy.calibration is not None:
             policy.calibration.observe(outcomes)
@@ -110,9 +126,6 @@ class Rounds:
 
     def drafted(self, req_ids: Sequence[str], drafts: Drafts) -> None:
         """Keep what was drafted until it is verified."""
-        drafter, policy = self.drafter, self.drafter.policy
-        if not (policy.learns or policy.calibration or drafter.rejected or drafter.planner):
-            return
         for i in drafts.lens.nonzero()[0].tolist():
             self._drafts[req_ids[i]] = Outcome(
                 req_ids[i],
@@ -243,6 +256,7 @@ def make_drafter(
         kv_block_size=kv_block_size,
         blocks=CommittedBlocks(num_pages, kv_block_size, knobs["diffusion_block_size"], device),
         max_draft_budget=knobs["draft_budget"],
+        max_draft_len=knobs["num_speculative_tokens"],
         max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
         diffusion_block_size=knobs["diffusion_block_size"],
         logit_shift=knobs["logit_shift"],

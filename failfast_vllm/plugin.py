@@ -24,6 +24,7 @@ from failfast_vllm.families import FAMILIES, MAX_DIFFUSION_BLOCK_SIZE, Family, f
 
 logger = logging.getLogger("vllm.failfast")  # vLLM's handlers and format
 
+ENGINE_MODULE = "vllm.v1.engine.core"
 SUPPORTED_VLLM = ((0, 32), (0, 33))
 
 
@@ -69,6 +70,23 @@ REQUEST_HOOKS = (
         ("self", "speculative_config"),
     ),
 )
+METRICS_HOOKS = (
+    Hook(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
+        "update_draft_token_ids",
+        ("self", "draft_token_ids"),
+    ),
+    Hook(
+        "vllm.v1.core.sched.scheduler", "Scheduler", "make_stats", ("self", "spec_decoding_stats")
+    ),
+    Hook(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM",
+        "__init__",
+        ("self", "vllm_config", "executor_class", "log_stats"),
+    ),
+)
 WORKER_HOOK = Hook("vllm.v1.worker.worker_base", "WorkerBase", "__init__", ("self", "vllm_config"))
 V1_HOOKS = (
     Hook(
@@ -106,6 +124,7 @@ V1_HOOKS = (
         "_update_states",
         ("self", "scheduler_output"),
     ),
+    Hook("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "take_draft_token_ids", ("self",)),
     Hook(
         "vllm.v1.sample.rejection_sampler",
         "",
@@ -140,7 +159,7 @@ V2_HOOKS = (
         ("self", "scheduler_output"),
     ),
 )
-ALL_HOOKS = (*CONFIG_HOOKS, *REQUEST_HOOKS, WORKER_HOOK, *V1_HOOKS, *V2_HOOKS)
+ALL_HOOKS = (*CONFIG_HOOKS, *REQUEST_HOOKS, *METRICS_HOOKS, WORKER_HOOK, *V1_HOOKS, *V2_HOOKS)
 
 
 def register() -> None:
@@ -232,6 +251,8 @@ def _install_config_hooks(problem: str | None) -> None:
         _install_worker_hook()
     if REQUEST_HOOKS[0].module in sys.modules and not missing_hooks(REQUEST_HOOKS):
         _install_request_hooks()  # a front end that may be handed a pickled config
+    if ENGINE_MODULE in sys.modules:
+        _install_metrics_hooks()  # an engine's process, or a front end
 
 
 def _install_worker_hook() -> None:
@@ -254,6 +275,54 @@ def _install_request_hooks() -> None:
 
     _wrap(InputProcessor, "_validate_params", _validating_params)
     _wrap(SamplingParams, "_validate_spec_decode", _validating_spec_decode)
+
+
+def _install_metrics_hooks() -> None:
+    """Carry the worker's counts to the API server; without them only metrics are missing."""
+    problem = missing_hooks(METRICS_HOOKS)
+    if problem:
+        logger.warning("failfast shows no metrics: %s", problem)
+        return
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def updating_drafts(original: Any) -> Any:
+        def update_draft_token_ids(self: Any, draft_token_ids: Any, *args: Any) -> Any:
+            if counts := getattr(draft_token_ids, "failfast_counts", None):
+                self.failfast_counts = [*getattr(self, "failfast_counts", ()), *counts]
+            return original(self, draft_token_ids, *args)
+
+        return update_draft_token_ids
+
+    def making_stats(original: Any) -> Any:
+        def make_stats(self: Any, spec_decoding_stats: Any = None, *args: Any, **more: Any) -> Any:
+            if spec_decoding_stats is not None and getattr(self, "failfast_counts", None):
+                spec_decoding_stats.num_draft_tokens_per_pos.extend(self.failfast_counts)
+                self.failfast_counts = []
+            return original(self, spec_decoding_stats, *args, **more)
+
+        return make_stats
+
+    def initializing_front_end(original: Any) -> Any:
+        def __init__(  # noqa: N807
+            self: Any,
+            vllm_config: Any,
+            executor_class: Any,
+            log_stats: bool,
+            *args: Any,
+            **more: Any,
+        ) -> None:
+            if asked_for(vllm_config) and log_stats and len(args) < 5:
+                from failfast_vllm.metrics import FailFastStatLogger
+
+                more["stat_loggers"] = [*(more.get("stat_loggers") or ()), FailFastStatLogger]
+            original(self, vllm_config, executor_class, log_stats, *args, **more)
+
+        return __init__
+
+    _wrap(Scheduler, "update_draft_token_ids", updating_drafts)
+    _wrap(Scheduler, "make_stats", making_stats)
+    _wrap(AsyncLLM, "__init__", initializing_front_end)
 
 
 def _validating_params(original: Any) -> Any:
@@ -328,6 +397,7 @@ def _creating_speculative_config(original: Any) -> Any:
         register_model()
         _install_worker_hook()
         _install_request_hooks()
+        _install_metrics_hooks()
 
         # the drafter's config takes the target's flag; remote code is never run for a drafter
         guarded = copy.copy(target_model_config)
@@ -696,6 +766,16 @@ def install_v1_hooks() -> None:
 
         return _update_states
 
+    def taking_drafts(original: Any) -> Any:
+        def take_draft_token_ids(self: Any) -> Any:
+            drafts = original(self)
+            drafter = getattr(self, "drafter", None)
+            if drafts is not None and isinstance(drafter, FailFastProposer):
+                drafts.failfast_counts = drafter.stats.counts.take()
+            return drafts
+
+        return take_draft_token_ids
+
     def building_logitsprocs(original: Any) -> Any:
         """vLLM drops min_p and logit_bias beside any drafter; undrafted requests can have them."""
 
@@ -717,6 +797,7 @@ def install_v1_hooks() -> None:
         return build_logitsprocs
 
     _wrap(GPUModelRunner, "_update_states", updating_states)
+    _wrap(GPUModelRunner, "take_draft_token_ids", taking_drafts)
     _wrap(DraftModelProposer, "__new__", constructing_proposer)
     _wrap(gpu_model_runner, "build_logitsprocs", building_logitsprocs)
     _wrap(GPUModelRunner, "_input_fits_in_drafter", fitting_drafter)

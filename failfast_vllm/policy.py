@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from failfast_vllm.calibration import Calibration
+from failfast_vllm.counts import DOUBT, LOAD
 
 Lengths = npt.NDArray[np.int64]
 
@@ -60,6 +61,7 @@ class Policy(ABC):
 
     needs_entropy = False
     learns = False  # whether it wants `observe`
+    ends_by = DOUBT  # why a draft that does not go on is complete, see `counts`
     calibration: Calibration | None = None  # kept up to date for it, if it has one
 
     def begin(self, req_ids: Sequence[str], max_draft_lens: Lengths) -> Lengths:
@@ -113,6 +115,8 @@ class Goodput(Policy):
     s_i are calibrated survivals. `load.LoadPlanner` chooses the length before the pass and what to
     verify after it; nothing is left to decide here (SmartSpec / TurboSpec, arXiv 2406.14066).
     """
+
+    ends_by = LOAD
 
     def extend(self, draft: DraftSoFar) -> Verdict:
         return Verdict(draft.lens, torch.zeros_like(draft.lens, dtype=torch.bool))

@@ -90,7 +90,7 @@ class FailFastProposer(DraftModelProposer):
             kv_cache_config.num_blocks * (self.block_size // kv_block_size),
             self.device,
         )
-        self.rounds = Rounds(self.drafter)
+        self.rounds = Rounds(self.drafter, self.stats.counts)
 
     def draft(
         self, scheduler_output: Any, sampled_token_ids: list[list[int]], common_attn_metadata: Any
@@ -99,6 +99,7 @@ class FailFastProposer(DraftModelProposer):
         assert self.drafter is not None
         assert self.rounds is not None
         began = time.perf_counter()
+        self.stats.step_began()
         batch, planner = self.runner.input_batch, self.drafter.planner
         num_reqs = len(sampled_token_ids)
         req_ids = batch.req_ids[:num_reqs]

@@ -100,7 +100,7 @@ class FailFastSpeculator(DraftModelSpeculator):
             kv_cache_config.num_blocks * num_pages_per_block,
             self.device,
         )
-        self.rounds = Rounds(self.drafter)
+        self.rounds = Rounds(self.drafter, self.stats.counts)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Nothing to set up: `capture` makes its own graphs."""
@@ -157,6 +157,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         assert self.drafter is not None
         assert self.rounds is not None
         began = time.perf_counter()
+        self.stats.step_began()
         if num_speculative_tokens is None:
             num_speculative_tokens = self.num_speculative_steps
         committed_lens = self._committed_lens(input_batch)
@@ -199,7 +200,9 @@ class FailFastSpeculator(DraftModelSpeculator):
             ids[: self._lens.get(req_id, 0)]
             for req_id, ids in zip(drafts.req_ids, drafts.draft_token_ids, strict=True)
         ]
-        return DraftTokenIds(drafts.req_ids, lists)
+        trimmed = DraftTokenIds(drafts.req_ids, lists)
+        trimmed.failfast_counts = self.stats.counts.take()  # type: ignore[attr-defined]
+        return trimmed
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended; also called in steps without any other."""

@@ -144,7 +144,7 @@ def policy(llm, variant, **given):
     drafter.policy = make_policy(name, parameters, knobs["num_speculative_tokens"])
     drafter.draft_increment = knobs["draft_increment"]
     drafter.rejected = RejectedDrafts() if reuse else None
-    own.rounds = Rounds(drafter)
+    own.rounds = Rounds(drafter, own.stats.counts)
     try:
         yield drafter.policy
     finally:

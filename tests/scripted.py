@@ -43,6 +43,7 @@ def make_drafter(policy, script, *, increment=10, reuse_rejected=False, max_num_
         stop_token_ids=torch.tensor([STOP]),
         kv_block_size=32,
         blocks=CommittedBlocks(64, 32, 32, torch.device("cpu")),
+        max_draft_len=60,
         max_num_rows=max_num_rows,
         max_draft_budget=4096,
         logit_shift=0,

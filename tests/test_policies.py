@@ -9,6 +9,7 @@ import torch
 from failfast_vllm import learned_policy
 from failfast_vllm.calibration import Calibration
 from failfast_vllm.config import POLICIES, policy_parameters
+from failfast_vllm.counts import Counts
 from failfast_vllm.hosting import Rounds
 from failfast_vllm.learned_policy import (
     AdaEdl,
@@ -176,7 +177,7 @@ def test_one_copy_to_the_host_per_increment(name, reuse, monkeypatch):
 def run_rounds(policy, script, num_rounds, target, **drafter_settings):
     """Draft and verify; `target` says how many of a draft's tokens are accepted."""
     drafter = make_drafter(policy, script, **drafter_settings)
-    rounds = Rounds(drafter)
+    rounds = Rounds(drafter, Counts())
     step = make_step(script, [CAP] * len(script.known_lens))
     found = [(0, 0)] * len(step.req_ids)
     for _ in range(num_rounds):
@@ -331,7 +332,7 @@ def test_rounds_pair_each_draft_with_its_verification():
     """Catches outcomes of requests without a draft, skipped requests, drafts reported twice."""
     script = random_script(4, num_seqs=4)
     policy = AdaEdl(0.2, 0.9, 0.4)
-    rounds = Rounds(make_drafter(policy, script))
+    rounds = Rounds(make_drafter(policy, script), Counts())
     observed = []
     policy.observe = observed.extend
     step = make_step(script, [CAP, CAP, 0, CAP])

@@ -1,0 +1,65 @@
+"""What a worker counts for `metrics`: integers that are cheap to add up and to send. NumPy only."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+# What ended a draft. doubt: the policy. cap: num_speculative_tokens. load: the planner. budget:
+# draft_budget. eos: it drafted a stop token. request: its own limit, max_tokens or the context.
+STOP_REASONS = ("doubt", "cap", "load", "budget", "eos", "request")
+DOUBT, CAP, LOAD, BUDGET, EOS, REQUEST = range(len(STOP_REASONS))
+NUM_BINS = 10  # of confidence
+CONFIDENCE_SCALE = 1000  # confidences are added up as integers
+SCALARS = ("draft_passes", "draft_rows", "draft_us", "verify_us", "steps")
+NUM_COUNTS = len(SCALARS) + len(STOP_REASONS) + 3 * NUM_BINS
+
+
+class Judged(NamedTuple):
+    """Draft tokens that the target has judged; behind the first rejection it judges none."""
+
+    confidences: npt.NDArray[np.float32]  # [n]
+    num_accepted: int  # the first so many
+
+
+class Counts:
+    """What a worker has counted since it was last asked."""
+
+    def __init__(self) -> None:
+        self.scalars = dict.fromkeys(SCALARS, 0)
+        self.stops = np.zeros(len(STOP_REASONS), dtype=np.int64)  # drafts made, by reason
+        self.bins = np.zeros((3, NUM_BINS), dtype=np.int64)  # judged, accepted, confidence
+
+    def drafted(self, passes: int, rows: int, milliseconds: float) -> None:
+        """A step's drafts are made."""
+        self.scalars["draft_passes"] += passes
+        self.scalars["draft_rows"] += rows
+        self.scalars["draft_us"] += int(milliseconds * 1e3)
+        self.scalars["steps"] += 1
+
+    def stopped(self, reasons: npt.NDArray[np.int64]) -> None:
+        """Why each draft of a step is not longer, [num_drafts]."""
+        self.stops += np.bincount(reasons, minlength=len(STOP_REASONS))
+
+    def verified(self, milliseconds: float) -> None:
+        """From the end of a step's drafts to the end of their verification."""
+        self.scalars["verify_us"] += int(milliseconds * 1e3)
+
+    def judged(self, drafts: Iterable[Judged]) -> None:
+        """Fill the bins of the reliability diagram."""
+        for confidences, num_accepted in drafts:
+            seen = confidences[: num_accepted + 1]
+            bins = np.minimum((seen * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+            self.bins[0] += np.bincount(bins, minlength=NUM_BINS)
+            self.bins[1] += np.bincount(bins[:num_accepted], minlength=NUM_BINS)
+            weights = np.bincount(bins, seen * CONFIDENCE_SCALE, minlength=NUM_BINS)
+            self.bins[2] += weights.round().astype(np.int64)
+
+    def take(self) -> list[int]:
+        """`NUM_COUNTS` integers, which are zero again afterwards; none if nothing was counted."""
+        counts = [*self.scalars.values(), *self.stops.tolist(), *self.bins.flatten().tolist()]
+        if not any(counts):
+            return []
+        self.__init__()  # type: ignore[misc]
+        return counts
