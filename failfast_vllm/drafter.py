@@ -90,6 +90,7 @@ class Drafts(NamedTuple):
     confidences: npt.NDArray[np.float32]  # [num_seqs, cap], of `num_confidences` tokens each
     num_confidences: Lengths  # [num_seqs], less than `lens` where rejected tokens were reused
     ends_at_stop: npt.NDArray[np.bool_]  # [num_seqs], a pass drafted a stop token
+    seq_rows: Lengths  # [num_seqs], of `num_rows`
 
     def to_lists(self) -> list[list[int]]:
         """One list per sequence: a copy to the host."""
@@ -193,7 +194,7 @@ class Drafter:
         canvas = self._canvas(step)
         judged = self._judged(step)
         draft_lens = np.zeros_like(step.known_lens)
-        num_passes = np.zeros_like(draft_lens)
+        num_passes, seq_rows = np.zeros_like(draft_lens), np.zeros_like(draft_lens)
         num_forwards = num_rows = 0
 
         starts = step.committed_lens
@@ -201,6 +202,7 @@ class Drafter:
         active = np.flatnonzero(ends > starts)
         if (ends - starts).sum() > self.max_num_rows:
             num_forwards, num_rows = self._commit_in_parts(step, canvas)
+            seq_rows += step.final_lens - step.committed_lens
             starts = step.final_lens
             active = np.flatnonzero(drafts)
 
@@ -212,6 +214,7 @@ class Drafter:
                 first_rows, batch = self._rows(step, canvas, seqs, starts, ends)
                 hidden_states = self.model.forward(batch)
                 num_forwards, num_rows = num_forwards + 1, num_rows + batch.input_ids.numel()
+                seq_rows[seqs] += (ends - starts)[seqs]
                 growing = seqs[drafts[seqs]]
                 if not growing.size:
                     continue
@@ -250,6 +253,7 @@ class Drafter:
             judged.confidences,
             judged.num_confidences,
             judged.ends_at_stop,
+            seq_rows,
         )
 
     def _first_increments(self, step: DraftStep) -> Lengths:

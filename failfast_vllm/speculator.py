@@ -173,7 +173,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         draft_tokens[:, :longest] = torch.where(drafted, drafts.token_ids, -1)
         self._lens = dict(zip(input_batch.req_ids, drafts.lens.tolist(), strict=True))
         self.stats.count(drafts, (time.perf_counter() - began) * 1e3)
-        if self.stats.on_round is not None:
+        if self.stats.wants_rounds:
             self._report_rounds(input_batch, step, emitted_lens, drafts)
         if planner is not None:
             planner.step_ended(step.req_ids)
@@ -199,6 +199,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         """The requests have ended; also called in steps without any other."""
         if self.rounds is not None:
             self.rounds.forget(req_ids)
+            self.stats.forget(req_ids)
 
     def _gather(
         self,
@@ -269,7 +270,9 @@ class FailFastSpeculator(DraftModelSpeculator):
         verified = input_batch.num_draft_tokens_per_req
         for i, req_id in enumerate(input_batch.req_ids):
             if emitted_lens[i]:
-                known = step.known_lens[i]
-                emitted = step.token_ids[step.slots[i], known - emitted_lens[i] : known].tolist()
-                self.stats.report(req_id, 0 if verified is None else int(verified[i]), emitted)
+                known = int(step.known_lens[i])
+                before = known - int(emitted_lens[i])
+                emitted = step.token_ids[step.slots[i], before:known].tolist()
+                num_verified = 0 if verified is None else int(verified[i])
+                self.stats.report(req_id, num_verified, emitted, before, input_batch.num_reqs)
         self.stats.remember(input_batch.req_ids, drafts)
