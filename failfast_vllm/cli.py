@@ -385,13 +385,16 @@ def _trace(args: argparse.Namespace) -> int:
         _record(args)
     try:
         found = trace.read(args.file)
-        if args.request is not None:
-            text = trace.trajectory(found, args.request)
-        else:
-            text = trace.render(trace.Summary(found))
+        rounds = None if args.request is None else found.of_request(args.request)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    print(json.dumps(trace.Summary(found).to_dict(), indent=2) if args.json else text)
+    if rounds is None:
+        summary = trace.Summary(found)
+        print(json.dumps(summary.to_dict(), indent=2) if args.json else trace.render(summary))
+    elif args.json:
+        print(json.dumps({"rounds": [r._asdict() for r in rounds]}))
+    else:
+        print(trace.trajectory(rounds))
     return 0
 
 

@@ -232,6 +232,10 @@ class Simulation:
             notes.append("acceptance is drawn at random, not recorded.")
         else:
             notes.append("acceptance is the recorded pair's; another pair accepts otherwise.")
+        if self.concurrency > 1 and self.result.requests < 8 * self.concurrency:
+            notes.append(
+                f"the last of only {self.result.requests} requests run with places left empty."
+            )
         if header.get("load_aware"):
             notes.append("drafts followed the load of the recording; at another they would differ.")
         return notes

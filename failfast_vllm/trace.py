@@ -190,6 +190,14 @@ class Trace:
         """Of the last run."""
         return self.headers[-1]
 
+    def of_request(self, request: int) -> list[Round]:
+        """The rounds of one request; raises ValueError on an unknown one."""
+        rounds = [r for r in self.rounds if r.request == request]
+        if not rounds:
+            num = len({r.request for r in self.rounds})
+            raise ValueError(f"--request must be one of the trace's {num}, from 0; got {request}.")
+        return rounds
+
     def by_request(self) -> list[list[Round]]:
         """The rounds of each request, in order."""
         requests: dict[int, list[Round]] = {}
@@ -439,14 +447,10 @@ def _positions(by_position: list[tuple[int, int]]) -> list[tuple[str, int, int]]
     return found
 
 
-def trajectory(trace: Trace, request: int) -> str:
-    """One request, a line per round; raises ValueError on an unknown one."""
-    rounds = [r for r in trace.rounds if r.request == request]
-    if not rounds:
-        num = len({r.request for r in trace.rounds})
-        raise ValueError(f"--request must be one of the trace's {num}, from 0; got {request}.")
+def trajectory(rounds: Sequence[Round]) -> str:
+    """One request, a line per round."""
     lines = [
-        f"Request {request}, round by round: = accepted, + bonus, . rejected",
+        f"Request {rounds[0].request}, round by round: = accepted, + bonus, . rejected",
         "round  known  draft  passes  accepted",
     ]
     for i, r in enumerate(rounds):
