@@ -110,6 +110,15 @@ class Replay:
         return self.plain_ms / (self.draft_ms + self.verify_ms)
 
 
+class Work(NamedTuple):
+    """What a round makes the machine do for one sequence."""
+
+    known: int  # tokens before the round
+    verified: int  # tokens of the target's step: the draft's, and one
+    pass_rows: list[int]  # of each draft pass
+    emitted: int
+
+
 def replay(
     trace: Trace, latency: Latency, concurrency: int = 1, policy: str = "recorded"
 ) -> Replay:
@@ -120,27 +129,29 @@ def replay(
     """
     block_size = trace.header.get("diffusion_block_size", 32)
     increment = trace.header.get("draft_increment", 10)
-    requests = [decoding(rounds) for rounds in trace.by_request()]
-    if policy == "hindsight":
-        requests = [[in_hindsight(r, block_size, increment) for r in each] for each in requests]
-    requests = [rounds for rounds in requests if rounds]
+    requests = []
+    for rounds in trace.by_request():
+        work = [work_of(r, block_size, increment) for r in decoding(rounds)]
+        if policy == "hindsight":
+            work = [in_hindsight(w, increment) for w in work]
+        if work:
+            requests.append(work)
     if not requests:
         raise ValueError("the trace must hold rounds behind a prompt; got none. Record more.")
     draft_ms = verify_ms = plain_ms = 0.0
     for step in batches(requests, concurrency):
-        passes = [(r, pass_rows(r, block_size, increment)) for r in step if r.passes]
-        for i in range(max((r.passes for r, _ in passes), default=0)):
-            part = [(rows[i], r.known) for r, rows in passes if i < r.passes]
-            draft_ms += latency.draft_ms(*zip(*part, strict=True))
-        verify_ms += latency.verify_ms([r.drafted + 1 for r in step], [r.known for r in step])
-    for contexts in batches([_plain(rounds) for rounds in requests], concurrency):
+        for i in range(max(len(w.pass_rows) for w in step)):
+            drafting = [w for w in step if i < len(w.pass_rows)]
+            rows = [w.pass_rows[i] for w in drafting]
+            draft_ms += latency.draft_ms(rows, [w.known for w in drafting])
+        verify_ms += latency.verify_ms([w.verified for w in step], [w.known for w in step])
+    for contexts in batches([_plain(work) for work in requests], concurrency):
         plain_ms += latency.verify_ms([1] * len(contexts), contexts)
-    rounds = [r for request in requests for r in request]
     return Replay(
         requests=len(requests),
-        rounds=len(rounds),
-        passes=sum(r.passes for r in rounds),
-        tokens=sum(r.accepted + 1 for r in rounds),
+        rounds=sum(len(work) for work in requests),
+        passes=sum(len(w.pass_rows) for work in requests for w in work),
+        tokens=sum(w.emitted for work in requests for w in work),
         draft_ms=draft_ms,
         verify_ms=verify_ms,
         plain_ms=plain_ms,
@@ -163,26 +174,26 @@ def decoding(rounds: Sequence[Round]) -> list[Round]:
     return found
 
 
-def _plain(rounds: Sequence[Round]) -> range:
+def _plain(work: Sequence[Work]) -> range:
     """Known tokens in each step of the same answer without drafts."""
-    return range(rounds[0].known, rounds[0].known + sum(r.accepted + 1 for r in rounds))
+    return range(work[0].known, work[0].known + sum(w.emitted for w in work))
 
 
-def pass_rows(r: Round, block_size: int, increment: int) -> list[int]:
-    """Rows of each of a round's passes: the first has what the later ones did not.
+def work_of(r: Round, block_size: int, increment: int) -> Work:
+    """A recorded round's work; the first pass has the rows that the later ones did not.
 
     A later pass encodes the live block and the draft so far again; increments are as configured.
     """
     live = r.known - (r.known - 1) // block_size * block_size
     later = [live + min(i * increment, r.drafted) for i in range(2, r.passes + 1)]
-    return [max(r.rows - sum(later), 1), *later]
+    rows = [max(r.rows - sum(later), 1), *later] if r.passes else []
+    return Work(r.known, r.drafted + 1, rows, r.accepted + 1)
 
 
-def in_hindsight(r: Round, block_size: int, increment: int) -> Round:
-    """The round if its draft had ended behind its last accepted token: the same tokens for less."""
-    passes = min(math.ceil(r.accepted / increment), r.passes)
-    rows = sum(pass_rows(r, block_size, increment)[:passes])
-    return r._replace(drafted=r.accepted, passes=passes, rows=rows)
+def in_hindsight(work: Work, increment: int) -> Work:
+    """If the draft had ended behind its last accepted token: the same tokens for less."""
+    passes = math.ceil((work.emitted - 1) / increment)
+    return work._replace(verified=work.emitted, pass_rows=work.pass_rows[:passes])
 
 
 def batches(requests: Iterable[Iterable[Item]], concurrency: int) -> Iterator[list[Item]]:
