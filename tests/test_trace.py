@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -317,10 +318,22 @@ def same_rounds(path, rounds):
     return found
 
 
-def test_what_an_engine_records(tmp_path, warnings):
+@pytest.mark.parametrize(("rank", "data_parallel_index"), [(1, 0), (0, 1)])
+def test_only_the_first_rank_writes(tmp_path, rank, data_parallel_index):
+    """Catches several writers of one file."""
+    from failfast_vllm.hosting import _trace_writer
+
+    ranks = SimpleNamespace(rank=rank, data_parallel_index=data_parallel_index)
+    knobs = FailFastConfig.from_user({"trace": str(tmp_path / "t.jsonl")}).to_dict()
+    config = SimpleNamespace(parallel_config=ranks, additional_config={"failfast": knobs})
+    assert _trace_writer(config, 32) is None
+
+
+def test_what_an_engine_records(tmp_path, warnings, monkeypatch):
     """Catches a trace that differs from what was drafted, and an engine that a full disk stops."""
     from vllm import SamplingParams
 
+    monkeypatch.setattr(traces, "FLUSH_SECONDS", 600)  # only the engine's end writes
     path, full = tmp_path / "t.jsonl", Path("/dev/full")
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     with engine({"method": "failfast", "trace": str(path)}, max_num_seqs=4) as llm:
