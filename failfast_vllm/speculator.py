@@ -268,11 +268,19 @@ class FailFastSpeculator(DraftModelSpeculator):
         drafts: Drafts,
     ) -> None:
         verified = input_batch.num_draft_tokens_per_req
+        before = np.where(emitted_lens > 0, step.known_lens - emitted_lens, 0)
+        columns = before[:, None] + np.arange(emitted_lens.max(initial=0))
+        columns = np.minimum(columns, step.token_ids.shape[1] - 1)
+        slots = torch.from_numpy(step.slots[:, None]).to(self.device)
+        rows = step.token_ids[slots, torch.from_numpy(columns).to(self.device)]
+        emitted = rows.tolist()  # the copy back
         for i, req_id in enumerate(input_batch.req_ids):
             if emitted_lens[i]:
-                known = int(step.known_lens[i])
-                before = known - int(emitted_lens[i])
-                emitted = step.token_ids[step.slots[i], before:known].tolist()
-                num_verified = 0 if verified is None else int(verified[i])
-                self.stats.report(req_id, num_verified, emitted, before, input_batch.num_reqs)
+                self.stats.report(
+                    req_id,
+                    0 if verified is None else int(verified[i]),
+                    emitted[i][: emitted_lens[i]],
+                    int(before[i]),
+                    input_batch.num_reqs,
+                )
         self.stats.remember(input_batch.req_ids, drafts)
