@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     trace = add("trace", _trace, "Summarise rounds that a server has recorded, or record some.")
     trace.add_argument("file", metavar="FILE.jsonl", type=Path)
-    trace.add_argument("--request", type=_natural, metavar="I", help="its rounds, one line each")
+    trace.add_argument("--request", type=int, metavar="I", help="its rounds, one line each")
     trace.add_argument(
         "--record", action="store_true", help="answer held-out prompts into FILE.jsonl first"
     )
@@ -160,12 +160,6 @@ def _at_least_one(text: str) -> float:
     if not 1 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number from 1; got {text!r}")
     return value
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer from 0; got {text!r}")
-    return int(text)
 
 
 def _positive(text: str) -> int:

@@ -36,7 +36,7 @@ logger = logging.getLogger("vllm.failfast")
 FORMAT = "failfast_trace"  # the header's first key; its value is the version of the format
 VERSION = 1
 FLUSH_SECONDS = 0.5
-MAX_PENDING = 65536  # lines that wait for a slow disk, about 16 MB
+MAX_PENDING = 32768  # lines that wait for a slow disk, some 50 MB
 LONG_DRAFT = 30  # tokens
 HISTOGRAM_EDGES = (1, 5, 10, 11, 20, 21, 30, 31, 40, 41, 50, 51, 60, 61)  # a bin starts at each
 
@@ -124,8 +124,9 @@ class TraceWriter:
     def flush(self) -> None:
         """Write what waits."""
         with self._lock:
-            lines = [self._pending.popleft() for _ in range(len(self._pending))]
-            if not lines:
+            pending = self._pending
+            lines = [pending.popleft() for _ in range(len(pending))]
+            if self._stopped.is_set() or not lines:
                 return
             text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
             try:
@@ -147,7 +148,7 @@ class TraceWriter:
 
     def _stop(self, reason: str) -> None:
         self._stopped.set()
-        self._pending.clear()
+        self._pending = deque()  # not cleared: the other thread may be at it
         logger.warning("failfast: the trace %s ends here (%s).", self.path, reason)
 
 
