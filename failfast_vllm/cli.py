@@ -121,6 +121,39 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="draft passes; default: as many as drafts of 13.9 tokens need",
     )
+    trace = add("trace", _trace, "Summarise rounds that a server has recorded, or record some.")
+    trace.add_argument("file", metavar="FILE.jsonl", type=Path)
+    trace.add_argument("--request", type=int, metavar="I", help="its rounds, one line each")
+    trace.add_argument(
+        "--record", action="store_true", help="answer held-out prompts into FILE.jsonl first"
+    )
+    trace.add_argument("--ids", action="store_true", help="record token ids, too")
+    trace.add_argument("--num-prompts", type=_positive, default=6, metavar="N", help="default: 6")
+    trace.add_argument(
+        "--max-tokens", type=_positive, default=256, metavar="N", help="per answer; default: 256"
+    )
+    simulate = add("simulate", _simulate, "Model (not measure) a trace's speed-up elsewhere.")
+    simulate.add_argument(
+        "file",
+        metavar="FILE.jsonl",
+        type=Path,
+        nargs="?",
+        help="default: drawn at random, see --acceptance-length",
+    )
+    simulate.add_argument("--hardware", default="h200", metavar="NAME", help="or a6000-2x")
+    simulate.add_argument("--target", default="7B", metavar="SIZE", help="7B (default), 14B, 32B")
+    simulate.add_argument(
+        "--concurrency", type=_positive, default=1, metavar="N", help="default: 1"
+    )
+    simulate.add_argument(
+        "--policy", default="recorded", metavar="NAME", help="or hindsight: drafts as if foreseen"
+    )
+    simulate.add_argument(
+        "--acceptance-length", type=_at_least_one, metavar="X", help="of drawn rounds, default: 6.6"
+    )
+    simulate.add_argument(
+        "--passes-per-round", type=_at_least_one, metavar="X", help="likewise, default: 1.4"
+    )
     return parser
 
 
@@ -291,14 +324,20 @@ def _model_checks() -> list[Check]:
     return [*checks, Check("prompts", str(prompts), problem, REINSTALL if problem else "")]
 
 
-def _demo(args: argparse.Namespace) -> int:
+def _shipped_prompts(needed: list[str]) -> Path:
+    """The held-out prompts, once the shipped models that are needed are known to be there."""
     prompts = MODELS_DIR / PROMPTS
-    needed = [] if args.target else ["target"] if args.drafter else ["target", "drafter"]
     problems = [problem for name in needed if (problem := shipped_problem(MODELS_DIR / name))]
     if not prompts.is_file():
         problems.append(f"{prompts} is missing")
     if problems:
         raise UsageError(f"{'; '.join(problems)}. {REINSTALL}")
+    return prompts
+
+
+def _demo(args: argparse.Namespace) -> int:
+    needed = [] if args.target else ["target"] if args.drafter else ["target", "drafter"]
+    prompts = _shipped_prompts(needed)
     for path in filter(None, (args.target, args.drafter)):
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} has no config.json. Give a checkpoint directory.")
@@ -352,6 +391,58 @@ def _plan(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error).removeprefix("failfast: ")) from error
     print(json.dumps(result.to_dict(), indent=2) if args.json else plan.render(result))
+    return 0
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from failfast_vllm import trace
+
+    if args.record:
+        _record(args)
+    try:
+        found = trace.read(args.file)
+        rounds = None if args.request is None else found.of_request(args.request)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if rounds is None:
+        summary = trace.Summary(found)
+        print(json.dumps(summary.to_dict(), indent=2) if args.json else trace.render(summary))
+    elif args.json:
+        print(json.dumps({"rounds": [r._asdict() for r in rounds]}))
+    else:
+        print(trace.trajectory(rounds))
+    return 0
+
+
+def _record(args: argparse.Namespace) -> None:
+    from failfast_vllm import demo
+
+    prompts = _shipped_prompts(["target", "drafter"])
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for the demo
+    with _engine_environment():
+        try:
+            chosen = demo.choose_prompts(prompts, args.num_prompts)
+            target = str(MODELS_DIR / "target")
+            demo.record(target, None, chosen, args.max_tokens, args.file, args.ids)
+        except (ValueError, OSError) as error:
+            raise UsageError(" ".join(str(error).split()).removeprefix("failfast: ")) from error
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from failfast_vllm import simulate, trace
+
+    drawn = (args.acceptance_length, args.passes_per_round)
+    try:
+        if args.file is None:
+            found = simulate.synthetic(drawn[0] or 6.6, drawn[1] or 1.4)
+        elif any(drawn):
+            raise UsageError("--acceptance-length and --passes-per-round do not go with a file.")
+        else:
+            found = trace.read(args.file)
+        result = simulate.simulate(found, args.hardware, args.target, args.concurrency, args.policy)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    print(json.dumps(result.to_dict(), indent=2) if args.json else simulate.render(result))
     return 0
 
 

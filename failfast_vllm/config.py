@@ -5,6 +5,7 @@ Errors are one line: what is wrong, what was got, what to do.
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from failfast_vllm.families import (
     Family,
     family_of,
 )
+from failfast_vllm.trace import is_trace
 
 METHOD = "failfast"
 MODELS_DIR = Path(__file__).parent / "models"
@@ -125,6 +127,8 @@ class FailFastConfig:
     draft_budget: int  # tokens drafted in one step, over all sequences
     reuse_rejected: bool  # lengthen doubtful drafts by what was rejected before
     load_aware: bool  # draft only where it is expected to raise throughput
+    trace: str | None  # the file that rounds are written to
+    trace_ids: bool  # with token ids
     parameters: Mapping[str, Any]  # of the policy
 
     @staticmethod
@@ -148,7 +152,10 @@ class FailFastConfig:
                 "Remove it or take another policy."
             )
         parameters = policy_parameters(policy, given, cap)
-        return FailFastConfig(cap, increment, policy, budget, reuse, load_aware, parameters)
+        trace, trace_ids = _trace_file(given), _flag(given, "trace_ids", False)
+        return FailFastConfig(
+            cap, increment, policy, budget, reuse, load_aware, trace, trace_ids, parameters
+        )
 
     def for_block_size(self, size: int, given: Mapping[str, Any]) -> "FailFastConfig":
         """Unless the user set it, an increment is not longer than the drafter's block.
@@ -350,6 +357,31 @@ def mask_token_id(
         "tokenizer); "
         "set 'mask_token_id' in its config.json."
     )
+
+
+def _trace_file(given: Mapping[str, Any]) -> str | None:
+    """The absolute path of the trace, or None."""
+    if "trace" not in given:
+        if given.get("trace_ids"):
+            raise ValueError(
+                "failfast: 'trace_ids' belongs to a trace; got none. Name a file: 'trace'."
+            )
+        return None
+    value = given["trace"]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"failfast: 'trace' must be the name of a file; got {value!r}.")
+    path = Path(value).expanduser().absolute()
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(
+            f"failfast: 'trace' must be a file in an existing, writable folder; got {value!r}. "
+            "Create the folder."
+        )
+    if path.exists() and not is_trace(path):
+        raise ValueError(
+            f"failfast: 'trace' must be a new file, or a trace to go on with; got {value!r}. "
+            "Name another file."
+        )
+    return str(path)
 
 
 def _flag(given: Mapping[str, Any], key: str, default: bool) -> bool:

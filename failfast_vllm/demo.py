@@ -141,7 +141,7 @@ def compare(target: str, drafter: str | None, prompts: list[Prompt], max_tokens:
 
 
 @contextlib.contextmanager
-def _engine(target: str, speculative_config: dict[str, str] | None, bar: Any) -> Iterator[Any]:
+def _engine(target: str, speculative_config: dict[str, Any] | None, bar: Any) -> Iterator[Any]:
     bar.set_description("failfast" if speculative_config else "baseline")
     from vllm import LLM
 
@@ -194,10 +194,38 @@ def _answer_all(llm: Any, prompts: list[Prompt], max_tokens: int, bar: Any) -> l
     return [answer(prompt) for prompt in prompts]
 
 
+def record(
+    target: str,
+    drafter: str | None,
+    prompts: list[Prompt],
+    max_tokens: int,
+    path: Path,
+    with_ids: bool,
+) -> None:
+    """Answer `prompts` once with failfast, one at a time, into the trace `path`; as `compare`."""
+    from tqdm import tqdm
+    from vllm import SamplingParams
+
+    speculative = {
+        "method": "failfast",
+        "trace": str(path),
+        "trace_ids": with_ids,
+        **({"model": drafter} if drafter else {}),
+    }
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    with (
+        tqdm(total=len(prompts) + 1, unit="step", leave=False) as bar,
+        _engine(target, speculative, bar) as llm,
+    ):
+        for prompt in prompts:
+            llm.chat([*prompt.messages], params, use_tqdm=False)
+            bar.update()
+
+
 def trace(rounds: "list[Round]", num_tokens: int) -> list[TracedRound]:
     """Split what each round emitted; the engine drops what comes after the answer's end."""
     traced = []
-    for _, drafted, emitted, num_passes, _ in rounds:
+    for _, drafted, emitted, num_passes, *_ in rounds:
         kept = emitted[:num_tokens]
         num_tokens -= len(kept)
         pairs = zip(drafted, kept, strict=False)

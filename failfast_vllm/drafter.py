@@ -94,6 +94,7 @@ class Drafts(NamedTuple):
     num_confidences: Lengths
     ends_at_stop: npt.NDArray[np.bool_]  # [num_seqs], a pass drafted a stop token
     stop_reasons: Lengths  # [num_seqs] what ended each draft, see `counts`
+    seq_rows: Lengths  # [num_seqs], of `num_rows`
 
     def to_lists(self) -> list[list[int]]:
         """One list per sequence: a copy to the host."""
@@ -201,7 +202,7 @@ class Drafter:
         canvas = self._canvas(step)
         judged = self._judged(step)
         draft_lens = np.zeros_like(step.known_lens)
-        num_passes = np.zeros_like(draft_lens)
+        num_passes, seq_rows = np.zeros_like(draft_lens), np.zeros_like(draft_lens)
         num_forwards = num_rows = 0
         willing = np.zeros_like(drafts)  # to go on, were it allowed to
 
@@ -210,6 +211,7 @@ class Drafter:
         active = np.flatnonzero(ends > starts)
         if (ends - starts).sum() > self.max_num_rows:
             num_forwards, num_rows = self._commit_in_parts(step, canvas)
+            seq_rows += step.final_lens - step.committed_lens
             starts = step.final_lens
             active = np.flatnonzero(drafts)
 
@@ -221,6 +223,7 @@ class Drafter:
                 first_rows, batch = self._rows(step, canvas, seqs, starts, ends)
                 hidden_states = self.model.forward(batch)
                 num_forwards, num_rows = num_forwards + 1, num_rows + batch.input_ids.numel()
+                seq_rows[seqs] += (ends - starts)[seqs]
                 growing = seqs[drafts[seqs]]
                 if not growing.size:
                     continue
@@ -267,6 +270,7 @@ class Drafter:
             judged.num_confidences,
             judged.ends_at_stop,
             stop_reasons,
+            seq_rows,
         )
 
     def _stop_reasons(

@@ -7,6 +7,7 @@ and counts them. vLLM owns the weights and the KV cache.
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from failfast_vllm.learned_policy import PerRequest, make_policy
 from failfast_vllm.load import Costs, CostTable, LoadPlanner
 from failfast_vllm.policy import Outcome
 from failfast_vllm.ranks import draft_context, drafter_group
+from failfast_vllm.trace import TraceWriter
 
 WARM_UP_SECONDS = 3.0  # of each model, on a CPU
 MAX_WARM_ROWS = 256
@@ -39,6 +41,19 @@ class Round(NamedTuple):
     emitted: list[int]  # accepted tokens and the bonus
     num_passes: int  # draft passes that the draft took
     confidences: list[float]  # of `drafted`, before the target judged it; fewer with reused tokens
+    known_len: int  # tokens before the round
+    num_rows: int  # of the draft passes
+    step: int  # of the engine, from 1: the one that verified
+    num_seqs: int  # in that step
+
+
+class _Draft(NamedTuple):
+    """What is kept of a draft until it is verified."""
+
+    token_ids: list[int]
+    num_passes: int
+    confidences: list[float]
+    num_rows: int
 
 
 @dataclass
@@ -53,7 +68,12 @@ class DraftStats:
     counts: Counts = field(default_factory=Counts, repr=False)  # for Prometheus
     on_round: Callable[[Round], None] | None = field(default=None, repr=False)
     _waits_since: float = field(default=0.0, repr=False)
-    _drafts: dict[str, tuple[list[int], int, list[float]]] = field(default_factory=dict, repr=False)
+    trace: TraceWriter | None = field(default=None, repr=False)  # gets the rounds, too
+    _drafts: dict[str, _Draft] = field(default_factory=dict, repr=False)
+
+    @property
+    def wants_rounds(self) -> bool:
+        return self.on_round is not None or self.trace is not None
 
     def count(self, drafts: Drafts, milliseconds: float) -> None:
         self.num_steps += 1
@@ -70,19 +90,45 @@ class DraftStats:
             self.counts.verified((time.perf_counter() - self._waits_since) * 1e3)
             self._waits_since = 0.0
 
-    def report(self, req_id: str, num_verified: int, emitted: list[int]) -> None:
-        """Hand the round that has just been verified to `on_round`, which must be set."""
-        assert self.on_round is not None
-        drafted, num_passes, confidences = self._drafts.pop(req_id, ([], 0, []))
-        drafted, confidences = drafted[:num_verified], confidences[:num_verified]
-        self.on_round(Round(req_id, drafted, emitted, num_passes, confidences))
+    def report(
+        self, req_id: str, num_verified: int, emitted: list[int], known_len: int, num_seqs: int
+    ) -> None:
+        """Hand the round that has just been verified to whoever wants rounds.
+
+        Args:
+            known_len: tokens before the round.
+            num_seqs: in the step that verified it.
+        """
+        draft = self._drafts.pop(req_id, _Draft([], 0, [], 0))
+        verified = Round(
+            req_id,
+            draft.token_ids[:num_verified],
+            emitted,
+            draft.num_passes,
+            draft.confidences[:num_verified],
+            known_len,
+            draft.num_rows,
+            self.num_steps,
+            num_seqs,
+        )
+        for receiver in (self.on_round, self.trace):
+            if receiver is not None:
+                receiver(verified)
 
     def remember(self, req_ids: Sequence[str], drafts: Drafts) -> None:
         """Keep what was drafted until it is reported."""
         lists, passes = drafts.to_lists(), drafts.num_passes.tolist()
         for i, req_id in enumerate(req_ids):
             confidences = drafts.confidences[i, : drafts.num_confidences[i]].tolist()
-            self._drafts[req_id] = lists[i], passes[i], confidences
+            self._drafts[req_id] = _Draft(lists[i], passes[i], confidences, int(drafts.seq_rows[i]))
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """The requests have ended."""
+        ended = list(req_ids)
+        for req_id in ended:
+            self._drafts.pop(req_id, None)
+        if self.trace is not None:
+            self.trace.forget(ended)
 
 
 class Rounds:
@@ -231,6 +277,7 @@ def make_drafter(
         )
     assert vllm_config.speculative_config is not None
     knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
+    stats.trace = _trace_writer(vllm_config, kv_block_size)
     hosted = HostedDraftModel(
         model,
         vllm_config,
@@ -262,6 +309,28 @@ def make_drafter(
         logit_shift=knobs["logit_shift"],
         reuse_rejected=knobs["reuse_rejected"],
     )
+
+
+def _trace_writer(vllm_config: VllmConfig, kv_block_size: int) -> TraceWriter | None:
+    """Where rounds are written down, if asked for and this is the first rank of all."""
+    knobs = dict(vllm_config.additional_config[METHOD])  # type: ignore[index]
+    path, with_ids = knobs.pop("trace"), knobs.pop("trace_ids")
+    ranks = vllm_config.parallel_config
+    if path is None or ranks.rank or ranks.data_parallel_index:
+        return None
+    assert vllm_config.speculative_config is not None
+    models = {
+        "target": vllm_config.model_config.model,
+        "drafter": vllm_config.speculative_config.draft_model_config.model,
+    }
+    header = {
+        **{role: Path(name).name if Path(name).is_dir() else name for role, name in models.items()},
+        "dtype": str(vllm_config.model_config.dtype).removeprefix("torch."),
+        "max_num_seqs": vllm_config.scheduler_config.max_num_seqs,
+        "kv_block_size": kv_block_size,
+        **knobs,
+    }
+    return TraceWriter(path, header, with_ids)
 
 
 @torch.inference_mode()

@@ -614,6 +614,8 @@ def _initializing_worker(original: Any) -> Any:
         original(self, vllm_config, *args, **kwargs)
         if asked_for(vllm_config) and vllm_config.additional_config[METHOD]["load_aware"]:
             self.compile_or_warm_up_model = _planning_for_load(self)
+        if asked_for(vllm_config) and vllm_config.additional_config[METHOD]["trace"]:
+            self.shutdown = _closing_the_trace(self)
 
     return __init__
 
@@ -630,6 +632,20 @@ def _planning_for_load(worker: Any) -> Any:
         return result
 
     return compile_or_warm_up_model
+
+
+def _closing_the_trace(worker: Any) -> Any:
+    """The worker's last call: rounds that wait for the disk are written."""
+    end = worker.shutdown
+
+    def shutdown() -> None:
+        runner = getattr(worker, "model_runner", None)  # none: start-up failed
+        adapter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+        if adapter is not None and adapter.stats.trace is not None:
+            adapter.stats.trace.close()
+        end()
+
+    return shutdown
 
 
 def register_model() -> None:

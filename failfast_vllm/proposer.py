@@ -127,10 +127,12 @@ class FailFastProposer(DraftModelProposer):
         self.rounds.drafted(req_ids, drafts)
         lists = drafts.to_lists()
         self.stats.count(drafts, (time.perf_counter() - began) * 1e3)
-        if self.stats.on_round is not None:
-            for req_id, emitted in zip(req_ids, sampled_token_ids, strict=True):
+        if self.stats.wants_rounds:
+            for i, (req_id, emitted) in enumerate(zip(req_ids, sampled_token_ids, strict=True)):
                 if emitted:
-                    self.stats.report(req_id, len(verified.get(req_id, ())), list(emitted))
+                    known_len = int(step.known_lens[i]) - len(emitted)
+                    num_verified = len(verified.get(req_id, ()))
+                    self.stats.report(req_id, num_verified, list(emitted), known_len, num_reqs)
             self.stats.remember(req_ids, drafts)
         if planner is not None:
             planner.step_ended(req_ids)
@@ -146,6 +148,7 @@ class FailFastProposer(DraftModelProposer):
         """The requests have ended; also called in steps without any other."""
         if self.rounds is not None:
             self.rounds.forget(req_ids)
+            self.stats.forget(req_ids)
 
     def _gather(
         self,

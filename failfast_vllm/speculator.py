@@ -180,7 +180,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         draft_tokens[:, :longest] = torch.where(drafted, drafts.token_ids, -1)
         self._lens = dict(zip(input_batch.req_ids, drafts.lens.tolist(), strict=True))
         self.stats.count(drafts, (time.perf_counter() - began) * 1e3)
-        if self.stats.on_round is not None:
+        if self.stats.wants_rounds:
             self._report_rounds(input_batch, step, emitted_lens, drafts)
         if planner is not None:
             planner.step_ended(step.req_ids)
@@ -208,6 +208,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         """The requests have ended; also called in steps without any other."""
         if self.rounds is not None:
             self.rounds.forget(req_ids)
+            self.stats.forget(req_ids)
 
     def _committed_lens(self, input_batch: Any) -> torch.Tensor:
         """[num_reqs] tokens in front of each request's first block without drafter KV."""
@@ -285,9 +286,19 @@ class FailFastSpeculator(DraftModelSpeculator):
         drafts: Drafts,
     ) -> None:
         verified = input_batch.num_draft_tokens_per_req
+        before = np.where(emitted_lens > 0, step.known_lens - emitted_lens, 0)
+        columns = before[:, None] + np.arange(emitted_lens.max(initial=0))
+        columns = np.minimum(columns, step.token_ids.shape[1] - 1)
+        slots = torch.from_numpy(step.slots[:, None]).to(self.device)
+        rows = step.token_ids[slots, torch.from_numpy(columns).to(self.device)]
+        emitted = rows.tolist()  # the copy back
         for i, req_id in enumerate(input_batch.req_ids):
             if emitted_lens[i]:
-                known = step.known_lens[i]
-                emitted = step.token_ids[step.slots[i], known - emitted_lens[i] : known].tolist()
-                self.stats.report(req_id, 0 if verified is None else int(verified[i]), emitted)
+                self.stats.report(
+                    req_id,
+                    0 if verified is None else int(verified[i]),
+                    emitted[i][: emitted_lens[i]],
+                    int(before[i]),
+                    input_batch.num_reqs,
+                )
         self.stats.remember(input_batch.req_ids, drafts)

@@ -11,7 +11,6 @@ import pytest
 
 from failfast_vllm import cli, demo, plugin
 from failfast_vllm.config import FailFastConfig
-from failfast_vllm.hosting import Round
 
 COMMAND = str(Path(sys.executable).with_name("failfast"))
 
@@ -179,11 +178,7 @@ def test_prompts_are_mixed(tmp_path):
 
 def test_rounds_end_where_the_answer_ends():
     """What the target adds after an accepted stop token is dropped by the engine; so do we."""
-    rounds = [
-        Round("r", [], [5], 1, []),
-        Round("r", [6, 7, 8], [6, 9], 1, []),
-        Round("r", [1, 2], [1, 2, 4], 2, []),
-    ]
+    rounds = [("r", [], [5], 1), ("r", [6, 7, 8], [6, 9], 1), ("r", [1, 2], [1, 2, 4], 2)]
     assert demo.trace(rounds, num_tokens=5) == [
         demo.TracedRound([], [], [5], 1),
         demo.TracedRound([6], [7, 8], [9], 1),
@@ -199,9 +194,7 @@ class Letters:
 
 
 def comparison(failfast_ids):
-    rounds = demo.trace(
-        [Round("r", [], [0], 1, []), Round("r", [1, 2, 9, 9], [1, 2, 3], 1, [])], num_tokens=4
-    )
+    rounds = demo.trace([("r", [], [0], 1), ("r", [1, 2, 9, 9], [1, 2, 3], 1)], 4)
     prompt = demo.Prompt("task", [{"role": "user", "content": "why\nnot"}])
     baseline, failfast = (
         demo.Answer([0, 1, 2, 3], 2.0, []),

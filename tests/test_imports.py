@@ -10,7 +10,17 @@ ALLOWED = {  # module -> our modules it may import
     "failfast_vllm/__init__.py": set(),
     "failfast_vllm/families.py": set(),
     "failfast_vllm/checkpoint.py": {"failfast_vllm.families"},
-    "failfast_vllm/config.py": {"failfast_vllm.checkpoint", "failfast_vllm.families"},
+    "failfast_vllm/trace.py": {"failfast_vllm"},
+    "failfast_vllm/config.py": {
+        "failfast_vllm.checkpoint",
+        "failfast_vllm.families",
+        "failfast_vllm.trace",
+    },
+    "failfast_vllm/simulate.py": {
+        "failfast_vllm",
+        "failfast_vllm.load",
+        "failfast_vllm.trace",
+    },
     "failfast_vllm/plan.py": {"failfast_vllm.config", "failfast_vllm.families"},
     "failfast_vllm/calibration.py": set(),
     "failfast_vllm/counts.py": set(),
@@ -56,6 +66,7 @@ ALLOWED = {  # module -> our modules it may import
         "failfast_vllm.load",
         "failfast_vllm.policy",
         "failfast_vllm.ranks",
+        "failfast_vllm.trace",
     },
     "failfast_vllm/ranks.py": set(),
     "failfast_vllm/proposer.py": {
@@ -85,6 +96,8 @@ ALLOWED = {  # module -> our modules it may import
     },
 }
 WITHOUT_VLLM = {
+    "failfast_vllm/trace.py",
+    "failfast_vllm/simulate.py",
     "failfast_vllm/graphs.py",
     "failfast_vllm/load.py",
     "failfast_vllm/blocks.py",

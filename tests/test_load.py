@@ -9,19 +9,14 @@ import pytest
 from failfast_vllm import load
 from failfast_vllm.load import AcceptanceByPosition, Costs, CostTable, LoadPlanner
 from failfast_vllm.policy import Outcome
+from failfast_vllm.simulate import cost_tables
 
 INCREMENT, CAP = 10, 60
-SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]
+TARGETS = ("7B", "32B")
 
 
-def roofline(weights_ms, ms_per_row, factor=1.0):
-    """A pass on an H200: bound by reading the weights, then by arithmetic."""
-    return CostTable(SIZES, [factor * max(weights_ms, ms_per_row * size) for size in SIZES])
-
-
-# bf16 on one H200, 790 TFLOP/s and 4.8 TB/s: Qwen2.5-1.5B draws, 7B and 32B verify
-TARGETS = {"7B": (2.95, 0.0179), "32B": (13.3, 0.081)}
-DRAFTER = (0.64, 0.0039)
+def scaled(table, factor):
+    return CostTable(table.sizes.astype(int).tolist(), (factor * table.ms).tolist())
 
 
 class Simulation:
@@ -29,7 +24,8 @@ class Simulation:
 
     def __init__(self, target, num_seqs, seed=0):
         self.rng = np.random.default_rng(seed)
-        self.draft_ms, self.verify_ms = roofline(*DRAFTER), roofline(*TARGETS[target])
+        costs = cost_tables("h200", target)
+        self.draft_ms, self.verify_ms = costs.draft, costs.verify
         self.easy = np.zeros(num_seqs, dtype=bool)
 
     def run(self, server, steps=400, warm_up=200):
@@ -117,7 +113,7 @@ def best_fixed(target, num_seqs):
 
 
 @pytest.mark.parametrize("num_seqs", [1, 2, 4, 8, 16, 32, 64, 128, 256])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["7B", "32B"])
 def test_never_below_no_drafts_and_near_the_best_fixed_length(target, num_seqs):
     """Catches drafting where it does not pay, and not drafting where it does."""
     best, none = best_fixed(target, num_seqs)
@@ -135,7 +131,8 @@ def test_a_load_that_jumps(target, errors, monkeypatch):
     clock = types.SimpleNamespace(ms=0.0)
     fake_time = types.SimpleNamespace(perf_counter=lambda: clock.ms / 1e3)
     monkeypatch.setattr(load, "time", fake_time)
-    costs = Costs(roofline(*DRAFTER, errors[0]), roofline(*TARGETS[target], errors[1]))
+    true = cost_tables("h200", target)
+    costs = Costs(scaled(true.draft, errors[0]), scaled(true.verify, errors[1]))
     server = Planned(costs, clock)
     for num_seqs in (1, 64, 1, 256, 2):
         best, _ = best_fixed(target, num_seqs)
@@ -247,7 +244,7 @@ def test_positions_that_were_never_tried_follow_the_last_one_that_was():
 @pytest.mark.parametrize("size", [3, 40, 700])
 def test_a_cost_table_learns_what_a_pass_takes_beyond_its_start_up_time(size):
     """Catches corrections that never arrive, and one hiccup that moves the table."""
-    table = roofline(2.95, 0.0179)
+    table = cost_tables("h200", "7B").verify
     truth = 1.5 * float(table(size)) + 4.0
     for _ in range(60):
         table.correct(size, truth)

@@ -6,6 +6,7 @@ import pytest
 
 from engine import core, engine, generate, greedy_params, mixed_prompts, policy, proposer, watch
 from failfast_vllm.config import MODELS_DIR
+from failfast_vllm.trace import read
 from independent import IndependentDrafter
 from state_check import TOLERANCE, largest_error
 
@@ -58,18 +59,24 @@ def v1_record(plain):
     return record
 
 
-def test_v2_equals_v1_round_by_round(plain, v1_record):
+def test_v2_equals_v1_round_by_round(plain, v1_record, tmp_path):
     prompts, params, expected = plain
-    with v2_engine() as llm, watch(llm) as record:
+    path = tmp_path / "t.jsonl"
+    asked = {"method": "failfast", "trace": str(path)}
+    with v2_engine(asked) as llm, watch(llm) as record:
         assert in_batches(llm, prompts, params) == expected
     record.assert_not_vacuous()
     assert len(record.rounds) >= NUM_ROUNDS
     assert sorted(record.proposals) == sorted(v1_record.proposals)
 
     def comparable(rounds):
-        return sorted((r.drafted, r.emitted, r.num_passes) for r in rounds)
+        return sorted((r.drafted, r.emitted, r.num_passes, r.known_len, r.num_rows) for r in rounds)
 
     assert comparable(record.rounds) == comparable(v1_record.rounds)
+    assert [(r.known, r.drafted, r.passes, r.rows, r.accepted) for r in read(path).rounds] == [
+        (r.known_len, len(r.drafted), r.num_passes, r.num_rows, len(r.emitted) - 1)
+        for r in record.rounds
+    ]
 
 
 @pytest.fixture(scope="module")
