@@ -6,11 +6,13 @@ Every answer is compared with what an engine without speculation says offline.
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from engine import TARGET, chat_ids, engine, shipped_prompts
 from failfast_vllm import cli
 
 NAME = "tiny"
+DOCS = Path(__file__).parent.parent / "docs"
 NUM_CLIENTS = 32
 START_SECONDS = 120  # a quarter of it on an idle machine
 SETTLE_SECONDS = 15  # the engine notices a lost client between two steps
@@ -68,7 +71,15 @@ def serve_command(speculative_config, port):
     grammar_flags = ["--structured-outputs-config", json.dumps(grammar)]
     # a parser without a format of its own: a forced call's arguments are bound to the schema
     tool_flags = ["--tool-call-parser", "xlam", "--enable-auto-tool-choice"]
-    return [*command, *engine_flags, *http_flags, *grammar_flags, *tool_flags]
+    metrics_flags = ["--per-request-spec-decode-metrics", "detailed"]
+    return [
+        *command,
+        *engine_flags,
+        *http_flags,
+        *grammar_flags,
+        *tool_flags,
+        *metrics_flags,
+    ]
 
 
 def server_environment():
@@ -407,6 +418,74 @@ def test_forced_tool_calls_are_valid(server, questions):
         assert type(arguments["count"]) is int
         assert 0 <= arguments["count"] <= 99
     assert server.metric("spec_decode_num_accepted_tokens_total") > before + 100
+
+
+def scraped(server):
+    """Samples of /metrics: (name, reason or bin) -> value, summed over other labels."""
+    found = defaultdict(float)
+    for family in text_string_to_metric_families(server.get("/metrics").text):
+        for sample in family.samples:
+            if "le" not in sample.labels:
+                label = sample.labels.get("reason") or sample.labels.get("bin") or ""
+                found[sample.name, label] += sample.value
+    return found
+
+
+def test_metrics_agree_with_each_other(server, questions):
+    """Catches counts that are lost or doubled between worker, scheduler and front end."""
+    before = scraped(server)
+    answers = [
+        server.client().chat.completions.create(
+            model=NAME, messages=q.messages, max_completion_tokens=q.max_tokens, temperature=0
+        )
+        for q in questions[:8]
+    ]
+    after = scraped(server)
+    grown = {key: value - before[key] for key, value in after.items()}
+
+    def total(name):
+        return sum(value for key, value in grown.items() if key[0] == name)
+
+    drafts = total("vllm:spec_decode_num_drafts_total")
+    drafted = total("vllm:spec_decode_num_draft_tokens_total")
+    accepted = total("vllm:spec_decode_num_accepted_tokens_total")
+    assert drafted > accepted > drafts > 8
+    assert total("failfast:drafted_tokens_total") == drafted
+    assert total("failfast:accepted_tokens_total") == accepted
+    for name, tokens in (("draft_length", drafted), ("accepted_length", accepted)):
+        assert total(f"failfast:{name}_count") == drafts
+        assert total(f"failfast:{name}_sum") == tokens
+    # of each answer, drafts of its last step may not have been verified, nor its counts sent
+    assert abs(total("failfast:draft_stops_total") - drafts) <= 8
+    assert total("failfast:draft_passes_total") >= drafts - 1
+    assert total("failfast:draft_rows_total") > drafted
+    assert 0 < total("failfast:draft_seconds_total") < 60
+    assert 0 < total("failfast:verify_seconds_total") < 60
+    # the first rejected token of a draft is judged, too
+    judged = total("failfast:confidence_tokens_total")
+    assert 0.9 * accepted <= judged <= accepted + drafts
+    assert 0.9 * accepted <= total("failfast:confidence_accepted_tokens_total") <= accepted
+    assert 0 < total("failfast:confidence_sum_total") <= judged
+    errors = [value for key, value in after.items() if key[0] == "failfast:calibration_error"]
+    assert 0 < errors[0] < 1
+    of_requests = [answer.metrics["speculative_decoding"] for answer in answers]
+    assert sum(sum(m["per_step_drafted"]) for m in of_requests) == drafted
+    assert sum(sum(m["per_step_accepted"]) for m in of_requests) == accepted
+
+
+def test_the_dashboard_shows_what_there_is(server, questions):
+    """Catches a series that is renamed in one place only."""
+    names = {key[0] for key in scraped(server)} | {"failfast:draft_length_bucket"}
+    names |= {"failfast:accepted_length_bucket"}
+    dashboard = json.loads((DOCS / "grafana-dashboard.json").read_text())
+    expressions = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
+    shown = set(re.findall(r"\b(?:failfast|vllm):\w+", " ".join(expressions)))
+    assert shown <= names
+    ours = {name for name in names if name.startswith("failfast:")}
+    ours = {n for n in ours if not n.endswith(("_created", "_count", "_sum", "_le"))}
+    assert ours <= shown | {"failfast:confidence_sum_total"}
+    described = set(re.findall(r"`(failfast:\w+)`", (DOCS / "metrics.md").read_text()))
+    assert {re.sub("_bucket$", "", name) for name in ours} == described
 
 
 @pytest.mark.parametrize(
