@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import random
 import shlex
 import statistics
 import subprocess
@@ -127,6 +128,7 @@ def prepare(args: argparse.Namespace) -> Job:
                 raise ValueError(f"{flag} must be at least 1; got {value}.")
     chosen, left_out = _choose_methods(args)
     prompts = spread(read_prompts(Path(args.prompts or PROMPTS)), args.num_prompts)
+    random.Random(0).shuffle(prompts)  # a point that asks few meets all kinds, too
     for model in filter(None, (args.target, args.drafter, args.ar_drafter)):
         looks_local = Path(model).exists() or model.startswith((".", "/", "~"))
         if looks_local and not (Path(model) / "config.json").is_file():

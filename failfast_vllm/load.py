@@ -35,7 +35,7 @@ Floats = npt.NDArray[np.float64]
 # Committing what was skipped pays over the rounds that follow; answers may end after few.
 AMORTISED_ROUNDS = 8
 # A draft must promise this much more than none: times and acceptance are only estimates.
-MARGIN = 1.05
+MARGIN = 1.1
 # A step of plain decoding among many with drafts, to know what it takes.
 PROBE_STEPS = 64
 # Where drafting does not pay, this many steps are not looked at.
