@@ -33,7 +33,7 @@ Lengths = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 # Committing what was skipped pays over the rounds that follow; answers may end after few.
-AMORTISED_ROUNDS = 8
+AMORTISED_ROUNDS = 4
 # A draft must promise this much more than none: times and acceptance are only estimates.
 MARGIN = 1.1
 # A step of plain decoding among many with drafts, to know what it takes.
