@@ -92,6 +92,7 @@ def methods(drafter: str | None = None, ar_drafter: str = "") -> dict[str, dict[
         "suffix": {"method": "suffix"},
         **{f"fixed K{k}": {**fixed, "num_speculative_tokens": k} for k in (2, 4, 8, 16)},
         **policies,
+        "goodput": {**policies["goodput"], "load_aware": True},  # the planner is all of it
         "failfast": {**failfast, "load_aware": FailFastConfig.from_user({}).load_aware},
         "failfast+load_aware": {**failfast, "load_aware": True},
         "failfast-load_aware": failfast,

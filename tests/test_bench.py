@@ -17,7 +17,7 @@ from aiohttp import web
 
 from failfast_vllm import bench, cli, closed_loop
 from failfast_vllm.closed_loop import Run, Served, Server, Tally
-from failfast_vllm.config import POLICIES
+from failfast_vllm.config import POLICIES, FailFastConfig
 from failfast_vllm.demo import TracedRound
 
 COMMAND = str(Path(sys.executable).with_name("failfast"))
@@ -153,6 +153,8 @@ def test_methods_cover_all_policies_and_say_what_load_does():
     assert all(type(c["load_aware"]) is bool and c["model"] == "my-drafter" for c in ours.values())
     assert configs["failfast+load_aware"]["load_aware"] is True
     assert configs["failfast-load_aware"]["load_aware"] is False
+    for config in ours.values():
+        FailFastConfig.from_user(config)  # raises where keys do not go together
     assert configs["draft_model"]["model"] == "my-ar"
     assert [configs[f"fixed K{k}"]["num_speculative_tokens"] for k in (2, 4, 8, 16)] == [
         2,
