@@ -113,7 +113,7 @@ def test_doctor_is_content_here(capsys, monkeypatch):
     found = {check["name"]: check["found"] for check in report["checks"]}
     assert {"python", "vllm", "torch", "triton", "transformers", "platform"} <= set(found)
     assert found["model runner"].startswith("V1")
-    num_hooks = sum(name.startswith("hook ") for name in found)
+    num_hooks = sum(check["name"].startswith("hook ") for check in report["checks"])
     assert num_hooks == len(plugin.ALL_HOOKS)
 
 
