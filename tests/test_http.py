@@ -433,13 +433,18 @@ def scraped(server):
 
 def test_metrics_agree_with_each_other(server, questions):
     """Catches counts that are lost or doubled between worker, scheduler and front end."""
-    before = scraped(server)
-    answers = [
-        server.client().chat.completions.create(
-            model=NAME, messages=q.messages, max_completion_tokens=q.max_tokens, temperature=0
+
+    def ask(question):
+        return server.client().chat.completions.create(
+            model=NAME,
+            messages=question.messages,
+            max_completion_tokens=question.max_tokens,
+            temperature=0,
         )
-        for q in questions[:8]
-    ]
+
+    ask(questions[8])  # brings the counts that wait since the test before
+    before = scraped(server)
+    answers = [ask(question) for question in questions[:8]]
     after = scraped(server)
     grown = {key: value - before[key] for key, value in after.items()}
 
@@ -456,7 +461,7 @@ def test_metrics_agree_with_each_other(server, questions):
         assert total(f"failfast:{name}_count") == drafts
         assert total(f"failfast:{name}_sum") == tokens
     # of each answer, drafts of its last step may not have been verified, nor its counts sent
-    assert abs(total("failfast:draft_stops_total") - drafts) <= 8
+    assert abs(total("failfast:draft_stops_total") - drafts) <= 8 + 2
     assert total("failfast:draft_passes_total") >= drafts - 1
     assert total("failfast:draft_rows_total") > drafted
     assert 0 < total("failfast:draft_seconds_total") < 60
