@@ -289,8 +289,10 @@ def _install_metrics_hooks() -> None:
 
     def updating_drafts(original: Any) -> Any:
         def update_draft_token_ids(self: Any, draft_token_ids: Any, *args: Any) -> Any:
-            if counts := getattr(draft_token_ids, "failfast_counts", None):
-                self.failfast_counts = [*getattr(self, "failfast_counts", ()), *counts]
+            counts = getattr(draft_token_ids, "failfast_counts", None)
+            if counts and self.log_stats:  # else nobody would ever fetch them
+                waiting = getattr(self, "failfast_counts", None) or [0] * len(counts)
+                self.failfast_counts = [a + b for a, b in zip(waiting, counts, strict=True)]
             return original(self, draft_token_ids, *args)
 
         return update_draft_token_ids
