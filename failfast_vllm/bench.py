@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     many = {"type": int, "nargs": "+", "default": list(CONCURRENCY), "metavar": "N"}
     add("--concurrency", "requests in flight; default: 1 to 64", **many)
     add("--repeats", "counted rounds per point; default: 3", type=int, default=3, metavar="N")
-    add("--requests-per-point", "default: 3 x concurrency, at least 10", type=int, metavar="N")
+    add("--requests-per-point", "default: 4 x concurrency, at least 32", type=int, metavar="N")
     add("--prompts", 'JSON lines with "messages" or "prompt"; default: held-out', metavar="FILE")
     add("--num-prompts", "prompts in use; default: 64", type=int, default=64, metavar="N")
     add("--max-tokens", "per answer; default: 200", type=int, default=200, metavar="N")
@@ -316,7 +316,7 @@ def run(job: Job) -> dict[str, Any]:
             prompts=f"{Path(args.prompts).name if args.prompts else 'held-out'}, "
             f"{len(job.prompts)} of them",
             max_tokens=args.max_tokens,
-            requests_per_point=args.requests_per_point or "3 x concurrency, at least 10",
+            requests_per_point=args.requests_per_point or "4 x concurrency, at least 32",
             repeats=args.repeats,
             left_out=job.left_out,
         )
@@ -333,7 +333,7 @@ def run(job: Job) -> dict[str, Any]:
             contenders[name] = make()
             bar.update()
         for concurrency in missing:
-            num_requests = args.requests_per_point or max(10, 3 * concurrency)
+            num_requests = args.requests_per_point or max(32, 4 * concurrency)
             rows += measure_point(contenders, concurrency, args.repeats, num_requests, bar)
             rows.sort(key=lambda row: row["concurrency"])
             _save(result, args.json)
