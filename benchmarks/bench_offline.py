@@ -24,8 +24,9 @@ from pathlib import Path
 
 from failfast_vllm.bench import PROMPTS, SHIPPED_PAIR, provenance, read_prompts, spread
 from failfast_vllm.cli import ENGINE_ENVIRONMENT
-from failfast_vllm.closed_loop import encode, engine, padded_ar_drafter
+from failfast_vllm.closed_loop import padded_ar_drafter
 from failfast_vllm.config import MODELS_DIR
+from failfast_vllm.offline import encode, engine
 
 # one thread, as a vLLM worker, which leaves a core to the rest; ngram's idle ones would spin there
 for key, value in {

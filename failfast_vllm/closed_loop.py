@@ -6,21 +6,20 @@ how fast, and what became of the drafts.
 
 import asyncio
 import contextlib
-import gc
 import json
 import math
 import multiprocessing
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from failfast_vllm.config import MODELS_DIR
-from failfast_vllm.demo import TracedRound, trace
+from failfast_vllm.offline import TracedRound, encode, engine, traced
 from failfast_vllm.request import MAX_LEN
 
 NUM_BINS = 10  # of the confidence
@@ -131,38 +130,6 @@ class Run:
         return sum(s.num_tokens for s in self.served) / self.seconds
 
 
-@contextlib.contextmanager
-def engine(speculative_config: dict[str, Any] | None, **engine_args: Any) -> Iterator[Any]:
-    """A `vllm.LLM` in this process, on the shipped target unless told otherwise."""
-    from vllm import LLM
-
-    settings = {
-        "model": str(MODELS_DIR / "target"),
-        "max_model_len": 2048,
-        "enable_prefix_caching": False,  # the same prompts come again
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-        **engine_args,
-    }
-    llm = LLM(**settings, speculative_config=speculative_config)
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-
-
-def encode(tokenizer: Any, prompt: Prompt) -> Prompt:
-    """A prompt as vLLM takes it, after the chat template."""
-    if "prompt" in prompt:
-        return prompt
-    text = tokenizer.apply_chat_template(
-        prompt["messages"], add_generation_prompt=True, tokenize=False
-    )
-    return {"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
-
-
 def pad_vocabulary(source: Path, vocab_size: int, destination: Path) -> Path:
     """Copy a checkpoint with its embedding padded: vLLM's draft_model wants equal sizes."""
     import torch
@@ -262,9 +229,7 @@ def closed_loop(
                 served[i] = Served(len(answers[i]), ttft_ms, latency_ms)
     seconds = time.perf_counter() - start
     order = range(num_requests)
-    trajectory = trace(watch.first_rounds, len(answers[0]))
-    if sum(r.num_emitted for r in trajectory) < len(answers[0]):
-        trajectory = []  # a load-aware drafter does not report the steps in which it rests
+    trajectory = traced(watch.first_rounds, len(answers[0]))
     return Run(
         seconds, [answers[i] for i in order], [served[i] for i in order], watch.tally, trajectory
     )

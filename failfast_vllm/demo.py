@@ -5,7 +5,6 @@ many tokens at once rounds differently from decoding one, and a near-tie may fli
 """
 
 import contextlib
-import gc
 import itertools
 import json
 import os
@@ -13,13 +12,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
-if TYPE_CHECKING:
-    from failfast_vllm.hosting import Round
+from failfast_vllm.offline import TracedRound, encode, engine, traced
 
 DTYPE = "float32"
-MAX_MODEL_LEN = 2048
 GREEN, YELLOW, RED_STRUCK, DIM, RESET = "\033[32m", "\033[33m", "\033[2;9;31m", "\033[2m", "\033[0m"
 
 
@@ -28,23 +25,6 @@ class Prompt(NamedTuple):
 
     task: str
     messages: list[dict[str, str]]
-
-
-class TracedRound(NamedTuple):
-    """One verified draft, in token ids."""
-
-    accepted: list[int]
-    rejected: list[int]
-    bonus: list[int]  # the target's own token; empty if the answer ended inside the draft
-    num_passes: int
-
-    @property
-    def num_drafted(self) -> int:
-        return len(self.accepted) + len(self.rejected)
-
-    @property
-    def num_emitted(self) -> int:
-        return len(self.accepted) + len(self.bonus)
 
 
 class Answer(NamedTuple):
@@ -143,26 +123,10 @@ def compare(target: str, drafter: str | None, prompts: list[Prompt], max_tokens:
 @contextlib.contextmanager
 def _engine(target: str, speculative_config: dict[str, Any] | None, bar: Any) -> Iterator[Any]:
     bar.set_description("failfast" if speculative_config else "baseline")
-    from vllm import LLM
-
-    llm = LLM(
-        model=target,
-        dtype=DTYPE,
-        enforce_eager=True,
-        max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=1,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        speculative_config=speculative_config,
-    )
-    bar.update()
-    try:
+    settings = {"model": target, "dtype": DTYPE, "enforce_eager": True, "max_num_seqs": 1}
+    with engine(speculative_config, **settings) as llm:
+        bar.update()
         yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
 
 
 def _answer_all(llm: Any, prompts: list[Prompt], max_tokens: int, bar: Any) -> list[Answer]:
@@ -175,19 +139,16 @@ def _answer_all(llm: Any, prompts: list[Prompt], max_tokens: int, bar: Any) -> l
     tokenizer = llm.get_tokenizer()
 
     def answer(prompt: Prompt) -> Answer:
-        text = tokenizer.apply_chat_template(
-            prompt.messages, add_generation_prompt=True, tokenize=False
-        )
-        prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        rounds: list[Round] = []
+        encoded = encode(tokenizer, {"messages": prompt.messages})
+        rounds: list[Any] = []
         if drafter is not None:
             drafter.stats.on_round = rounds.append
         began = time.perf_counter()
-        (output,) = llm.generate([{"prompt_token_ids": prompt_ids}], params, use_tqdm=False)
+        (output,) = llm.generate([encoded], params, use_tqdm=False)
         seconds = time.perf_counter() - began
         token_ids = list(output.outputs[0].token_ids)
         bar.update()
-        return Answer(token_ids, seconds, trace(rounds, len(token_ids)))
+        return Answer(token_ids, seconds, traced(rounds, len(token_ids)))
 
     for prompt in prompts:
         answer(prompt)
@@ -220,22 +181,6 @@ def record(
         for prompt in prompts:
             llm.chat([*prompt.messages], params, use_tqdm=False)
             bar.update()
-
-
-def trace(rounds: "list[Round]", num_tokens: int) -> list[TracedRound]:
-    """Split what each round emitted; the engine drops what comes after the answer's end."""
-    traced = []
-    for _, drafted, emitted, num_passes, *_ in rounds:
-        kept = emitted[:num_tokens]
-        num_tokens -= len(kept)
-        pairs = zip(drafted, kept, strict=False)
-        num_accepted = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        traced.append(
-            TracedRound(
-                kept[:num_accepted], drafted[num_accepted:], kept[num_accepted:], num_passes
-            )
-        )
-    return traced
 
 
 def render(result: Comparison, stream: TextIO) -> str:

@@ -76,7 +76,6 @@ class DraftStats:
         return self.on_round is not None or self.trace is not None
 
     def count(self, drafts: Drafts, milliseconds: float) -> None:
-        self.num_steps += 1
         self.num_forwards += drafts.num_forwards
         self.num_rows += drafts.num_rows
         self.total_ms += milliseconds
@@ -86,6 +85,7 @@ class DraftStats:
 
     def step_began(self) -> None:
         """The target has verified what the step before has drafted."""
+        self.num_steps += 1
         if self._waits_since:
             self.counts.verified((time.perf_counter() - self._waits_since) * 1e3)
             self._waits_since = 0.0

@@ -112,27 +112,25 @@ class FailFastProposer(DraftModelProposer):
         computed_lens = torch.from_numpy(computed).to(self.device)  # before this step
         known = torch.from_numpy(batch.num_tokens_no_spec[:num_reqs]).to(self.device)
         self.drafter.blocks.clear(table, computed_lens, known)
+        verified = scheduler_output.scheduled_spec_decode_tokens
+        num_verified = [len(verified.get(req_id, ())) for req_id in req_ids]
+        if self.stats.wants_rounds:
+            for req_id, num, emitted, end in zip(
+                req_ids, num_verified, sampled_token_ids, known.tolist(), strict=True
+            ):
+                if emitted:
+                    self.stats.report(req_id, num, list(emitted), end - len(emitted), num_reqs)
         num_tokens = scheduler_output.total_num_scheduled_tokens
         if planner is not None and not planner.step_began(req_ids, num_tokens):
             return [[]] * num_reqs
         committed = self.drafter.blocks.committed_lens(table, computed_lens).cpu().numpy()
         step = self._gather(scheduler_output, sampled_token_ids, table, committed)
-        verified = scheduler_output.scheduled_spec_decode_tokens
-        self.rounds.verified(
-            req_ids,
-            [len(verified.get(req_id, ())) for req_id in req_ids],
-            [len(emitted) for emitted in sampled_token_ids],
-        )
+        self.rounds.verified(req_ids, num_verified, [len(ids) for ids in sampled_token_ids])
         drafts = self.drafter.propose(step)
         self.rounds.drafted(req_ids, drafts)
         lists = drafts.to_lists()
         self.stats.count(drafts, (time.perf_counter() - began) * 1e3)
         if self.stats.wants_rounds:
-            for i, (req_id, emitted) in enumerate(zip(req_ids, sampled_token_ids, strict=True)):
-                if emitted:
-                    known_len = int(step.known_lens[i]) - len(emitted)
-                    num_verified = len(verified.get(req_id, ()))
-                    self.stats.report(req_id, num_verified, list(emitted), known_len, num_reqs)
             self.stats.remember(req_ids, drafts)
         if planner is not None:
             planner.step_ended(req_ids)

@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader import get_model
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-from failfast_vllm.drafter import Drafter, Drafts, DraftStep
+from failfast_vllm.drafter import Drafter, DraftStep
 from failfast_vllm.graphs import cuda_graph
 from failfast_vllm.hosting import (
     DraftStats,
@@ -162,8 +162,9 @@ class FailFastSpeculator(DraftModelSpeculator):
             num_speculative_tokens = self.num_speculative_steps
         committed_lens = self._committed_lens(input_batch)
         planner, req_ids = self.drafter.planner, input_batch.req_ids
-        if planner is not None and not planner.step_began(req_ids, input_batch.num_tokens):
-            self._lens = {}
+        self._lens = {}
+        rests = planner is not None and not planner.step_began(req_ids, input_batch.num_tokens)
+        if rests and not self.stats.wants_rounds:
             return draft_tokens
         step, emitted_lens = self._gather(
             input_batch, committed_lens, num_sampled, last_sampled, num_speculative_tokens
@@ -171,6 +172,10 @@ class FailFastSpeculator(DraftModelSpeculator):
         num_verified = input_batch.num_draft_tokens_per_req
         if num_verified is None:
             num_verified = np.zeros(num_reqs, dtype=np.int64)
+        if self.stats.wants_rounds:
+            self._report_rounds(step, num_verified, emitted_lens)
+        if rests:
+            return draft_tokens
         self.rounds.verified(step.req_ids, num_verified.tolist(), emitted_lens.tolist())
         drafts = self.drafter.propose(step)
         self.rounds.drafted(step.req_ids, drafts)
@@ -181,7 +186,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         self._lens = dict(zip(input_batch.req_ids, drafts.lens.tolist(), strict=True))
         self.stats.count(drafts, (time.perf_counter() - began) * 1e3)
         if self.stats.wants_rounds:
-            self._report_rounds(input_batch, step, emitted_lens, drafts)
+            self.stats.remember(step.req_ids, drafts)
         if planner is not None:
             planner.step_ended(step.req_ids)
         return draft_tokens
@@ -280,25 +285,18 @@ class FailFastSpeculator(DraftModelSpeculator):
 
     def _report_rounds(
         self,
-        input_batch: Any,
         step: DraftStep,
+        num_verified: np.ndarray[Any, Any],
         emitted_lens: np.ndarray[Any, Any],
-        drafts: Drafts,
     ) -> None:
-        verified = input_batch.num_draft_tokens_per_req
         before = np.where(emitted_lens > 0, step.known_lens - emitted_lens, 0)
         columns = before[:, None] + np.arange(emitted_lens.max(initial=0))
         columns = np.minimum(columns, step.token_ids.shape[1] - 1)
         slots = torch.from_numpy(step.slots[:, None]).to(self.device)
         rows = step.token_ids[slots, torch.from_numpy(columns).to(self.device)]
         emitted = rows.tolist()  # the copy back
-        for i, req_id in enumerate(input_batch.req_ids):
-            if emitted_lens[i]:
-                self.stats.report(
-                    req_id,
-                    0 if verified is None else int(verified[i]),
-                    emitted[i][: emitted_lens[i]],
-                    int(before[i]),
-                    input_batch.num_reqs,
-                )
-        self.stats.remember(input_batch.req_ids, drafts)
+        num_seqs = len(step.req_ids)
+        for i in emitted_lens.nonzero()[0].tolist():
+            ids = emitted[i][: emitted_lens[i]]
+            verified, known_len = int(num_verified[i]), int(before[i])
+            self.stats.report(step.req_ids[i], verified, ids, known_len, num_seqs)

@@ -1,11 +1,11 @@
 """Start an in-process engine on the shipped pair and watch what its drafter does."""
 
 import contextlib
-import gc
 import json
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from failfast_vllm import offline
 from failfast_vllm.config import METHOD, MODELS_DIR, POLICIES, FailFastConfig
 from failfast_vllm.learned_policy import make_policy
 from failfast_vllm.load import Costs, CostTable, LoadPlanner
@@ -20,30 +20,19 @@ def engine(speculative_config=None, **overrides):
 
     Drafts do not follow the load unless asked to: they would depend on times.
     """
-    from vllm import LLM
-
     if speculative_config == METHOD:
         speculative_config = {"method": METHOD}
     if speculative_config and speculative_config["method"] == METHOD:
         speculative_config = {"load_aware": False, **speculative_config}
-
     settings = {
-        "model": TARGET,
         "dtype": "float32",
         "enforce_eager": True,
-        "max_model_len": 2048,
         "max_num_seqs": 16,
-        "enable_prefix_caching": False,
         "disable_log_stats": False,
         **overrides,
     }
-    llm = LLM(**settings, speculative_config=speculative_config)
-    try:
+    with offline.engine(speculative_config, **settings) as llm:
         yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
 
 
 def core(llm):
@@ -159,10 +148,7 @@ def shipped_prompts():
 
 
 def chat_ids(tokenizer, prompt):
-    text = tokenizer.apply_chat_template(
-        prompt["messages"], add_generation_prompt=True, tokenize=False
-    )
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return offline.encode(tokenizer, prompt)["prompt_token_ids"]
 
 
 def generate(llm, prompts, params, lora=None):

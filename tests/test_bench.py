@@ -18,7 +18,7 @@ from aiohttp import web
 from failfast_vllm import bench, cli, closed_loop
 from failfast_vllm.closed_loop import Run, Served, Server, Tally
 from failfast_vllm.config import POLICIES, FailFastConfig
-from failfast_vllm.demo import TracedRound
+from failfast_vllm.offline import TracedRound
 
 COMMAND = str(Path(sys.executable).with_name("failfast"))
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -11,6 +11,7 @@ import pytest
 
 from failfast_vllm import cli, demo, plugin
 from failfast_vllm.config import FailFastConfig
+from failfast_vllm.offline import TracedRound, traced
 
 COMMAND = str(Path(sys.executable).with_name("failfast"))
 
@@ -179,10 +180,10 @@ def test_prompts_are_mixed(tmp_path):
 def test_rounds_end_where_the_answer_ends():
     """What the target adds after an accepted stop token is dropped by the engine; so do we."""
     rounds = [("r", [], [5], 1), ("r", [6, 7, 8], [6, 9], 1), ("r", [1, 2], [1, 2, 4], 2)]
-    assert demo.trace(rounds, num_tokens=5) == [
-        demo.TracedRound([], [], [5], 1),
-        demo.TracedRound([6], [7, 8], [9], 1),
-        demo.TracedRound([1, 2], [], [], 2),
+    assert traced(rounds, num_tokens=5) == [
+        TracedRound([], [], [5], 1),
+        TracedRound([6], [7, 8], [9], 1),
+        TracedRound([1, 2], [], [], 2),
     ]
 
 
@@ -194,7 +195,7 @@ class Letters:
 
 
 def comparison(failfast_ids):
-    rounds = demo.trace([("r", [], [0], 1), ("r", [1, 2, 9, 9], [1, 2, 3], 1)], 4)
+    rounds = traced([("r", [], [0], 1), ("r", [1, 2, 9, 9], [1, 2, 3], 1)], 4)
     prompt = demo.Prompt("task", [{"role": "user", "content": "why\nnot"}])
     baseline, failfast = (
         demo.Answer([0, 1, 2, 3], 2.0, []),

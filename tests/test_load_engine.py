@@ -62,7 +62,7 @@ def test_drafting_that_comes_and_goes(expected, overrides):
         record.assert_not_vacuous()
     assert found == answers
     assert error < TOLERANCE
-    print('CHK', num_checked, sum(late), len(late))
+    print("CHK", num_checked, sum(late), len(late))
     assert num_checked > 100
     assert sum(late) > 5
 
@@ -79,6 +79,8 @@ def test_where_drafting_does_not_pay_nothing_is_drafted(expected):
         with watch(llm) as record:
             assert generate(llm, prompts, params) == answers
         assert record.num_drafted == 0
+        # steps that are not looked at are reported all the same
+        assert sum(len(r.emitted) for r in record.rounds) == sum(map(len, answers))
         assert proposer(llm).stats.num_forwards == 0
         planner.costs.draft.ms /= 1e9
         planner._steps_to_rest = 0
