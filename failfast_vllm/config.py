@@ -126,6 +126,7 @@ class FailFastConfig:
     policy: str
     draft_budget: int  # tokens drafted in one step, over all sequences
     reuse_rejected: bool  # lengthen doubtful drafts by what was rejected before
+    path_search: bool  # choose among the candidates of a pass by what was said before
     load_aware: bool  # draft only where it is expected to raise throughput
     trace: str | None  # the file that rounds are written to
     trace_ids: bool  # with token ids
@@ -145,6 +146,7 @@ class FailFastConfig:
         increment = _integer(given, "draft_increment", increment, 1, cap)
         budget = _integer(given, "draft_budget", 512, 1, MAX_DRAFT_BUDGET)
         reuse = _flag(given, "reuse_rejected", False)
+        path_search = _flag(given, "path_search", False)
         load_aware = _flag(given, "load_aware", True)
         if policy == "goodput" and not load_aware:
             raise ValueError(
@@ -154,7 +156,16 @@ class FailFastConfig:
         parameters = policy_parameters(policy, given, cap)
         trace, trace_ids = _trace_file(given), _flag(given, "trace_ids", False)
         return FailFastConfig(
-            cap, increment, policy, budget, reuse, load_aware, trace, trace_ids, parameters
+            cap,
+            increment,
+            policy,
+            budget,
+            reuse,
+            path_search,
+            load_aware,
+            trace,
+            trace_ids,
+            parameters,
         )
 
     def for_block_size(self, size: int, given: Mapping[str, Any]) -> "FailFastConfig":

@@ -32,6 +32,7 @@ from failfast_kernels import TokenConfidence
 from failfast_vllm.blocks import CommittedBlocks
 from failfast_vllm.counts import BUDGET, CAP, EOS, LOAD, REQUEST
 from failfast_vllm.load import LoadPlanner
+from failfast_vllm.paths import UNKNOWN, PathSearch
 from failfast_vllm.policy import DraftSoFar, Lengths, Policy
 from failfast_vllm.reuse import RejectedDrafts, RejectedTokens, continuation
 
@@ -65,6 +66,13 @@ class DraftBatch(NamedTuple):
     block_table: torch.Tensor  # [num_seqs, max_pages] int
 
 
+class Candidates(NamedTuple):
+    """The most probable tokens after each row."""
+
+    token_ids: torch.Tensor  # [num_rows, k] int64
+    probabilities: torch.Tensor  # [num_rows, k] float32, falling
+
+
 class DraftModel(Protocol):
     """What the drafter needs of a model."""
 
@@ -77,6 +85,12 @@ class DraftModel(Protocol):
 
         `details` asks for the entropy, too.
         """
+        ...
+
+    def candidates(
+        self, hidden_states: torch.Tensor, *, details: bool = False
+    ) -> tuple[TokenConfidence, Candidates]:
+        """The same, and the most probable tokens; MASK and foreign ids have probability 0."""
         ...
 
 
@@ -144,6 +158,7 @@ class Drafter:
         blocks: which blocks of the KV cache are committed.
         planner: decides what pays at this load; None: drafts grow as the policy says.
         reuse_rejected: lengthen doubtful drafts by what was rejected before (see `reuse`).
+        paths: chooses among a pass's candidates; None: the most probable token of each mask.
         kv_block_size: tokens per page of the KV cache, a multiple of `diffusion_block_size`.
     """
 
@@ -165,6 +180,7 @@ class Drafter:
         blocks: CommittedBlocks,
         planner: LoadPlanner | None = None,
         reuse_rejected: bool = False,
+        paths: PathSearch | None = None,
     ) -> None:
         assert kv_block_size % diffusion_block_size == 0
         self.model = model
@@ -182,6 +198,7 @@ class Drafter:
         self.blocks = blocks
         self.planner = planner
         self.rejected = RejectedDrafts() if reuse_rejected else None
+        self.paths = paths
         self.device = stop_token_ids.device
 
     def draft_budget(self, num_seqs: int) -> int:
@@ -193,6 +210,8 @@ class Drafter:
 
         With a planner, commits wait until a sequence is drafted for.
         """
+        if self.paths is not None:
+            self._see(self.paths, step)
         asked_lens = step.max_draft_lens
         step = replace(step, max_draft_lens=self.policy.begin(step.req_ids, step.max_draft_lens))
         first_lens = increments = self._first_increments(step)
@@ -358,10 +377,17 @@ class Drafter:
         owner = owners[:, 0]
         new_lens, starts, caps = (plane[:, 0] for plane in per_seq)
         entropic = self.policy.needs_entropy
-        confidence = self.model.confidence(hidden_states[rows.flatten()], details=entropic)
-        token_ids = confidence.token_ids.view_as(rows)
+        masks = hidden_states[rows.flatten()]
+        if self.paths is None:
+            confidence = self.model.confidence(masks, details=entropic)
+            token_ids = confidence.token_ids.view_as(rows)
+            sure = confidence.probabilities.view_as(rows)
+        else:
+            confidence, candidates = self.model.candidates(masks, details=entropic)
+            begins = first_columns + draft_lens
+            token_ids, sure = self._path(self.paths, canvas, seqs, begins, candidates, valid)
         canvas[owners, columns] = token_ids
-        judged.signals[0, owners, places] = confidence.probabilities.view_as(rows)
+        judged.signals[0, owners, places] = sure
         if entropic:
             assert confidence.entropies is not None
             judged.signals[1, owners, places] = confidence.entropies.view_as(rows)
@@ -382,7 +408,7 @@ class Drafter:
             num_reused = self._reuse(canvas, judged.rejected, owner, starts, ends, room)
         # float64 holds both the lengths and the probabilities exactly
         flags = torch.stack((ends, num_reused, goes_on & ~stopped, stopped), dim=1).double()
-        report = torch.cat((flags, confidence.probabilities.view_as(rows).double()), dim=1)
+        report = torch.cat((flags, sure.double()), dim=1)
 
         report_np = report.cpu().numpy()  # the copy back, once per increment
         ends_np, reused_np = report_np[:, :2].astype(np.int64).T
@@ -391,6 +417,34 @@ class Drafter:
         judged.ends_at_stop[seqs] = report_np[:, 3] > 0
         lens = ends_np + reused_np
         return lens, (report_np[:, 2] > 0) & (lens < step.max_draft_lens[seqs])
+
+    def _see(self, paths: PathSearch, step: DraftStep) -> None:
+        """Count what the sequences have said since the last step that was looked at."""
+        rows, positions = paths.unseen(step.req_ids, step.known_lens)
+        columns = positions[:, None] + np.array([-2, -1, 0])
+        slots = self._to_device(step.slots[rows][:, None])
+        grams = step.token_ids[slots, self._to_device(np.maximum(columns, 0))].cpu().numpy()
+        paths.trigrams.see(np.where(columns < 0, UNKNOWN, grams))
+
+    def _path(
+        self,
+        paths: PathSearch,
+        canvas: torch.Tensor,
+        seqs: Lengths,
+        first_columns: Lengths,
+        candidates: Candidates,
+        valid: npt.NDArray[np.bool_],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and confidences of `seqs`, whose first masks are at `first_columns`; [n, longest].
+
+        A copy to the host and one back, on top of the one that every increment makes.
+        """
+        columns = first_columns[:, None] + np.array([-2, -1])
+        at = self._to_device(np.array((np.broadcast_to(seqs[:, None], columns.shape), columns)))
+        before = np.where(columns < 0, UNKNOWN, canvas[at[0], at[1].clamp(min=0)].cpu().numpy())
+        ids, probabilities = (part.view(*valid.shape, -1).cpu().numpy() for part in candidates)
+        path = paths.best(before, ids, probabilities, valid)
+        return self._to_device(path.token_ids), self._to_device(path.confidences)
 
     def _reuse(
         self,

@@ -20,11 +20,12 @@ from failfast_vllm.attention import BlockDiffusionMetadata
 from failfast_vllm.blocks import CommittedBlocks
 from failfast_vllm.config import METHOD, POLICIES
 from failfast_vllm.counts import Counts, Judged
-from failfast_vllm.drafter import DraftBatch, Drafter, Drafts
+from failfast_vllm.drafter import Candidates, DraftBatch, Drafter, Drafts
 from failfast_vllm.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.graphs import BucketedPasses, Capture, make_buckets
 from failfast_vllm.learned_policy import PerRequest, make_policy
 from failfast_vllm.load import Costs, CostTable, LoadPlanner
+from failfast_vllm.paths import MAX_CANDIDATES, PathSearch
 from failfast_vllm.policy import Outcome
 from failfast_vllm.ranks import draft_context, drafter_group
 from failfast_vllm.trace import TraceWriter
@@ -189,6 +190,8 @@ class Rounds:
         """The requests have ended."""
         self._drafts.forget(req_ids)
         self.drafter.policy.forget(req_ids)
+        if self.drafter.paths is not None:
+            self.drafter.paths.forget(req_ids)
 
 
 class HostedDraftModel:
@@ -251,13 +254,34 @@ class HostedDraftModel:
 
     def confidence(self, hidden_states: torch.Tensor, *, details: bool = False) -> TokenConfidence:
         began = time.perf_counter()
-        with drafter_group(self.vllm_config):
-            logits = self.model.compute_logits(hidden_states)
-        confidence = confidence_argmax(
-            logits, self.num_draftable_tokens, (self.mask_token_id,), details=details
-        )
+        confidence = self._confidence(self._logits(hidden_states), details)
         self.stats.forward_ms += (time.perf_counter() - began) * 1e3
         return confidence
+
+    def candidates(
+        self, hidden_states: torch.Tensor, *, details: bool = False
+    ) -> tuple[TokenConfidence, Candidates]:
+        began = time.perf_counter()
+        logits = self._logits(hidden_states)
+        confidence = self._confidence(logits, details)
+        num = min(MAX_CANDIDATES + 1, self.num_draftable_tokens)  # one of them may be MASK
+        logits, token_ids = logits[:, : self.num_draftable_tokens].topk(num)
+        logits = logits.float().masked_fill(token_ids == self.mask_token_id, -torch.inf)
+        shares = (logits - logits.amax(dim=1, keepdim=True)).exp()
+        probabilities = (shares * confidence.probabilities[:, None]).nan_to_num(0.0)
+        undefined = confidence.probabilities[:, None] == 0
+        token_ids = torch.where(undefined, confidence.token_ids[:, None], token_ids)
+        self.stats.forward_ms += (time.perf_counter() - began) * 1e3
+        return confidence, Candidates(token_ids, probabilities)
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        with drafter_group(self.vllm_config):
+            logits: torch.Tensor = self.model.compute_logits(hidden_states)
+        return logits
+
+    def _confidence(self, logits: torch.Tensor, details: bool) -> TokenConfidence:
+        forbidden = (self.mask_token_id,)
+        return confidence_argmax(logits, self.num_draftable_tokens, forbidden, details=details)
 
 
 def make_drafter(
@@ -308,6 +332,7 @@ def make_drafter(
         diffusion_block_size=knobs["diffusion_block_size"],
         logit_shift=knobs["logit_shift"],
         reuse_rejected=knobs["reuse_rejected"],
+        paths=PathSearch() if knobs["path_search"] else None,
     )
 
 

@@ -9,6 +9,7 @@ from failfast_vllm import offline
 from failfast_vllm.config import METHOD, MODELS_DIR, POLICIES, FailFastConfig
 from failfast_vllm.learned_policy import make_policy
 from failfast_vllm.load import Costs, CostTable, LoadPlanner
+from failfast_vllm.paths import PathSearch
 from failfast_vllm.reuse import RejectedDrafts
 
 TARGET = str(MODELS_DIR / "target")
@@ -117,11 +118,10 @@ def start_watching(adapter):
 
 @contextlib.contextmanager
 def policy(llm, variant, **given):
-    """Exchange the policy of a running engine; "+reuse" behind its name reuses rejected drafts."""
+    """Exchange the policy of a running engine; behind its name "+reuse" and "+paths"."""
     from failfast_vllm.hosting import Rounds
 
-    name = variant.removesuffix("+reuse")
-    reuse = name != variant
+    name = variant.removesuffix("+paths").removesuffix("+reuse")
     knobs = FailFastConfig.from_user({"policy": name, **given}).to_dict()
     own = proposer(llm)
     drafter = own.drafter
@@ -132,13 +132,14 @@ def policy(llm, variant, **given):
     parameters = {key: knobs[key] for key in POLICIES[name]}
     drafter.policy = make_policy(name, parameters, knobs["num_speculative_tokens"])
     drafter.draft_increment = knobs["draft_increment"]
-    drafter.rejected = RejectedDrafts() if reuse else None
+    drafter.rejected = RejectedDrafts() if "+reuse" in variant else None
+    drafter.paths = PathSearch() if "+paths" in variant else None
     own.rounds = Rounds(drafter, own.stats.counts)
     try:
         yield drafter.policy
     finally:
         drafter.policy, drafter.draft_increment, drafter.rejected, own.rounds = before
-        drafter.planner = None
+        drafter.planner = drafter.paths = None
 
 
 def shipped_prompts():

@@ -76,6 +76,7 @@ BAD_VALUES = [
     ("confidence_threshold", ["0.45", True, None, [0.45], math.nan, math.inf, -0.1, 1.01]),
     ("policy", ["greedy", "FailFast", "", None, True, 1, ["failfast"]]),
     ("reuse_rejected", ["true", 1, None]),
+    ("path_search", ["true", 1, None]),
     ("model", ["", "  ", None, True, 3, ["drafter"]]),
     ("revision", ["", None, 5]),
     ("draft_tensor_parallel_size", ["2", True, None, 1.0, 0]),

@@ -1,0 +1,159 @@
+"""Causal path search (DiffuSpec, arXiv 2510.02358): which of a pass's candidates make a text.
+
+A pass judges its masks independently of each other: the best token of each need not follow from the
+best token before it. The search walks through the candidates from left to right, and maximises
+
+    WEIGHT * log p(drafter) + (1 - WEIGHT) * log p(token | the two before it)
+
+with a beam. Where the paper trains the 3-gram model on a corpus, this one counts what the server
+has read and written. It costs no pass, and changes drafts only, which the target verifies.
+NumPy only: a few small arrays per mask.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Hashes = npt.NDArray[np.uint64]
+Flags = npt.NDArray[np.bool_]
+
+MAX_CANDIDATES = 15
+MASS = 0.8  # candidates are the smallest top set with this much probability
+BEAM = 3
+WEIGHT = 0.5
+ORDER_SHARES = (0.1, 0.3, 0.6)  # of 1-, 2- and 3-grams in a probability
+FLOOR = 1e-6  # of what was never seen
+TABLE_BITS = 22  # 4 M counts, 16 MiB
+MAX_SEEN = 2**TABLE_BITS  # tokens after which all counts are halved
+UNKNOWN = -1  # a token in front of what is known
+
+# odd, random: of a 3-gram's first, second and last token
+FACTORS = np.array([0xD6E8FEB86659FD93, 0xC2B2AE3D27D4EB4F, 0x9E3779B97F4A7C15], dtype=np.uint64)
+
+
+class Path(NamedTuple):
+    """The best way through the candidates of some masks."""
+
+    token_ids: Ints  # [n, num_masks], undefined where not valid
+    confidences: npt.NDArray[np.float32]  # [n, num_masks] of each among its candidates, 0 to 1
+
+
+class Trigrams:
+    """Counts of 1-, 2- and 3-grams in a table of fixed size, by hash."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(2**TABLE_BITS, dtype=np.int32)
+        self.num_seen = 0  # tokens
+
+    def see(self, grams: Ints) -> None:
+        """Count tokens, [num_tokens, 3]: the two before each and itself; UNKNOWN where none."""
+        for order in (1, 2, 3):
+            known = grams[(grams[:, 3 - order :] != UNKNOWN).all(axis=1), 3 - order :]
+            np.add.at(self.counts, _places((_numbers(known) * FACTORS[-order:]).sum(axis=1)), 1)
+        self.num_seen += len(grams)
+        while self.num_seen > MAX_SEEN:
+            self.counts //= 2
+            self.num_seen //= 2
+
+    def times(self, mixed: Hashes) -> npt.NDArray[np.int32]:
+        """How often n-grams were seen, each the sum of its `_numbers` times their FACTORS."""
+        return self.counts[_places(mixed)]
+
+
+def _numbers(token_ids: Ints) -> Hashes:
+    return (token_ids + 2).astype(np.uint64)  # UNKNOWN is not 0 either
+
+
+def _places(mixed: Hashes) -> Ints:
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * FACTORS[2]
+    places: Ints = (mixed >> np.uint64(64 - TABLE_BITS)).astype(np.int64)
+    return places
+
+
+class PathSearch:
+    """Chooses drafts by what the server has seen so far.
+
+    Deterministic in the steps that it is given, so that the ranks of a tensor-parallel group agree.
+    """
+
+    def __init__(self) -> None:
+        self.trigrams = Trigrams()
+        self._seen: dict[str, int] = {}  # request -> tokens that are counted
+
+    def unseen(self, req_ids: Sequence[str], known_lens: Ints) -> tuple[Ints, Ints]:
+        """What is new since it was last asked: [n] rows of the step and [n] positions."""
+        rows, positions = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+        for row, (req_id, known_len) in enumerate(zip(req_ids, known_lens.tolist(), strict=True)):
+            new = np.arange(self._seen.get(req_id, 0), known_len)
+            rows.append(np.full(len(new), row))
+            positions.append(new)
+            self._seen[req_id] = max(known_len, self._seen.get(req_id, 0))
+        return np.concatenate(rows), np.concatenate(positions)
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """The requests have ended; what they said stays counted."""
+        for req_id in req_ids:
+            self._seen.pop(req_id, None)
+
+    def best(self, before: Ints, token_ids: Ints, probabilities: Floats, valid: Flags) -> Path:
+        """The best path through each sequence's masks.
+
+        Args:
+            before: [n, 2] the two tokens in front of the first mask; UNKNOWN where there is none.
+            token_ids: [n, num_masks, k] candidates, the most probable first, at least one.
+            probabilities: [n, num_masks, k] the drafter's; falling.
+            valid: [n, num_masks] false behind a sequence's last mask.
+        """
+        n, num_masks, _ = token_ids.shape
+        candidate = probabilities.cumsum(axis=2) - probabilities < MASS
+        candidate[:, :, 0] = True
+        k = int(candidate.sum(axis=2).max(initial=1))
+        candidate, token_ids = candidate[:, :, :k], token_ids[:, :, :k]
+        shares = np.where(candidate, probabilities[:, :, :k], 0.0)
+        logs = np.where(candidate, WEIGHT * np.log(np.maximum(shares, 1e-30)), -np.inf)
+        gains = np.empty((num_masks, n, BEAM, k))
+        parents = np.empty((num_masks, n, BEAM), dtype=np.int64)
+        choices = np.empty_like(parents)
+
+        numbers, times = _numbers(token_ids), self.trigrams.times
+        num_seen = times(numbers * FACTORS[2])  # [n, num_masks, k]
+        alone = FLOOR + ORDER_SHARES[0] * num_seen / max(self.trigrams.num_seen, 1)
+        rows = np.arange(n)[:, None]
+        scores = np.full((n, BEAM), -np.inf)
+        scores[:, 0] = 0.0
+        # the two tokens in front, and how often they were seen: [n, BEAM] each
+        before_last, last = np.repeat(_numbers(before).T[:, :, None], BEAM, axis=2)
+        last_seen = times(last * FACTORS[2])
+        both_seen = times(last * FACTORS[2] + before_last * FACTORS[1])
+        for i in range(num_masks):
+            pairs = (numbers[:, i] * FACTORS[2])[:, None] + (last * FACTORS[1])[:, :, None]
+            triples = pairs + (before_last * FACTORS[0])[:, :, None]
+            pairs_seen, triples_seen = times(np.array((pairs, triples)))  # [n, BEAM, k] each
+            chances = (
+                alone[:, i, None]
+                + (ORDER_SHARES[1] / np.maximum(last_seen, 1))[:, :, None] * pairs_seen
+                + (ORDER_SHARES[2] / np.maximum(both_seen, 1))[:, :, None] * triples_seen
+            )
+            gains[i] = logs[:, i, None] + (1 - WEIGHT) * np.log(chances)
+            if not valid[:, i].all():
+                gains[i, ~valid[:, i]] = np.where(np.arange(k) == 0, 0.0, -np.inf)
+            totals = (scores[:, :, None] + gains[i]).reshape(n, -1)
+            order = np.argsort(-totals, axis=1, kind="stable")[:, :BEAM]
+            scores = totals[rows, order]
+            parents[i], choices[i] = parent, choice = np.divmod(order, k)
+            before_last, last = last[rows, parent], numbers[rows, i, choice]
+            last_seen, both_seen = num_seen[rows, i, choice], pairs_seen[rows, parent, choice]
+        found = np.empty((n, num_masks), dtype=np.int64)
+        confidences = np.empty((n, num_masks), dtype=np.float32)
+        sure = np.exp(gains - gains.max(axis=3, keepdims=True))
+        sure *= shares.sum(axis=2).T[:, :, None, None] / sure.sum(axis=3, keepdims=True)
+        seqs, beam = np.arange(n), np.zeros(n, dtype=np.int64)
+        for i in reversed(range(num_masks)):
+            choice, beam = choices[i, seqs, beam], parents[i, seqs, beam]
+            found[:, i] = token_ids[seqs, i, choice]
+            confidences[:, i] = sure[i, seqs, beam, choice]
+        return Path(found, confidences)
