@@ -127,6 +127,12 @@ V1_HOOKS = (
     ),
     Hook("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "take_draft_token_ids", ("self",)),
     Hook(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "_sample",
+        ("self", "logits", "spec_decode_metadata"),
+    ),
+    Hook(
         "vllm.v1.sample.rejection_sampler",
         "",
         "expand_batch_to_tokens",
@@ -723,6 +729,7 @@ def install_v1_hooks() -> None:
     if problem:
         raise RuntimeError(f"failfast cannot run: {problem}")
     from vllm.triton_utils import HAS_TRITON
+    from vllm.v1.outputs import DraftTokenIds
     from vllm.v1.sample import rejection_sampler
     from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
@@ -793,10 +800,24 @@ def install_v1_hooks() -> None:
             drafts = original(self)
             drafter = getattr(self, "drafter", None)
             if drafts is not None and isinstance(drafter, FailFastProposer):
+                if not any(drafts.draft_token_ids):
+                    drafts = DraftTokenIds([], [])  # nothing for the scheduler to go through
                 drafts.failfast_counts = drafter.stats.counts.take()
             return drafts
 
         return take_draft_token_ids
+
+    def sampling(original: Any) -> Any:
+        """vLLM verifies in every step of an engine that may speculate, with or without drafts."""
+
+        def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+            drafter = getattr(self, "drafter", None)
+            ours = isinstance(drafter, FailFastProposer) and spec_decode_metadata is not None
+            if ours and not any(spec_decode_metadata.num_draft_tokens):
+                return original(self, logits, None)
+            return original(self, logits, spec_decode_metadata)
+
+        return _sample
 
     def building_logitsprocs(original: Any) -> Any:
         """vLLM drops min_p and logit_bias beside any drafter; undrafted requests can have them."""
@@ -820,6 +841,7 @@ def install_v1_hooks() -> None:
 
     _wrap(GPUModelRunner, "_update_states", updating_states)
     _wrap(GPUModelRunner, "take_draft_token_ids", taking_drafts)
+    _wrap(GPUModelRunner, "_sample", sampling)
     _wrap(DraftModelProposer, "__new__", constructing_proposer)
     _wrap(gpu_model_runner, "build_logitsprocs", building_logitsprocs)
     _wrap(GPUModelRunner, "_input_fits_in_drafter", fitting_drafter)

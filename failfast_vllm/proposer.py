@@ -109,9 +109,13 @@ class FailFastProposer(DraftModelProposer):
             resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
             fresh = {request.req_id for request in scheduler_output.scheduled_new_reqs} | resumed
             computed = np.where([req_id in fresh for req_id in req_ids], 0, computed)
-        computed_lens = torch.from_numpy(computed).to(self.device)  # before this step
-        known = torch.from_numpy(batch.num_tokens_no_spec[:num_reqs]).to(self.device)
-        self.drafter.blocks.clear(table, computed_lens, known)
+        known, size = batch.num_tokens_no_spec[:num_reqs], self.drafter.diffusion_block_size
+        # the others go on within a block, which was cleared when it began
+        begins = (computed % size == 0) | (known > (computed // size + 1) * size)
+        if begins.any():
+            rows = torch.from_numpy(begins.nonzero()[0]).to(self.device)
+            bounds = torch.from_numpy(np.array((computed, known))).to(self.device)
+            self.drafter.blocks.clear(table[rows], *bounds[:, rows])
         verified = scheduler_output.scheduled_spec_decode_tokens
         num_verified = [len(verified.get(req_id, ())) for req_id in req_ids]
         if self.stats.wants_rounds:
@@ -123,6 +127,7 @@ class FailFastProposer(DraftModelProposer):
         num_tokens = scheduler_output.total_num_scheduled_tokens
         if planner is not None and not planner.step_began(req_ids, num_tokens):
             return [[]] * num_reqs
+        computed_lens = torch.from_numpy(computed).to(self.device)
         committed = self.drafter.blocks.committed_lens(table, computed_lens).cpu().numpy()
         step = self._gather(scheduler_output, sampled_token_ids, table, committed)
         self.rounds.verified(req_ids, num_verified, [len(ids) for ids in sampled_token_ids])
