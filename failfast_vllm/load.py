@@ -20,7 +20,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,7 @@ UNTRIED = 0.97  # acceptance of a position that was never tried, of that before 
 DECAY = 0.995  # per observed round: a memory of about 200 rounds
 FORGETTING = 0.01  # per step without drafts: what was learned long ago gets another try
 LEARNING_STEPS = 8  # steps whose drafts are learned from at once
+FAR = 1e7  # rows; a table goes on to there
 COST_MEMORY = 20.0  # measurements near a size that its time is averaged over
 
 
@@ -59,15 +60,27 @@ class CostTable:
     def __init__(self, sizes: list[int], ms: list[float]) -> None:
         assert len(sizes) == len(ms) > 0
         self.sizes = np.array(sizes, dtype=np.float64)
-        self.start_ms = np.maximum.accumulate(np.array(ms, dtype=np.float64))
-        self.ms = self.start_ms
-        self._extra = np.zeros(len(sizes))  # found while serving, on top of `start_ms`
+        # 0 rows take nothing, less than measured as much as the least, more than it ever more
+        self._knots = np.concatenate(([0.0, 1e-9], self.sizes, [FAR]))
+        self._values = np.zeros(len(self._knots))
+        self.ms = self._values[2:-1]  # by size
+        self._set(np.array(ms, dtype=np.float64))
+        self._start = self._values.copy()
+        self._extra = np.zeros(len(sizes))  # found while serving, on top of that
         self._weights = np.zeros(len(sizes))
         self._nearness: dict[int, Floats] = {}  # by size that was measured
 
-    def __call__(self, size: npt.ArrayLike) -> Floats:
+    def __call__(self, size: npt.NDArray[Any] | list[int] | float) -> Floats:
         """Time of a pass of `size` rows; 0 for 0 rows."""
-        return self._interpolated(self.ms, size)
+        return np.asarray(np.interp(size, self._knots, self._values))
+
+    def _set(self, ms: Floats) -> None:
+        self.ms[:] = np.maximum.accumulate(ms)
+        self._values[1] = self.ms[0]
+        slope = self.ms[-1] / self.sizes[-1]
+        if len(ms) > 1:
+            slope = (self.ms[-1] - self.ms[-2]) / (self.sizes[-1] - self.sizes[-2])
+        self._values[-1] = self.ms[-1] + slope * (FAR - self.sizes[-1])
 
     def correct(self, size: int, ms: float) -> None:
         """Learn from a measured time: what it takes beyond the start-up time, near `size`.
@@ -81,19 +94,9 @@ class CostTable:
         if nearness is None:
             nearness = self._nearness[size] = np.exp(-3.0 * np.abs(np.log2(self.sizes / size)))
         self._weights = np.minimum(self._weights + nearness, COST_MEMORY)
-        missing = ms - float(self._interpolated(self.start_ms, size)) - self._extra
+        missing = ms - float(np.interp(size, self._knots, self._start)) - self._extra
         self._extra += nearness / self._weights * missing
-        self.ms = np.maximum.accumulate(np.maximum(self.start_ms + self._extra, 1e-6))
-
-    def _interpolated(self, ms: Floats, size: npt.ArrayLike) -> Floats:
-        size = np.asarray(size)
-        found = np.interp(size, self.sizes, ms)
-        if size.max() > self.sizes[-1]:
-            slope = ms[-1] / self.sizes[-1]
-            if len(ms) > 1:
-                slope = (ms[-1] - ms[-2]) / (self.sizes[-1] - self.sizes[-2])
-            found = found + slope * np.maximum(size - self.sizes[-1], 0.0)
-        return np.where(size > 0, found, 0.0)
+        self._set(np.maximum(self._start[2:-1] + self._extra, 1e-6))
 
 
 class Costs:
