@@ -138,13 +138,6 @@ def test_a_request_that_ends_is_replaced_at_once(monkeypatch):
     assert [s.num_tokens for s in run.served] == [2, 3, 1] * 3
 
 
-def test_a_trajectory_is_whole_or_absent(monkeypatch):
-    """Catches an answer drawn without the steps in which a load-aware drafter rested."""
-    prefill, last = ("0-abc", [], [0], 0, []), ("0-abc", [], [0], 1, [])
-    assert len(loop(monkeypatch, [prefill, last])[1].trajectory) == 2
-    assert loop(monkeypatch, [prefill])[1].trajectory == []
-
-
 def test_methods_cover_all_policies_and_say_what_load_does():
     """Catches a policy that cannot be chosen, and a default of load_aware that creeps in."""
     configs = bench.methods("my-drafter", "my-ar")
