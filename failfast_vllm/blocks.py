@@ -29,7 +29,9 @@ class CommittedBlocks:
     def clear(
         self, block_table: torch.Tensor, computed_lens: torch.Tensor, known_lens: torch.Tensor
     ) -> None:
-        """Note the blocks whose tokens a step has computed; to be called in every step.
+        """Note the blocks whose tokens a step has computed.
+
+        To be called in every step with at least the sequences that have begun a block.
 
         Args:
             block_table: [num_seqs, max_pages] int; undefined behind the pages of `known_lens`.

@@ -28,7 +28,7 @@ WEIGHT = 0.5
 ORDER_SHARES = (0.1, 0.3, 0.6)  # of 1-, 2- and 3-grams in a probability
 FLOOR = 1e-6  # of what was never seen
 TABLE_BITS = 22  # 4 M counts, 16 MiB
-MAX_SEEN = 2**TABLE_BITS  # tokens after which all counts are halved
+MAX_SEEN = 2 ** (TABLE_BITS - 2)  # tokens after which all counts are halved
 UNKNOWN = -1  # a token in front of what is known
 
 # odd, random: of a 3-gram's first, second and last token
