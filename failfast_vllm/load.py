@@ -227,16 +227,17 @@ class LoadPlanner:
         """
         self._began, self._passes_ms = time.perf_counter(), 0.0
         waited_ms = (self._began - self._waits_since) * 1e3
-        # a request that is new may have come to an idle engine
-        if self.learns and self._running.issuperset(req_ids):
+        self._steps_to_rest -= 1
+        looks = self._steps_to_rest < 0 or len(req_ids) < 0.8 * self._rests_from
+        # a request that is new may have come to an idle engine; rests are much alike
+        asked = looks or self._steps_to_rest % 4 == 0
+        if self.learns and asked and self._running.issuperset(req_ids):
             table = self.costs.verify if self._num_drafted else self.costs.plain
             table.correct(num_tokens, waited_ms)
         self._num_drafted = 0
-        self._steps_to_rest -= 1
-        if self._steps_to_rest < 0 or len(req_ids) < 0.8 * self._rests_from:
-            return True
-        self.step_ended(req_ids)
-        return False
+        if not looks:
+            self.step_ended(req_ids)
+        return looks
 
     def step_ended(self, req_ids: Sequence[str]) -> None:
         """The drafts of the step are made; the target is next."""
