@@ -32,8 +32,10 @@ logger = logging.getLogger("vllm.failfast")
 Lengths = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# Committing what was skipped pays over the rounds that follow; answers may end after few.
-AMORTISED_ROUNDS = 4
+# Committing what was skipped pays over the rounds that follow: over so many at most, since answers
+# end, and over no more than drafting lasted when it was last taken up.
+AMORTISED_ROUNDS = 4.0
+RECOVERY = 1.05  # of that number, per look that decides against drafts
 # A draft must promise this much more than none: times and acceptance are only estimates.
 MARGIN = 1.1
 # A step of plain decoding among many with drafts, to know what it takes.
@@ -210,6 +212,8 @@ class LoadPlanner:
     _steps_to_probe: int = field(default=PROBE_STEPS, repr=False)
     _steps_to_rest: int = field(default=0, repr=False)
     _rests_from: int = field(default=0, repr=False)  # sequences
+    _rounds: int = field(default=0, repr=False)  # with drafts since the last rest
+    _rounds_lasted: float = field(default=AMORTISED_ROUNDS, repr=False)  # between rests
     _waits_since: float = field(default=0.0, repr=False)
     _running: frozenset[str] = field(default=frozenset(), repr=False)
     _num_drafted: int = field(default=0, repr=False)  # tokens that the next step verifies
@@ -306,13 +310,19 @@ class LoadPlanner:
         draft_ms = self.costs.draft(rows)
         ms = draft_ms + self.costs.verify(num_seqs + drafted) + self._overhead_ms
         if backlog := int(commit_rows.sum()):  # pays over the rounds that follow
-            ms += (self.costs.draft(rows + backlog) - draft_ms) / AMORTISED_ROUNDS
+            ms += (self.costs.draft(rows + backlog) - draft_ms) / self._rounds_lasted
         ms[0] = float(self.costs.plain(num_seqs)) / MARGIN
         rates = tokens / ms
         best = int(rates.argmax())
         self._rate = float(rates[best])
+        self._rounds += best > 0
         if best == 0:
             self._steps_to_rest, self._rests_from = REST_STEPS, num_seqs
+            lasted = (
+                (self._rounds_lasted + self._rounds) / 2 if self._rounds else self._rounds_lasted
+            )
+            self._rounds_lasted = min(max(RECOVERY * lasted, 1.0), AMORTISED_ROUNDS)
+            self._rounds = 0
         elif self.learns:
             self._steps_to_probe -= 1
             if self._steps_to_probe == 0:

@@ -165,6 +165,37 @@ def test_rests_end_when_the_load_falls():
     assert server.chosen[1] > 0
 
 
+def test_drafting_that_never_lasts_is_not_taken_up():
+    """Catches a backlog of commits that is paid again and again for a round or two each time."""
+    costs = Costs(CostTable([1, 1001], [1.0, 11.0]), CostTable([1, 1001], [10.0, 30.0]))
+    wanted, rows = np.full(8, CAP), np.full(8, 16)
+
+    def drafts(backlog, live=rows):
+        return bool(planner.first(wanted, live, rows * backlog).any())
+
+    def rests():
+        """The load, or the text, has changed."""
+        return not drafts(0, live=1000 * rows)
+
+    for backlog in range(500, 0, -1):  # the largest that four rounds would earn
+        planner = LoadPlanner(costs, CAP, INCREMENT)
+        if drafts(backlog):
+            break
+    assert 0 < backlog < 500
+    planner = LoadPlanner(costs, CAP, INCREMENT)
+    taken_up = []
+    for _ in range(20):
+        taken_up.append(drafts(backlog))
+        assert rests()
+    assert taken_up[0]
+    assert sum(taken_up) < 6
+    assert all(rests() for _ in range(60))
+    assert drafts(backlog)  # another try
+    assert all(drafts(0) for _ in range(9))
+    assert rests()
+    assert drafts(backlog)  # it has lasted
+
+
 def planner_with(rate, ms_per_token):
     """A planner in the middle of a step, whose verification takes as long per token."""
     costs = Costs(CostTable([1, 100], [1.0, 1.0]), CostTable([1, 100], [1.0, 1.0]))
