@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,15 +134,14 @@ class Server(NamedTuple):
         return {"base_url": url, "api_key": "none", "max_retries": 0, "timeout": REQUEST_SECONDS}
 
 
-@pytest.fixture(scope="module")
-def server(questions, tmp_path_factory):
-    """A running server; `questions` first, so that the two engines do not share the cores."""
+@contextmanager
+def serving(speculative_config, log):
+    """A running server."""
     port = free_port()
-    log = tmp_path_factory.mktemp("server") / "server.log"
     running = Server(f"http://127.0.0.1:{port}", log)
     with log.open("w") as output:
         process = subprocess.Popen(
-            serve_command("failfast", port),
+            serve_command(speculative_config, port),
             env=server_environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -156,6 +156,14 @@ def server(questions, tmp_path_factory):
         yield running
     finally:
         stop_group(process)
+
+
+@pytest.fixture(scope="module")
+def server(questions, tmp_path_factory):
+    """Drafts at any load; `questions` first, so that the two engines do not share the cores."""
+    always = json.dumps({"method": "failfast", "load_aware": False})
+    with serving(always, tmp_path_factory.mktemp("server") / "server.log") as running:
+        yield running
 
 
 def stop_group(process):
@@ -256,8 +264,7 @@ async def ask_all(server, questions, leavers):
         )
 
 
-def test_a_third_of_32_clients_leave_midway(server, questions):
-    """Catches answers mixed between requests, and pages or requests that nobody frees."""
+def check_that_a_third_may_leave(server, questions):
     leavers = set(range(0, NUM_CLIENTS, 3))
     answers = asyncio.run(ask_all(server, questions, leavers))
     for i, (question, (text, finish_reason)) in enumerate(zip(questions, answers, strict=True)):
@@ -274,8 +281,21 @@ def test_a_third_of_32_clients_leave_midway(server, questions):
         assert time.monotonic() < deadline, left
         time.sleep(0.5)
     assert server.is_healthy()
+
+
+def test_a_third_of_32_clients_leave_midway(server, questions):
+    """Catches answers mixed between requests, and pages or requests that nobody frees."""
+    check_that_a_third_may_leave(server, questions)
     assert server.metric("spec_decode_num_drafts_total") > 0
     assert server.metric("spec_decode_num_accepted_tokens_total") > 0
+
+
+def test_the_default_serves_many_and_one(questions, tmp_path):
+    """As started by one word: load decides when to draft, and answers do not depend on it."""
+    with serving("failfast", tmp_path / "server.log") as server:
+        test_completion(server, questions)
+        check_that_a_third_may_leave(server, questions)
+        test_chat_completion(server, questions)
 
 
 def test_wrong_request_is_the_clients_fault(server, questions):
