@@ -1,8 +1,9 @@
 """A load that jumps from 1 request to 64 and back: how soon drafting is what it should be.
 
 Two engines on the shipped pair, without and with failfast, take turns on the same schedule of a
-closed loop. A phase is cut into its first two seconds and the rest; figures are tokens per second,
-medians over the repeats, and the ratio of the two engines.
+closed loop; when the load falls, the requests above it are aborted. A phase is cut into its first
+two seconds and the rest; figures are tokens per second, medians over the repeats, and the ratio of
+the two engines.
 """
 
 import argparse
@@ -32,6 +33,10 @@ def play(llm: Any, prompts: Iterator[Any], seconds: float) -> list[tuple[float, 
     ids, found = count(), []
     lens: dict[str, int] = {}  # request in flight -> tokens so far
     for concurrency in PHASES:
+        leaving = list(lens)[concurrency:]
+        llm.llm_engine.abort_request(leaving)
+        for request in leaving:
+            del lens[request]
         began, tokens = time.perf_counter(), [0, 0]
         while (now := time.perf_counter() - began) < seconds:
             while len(lens) < concurrency:
@@ -40,13 +45,15 @@ def play(llm: Any, prompts: Iterator[Any], seconds: float) -> list[tuple[float, 
                 lens[request] = 0
             for output in llm.llm_engine.step():
                 request = output.request_id.split("-")[0]
+                if request not in lens:  # has left
+                    continue
                 num_tokens = len(output.outputs[0].token_ids)
                 tokens[now > SETTLING_SECONDS] += num_tokens - lens.pop(request)
                 if not output.finished:
                     lens[request] = num_tokens
         found.append((tokens[0] / SETTLING_SECONDS, tokens[1] / (seconds - SETTLING_SECONDS)))
-    while llm.llm_engine.has_unfinished_requests():
-        llm.llm_engine.step()
+    llm.llm_engine.abort_request(list(lens))
+    llm.llm_engine.step()
     return found
 
 
