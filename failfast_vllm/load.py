@@ -70,7 +70,7 @@ class CostTable:
         self._start = self._values.copy()
         self._extra = np.zeros(len(sizes))  # found while serving, on top of that
         self._weights = np.zeros(len(sizes))
-        self._nearness: dict[int, Floats] = {}  # by size that was measured
+        self._nearness: dict[int, tuple[Floats, Floats]] = {}  # by size that was measured
 
     def __call__(self, size: npt.NDArray[Any] | list[int] | float) -> Floats:
         """Time of a pass of `size` rows; 0 for 0 rows."""
@@ -88,17 +88,30 @@ class CostTable:
         """Learn from a measured time: what it takes beyond the start-up time, near `size`.
 
         An average over the last measurements, weighted by how near they were; sizes that nothing
-        was measured at follow the nearest ones.
+        was measured at follow the nearest ones, smaller ones in proportion. The time at start-up
+        is one of them.
         """
-        if self._weights[0]:  # a hiccup moves little
-            ms = min(ms, 4.0 * float(self(size)))
-        nearness = self._nearness.get(size)  # 1 here, .05 at half and double
-        if nearness is None:
-            nearness = self._nearness[size] = np.exp(-3.0 * np.abs(np.log2(self.sizes / size)))
-        self._weights = np.minimum(self._weights + nearness, COST_MEMORY)
-        missing = ms - float(np.interp(size, self._knots, self._start)) - self._extra
-        self._extra += nearness / self._weights * missing
-        self._set(np.maximum(self._start[2:-1] + self._extra, 1e-6))
+        ms = min(ms, 4.0 * float(self(size)))  # a hiccup moves little
+        start, start_here = self._start[2:-1], float(np.interp(size, self._knots, self._start))
+        near = self._nearness.get(size)
+        if near is None:
+            nearness = np.exp(-3.0 * np.abs(np.log2(self.sizes / size)))  # .05 at half and double
+            below = max(int(np.searchsorted(self.sizes, size, "right")) - 1, 0)
+            share = np.ones(len(start))
+            share[:below] = start[:below] / start_here
+            near = self._nearness[size] = nearness, share
+        nearness, share = near
+        before = np.maximum(self._weights, nearness)
+        self._weights = np.minimum(before + nearness, COST_MEMORY)
+        extra = (ms - start_here) * share
+        self._extra += nearness / self._weights * (extra - self._extra)
+        self._set(np.maximum(start + self._extra, 1e-6))
+
+    def forget(self) -> None:
+        """Nothing is measured: move slowly back to the start-up times."""
+        self._weights *= 1.0 - FORGETTING
+        self._extra *= 1.0 - FORGETTING
+        self._set(self._start[2:-1] + self._extra)
 
 
 class Costs:
@@ -260,8 +273,8 @@ class LoadPlanner:
     def observe(self, outcomes: Sequence[Drafted]) -> None:
         """Learn from a step's verified drafts, a few steps later; without any, forget a little."""
         if not outcomes:
-            self.acceptance.forget()
-            self.growth.forget()
+            for learned in (self.acceptance, self.growth, self.costs.draft, self.costs.verify):
+                learned.forget()
             return
         self._unlearned.extend(outcomes)
         self._steps_to_learn -= 1

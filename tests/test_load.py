@@ -283,3 +283,27 @@ def test_a_cost_table_learns_what_a_pass_takes_beyond_its_start_up_time(size):
     table.correct(size, 100 * truth)
     assert float(table(size)) < 1.2 * truth
     assert (np.diff(table(np.arange(1, 5000))) >= -1e-9).all()
+
+
+def test_one_slow_pass_does_not_speak_for_small_ones():
+    """Catches a first pass that commits long prompts, and a server that never drafts again."""
+    table = CostTable([1, 8, 64, 512, 4096], [5.0, 5.0, 8.0, 30.0, 200.0])
+    slow = float(table(1000))
+    for _ in range(9):
+        table.correct(1000, 2.0 * slow)
+    assert table([1, 64]) == pytest.approx([9.5, 15.2], rel=0.01)
+    table.correct(16, 6.0)
+    assert float(table(16)) < 9.0
+    assert float(table(1000)) > 1.8 * slow
+    for _ in range(1000):
+        table.forget()
+    assert table(table.sizes) == pytest.approx([5.0, 5.0, 8.0, 30.0, 200.0], rel=1e-3)
+
+
+def test_one_slow_pass_moves_a_table_by_half():
+    """Catches a server that drafts no more after a first pass that warmed something up."""
+    table = CostTable([1, 8, 64], [5.0, 5.0, 8.0])
+    table.correct(8, 15.0)
+    assert float(table(8)) == pytest.approx(10.0)
+    table.correct(8, 5.0)
+    assert float(table(8)) < 9.0
