@@ -45,7 +45,7 @@ REST_STEPS = 16
 PRIOR_ACCEPTANCE, PRIOR_TRIALS = 0.85, 8.0
 UNTRIED = 0.97  # acceptance of a position that was never tried, of that before it
 DECAY = 0.995  # per observed round: a memory of about 200 rounds
-FORGETTING = 0.01  # per step without drafts: what was learned long ago gets another try
+FORGETTING = 0.01  # per look without drafts: what was learned long ago gets another try
 LEARNING_STEPS = 8  # steps whose drafts are learned from at once
 FAR = 1e7  # rows; a table goes on to there
 COST_MEMORY = 20.0  # measurements near a size that its time is averaged over
@@ -108,7 +108,7 @@ class CostTable:
         self._set(np.maximum(start + self._extra, 1e-6))
 
     def forget(self) -> None:
-        """Nothing is measured: move slowly back to the start-up times."""
+        """A look without drafts: move slowly back to the start-up times."""
         self._weights *= 1.0 - FORGETTING
         self._extra *= 1.0 - FORGETTING
         self._set(self._start[2:-1] + self._extra)
@@ -156,7 +156,7 @@ class AcceptanceByPosition:
         self._sums = None
 
     def forget(self) -> None:
-        """A step without drafts: move slowly back to the prior."""
+        """A look without drafts: move slowly back to the prior."""
         self.trials *= 1.0 - FORGETTING
         self.hits *= 1.0 - FORGETTING
         self._sums = None
@@ -262,6 +262,7 @@ class LoadPlanner:
         self._waits_since = time.perf_counter()
         if self.learns and self._passes_ms:
             overhead_ms = (self._waits_since - self._began) * 1e3 - self._passes_ms
+            overhead_ms = min(overhead_ms, self._passes_ms)  # a hiccup moves little
             self._overhead_ms += 0.1 * (overhead_ms - self._overhead_ms)
 
     def pass_took(self, num_rows: int, ms: float) -> None:

@@ -145,6 +145,25 @@ def test_a_load_that_jumps(target, errors, monkeypatch):
         assert settled >= 0.92 * best
 
 
+@pytest.mark.parametrize(("num_hiccups", "seconds"), [(1, 2), (4, 30)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_slow_first_passes_are_got_over(target, num_hiccups, seconds, monkeypatch):
+    """Catches a server that never drafts again because something had to warm up."""
+    clock = types.SimpleNamespace(ms=0.0)
+    fake_time = types.SimpleNamespace(perf_counter=lambda: clock.ms / 1e3)
+    monkeypatch.setattr(load, "time", fake_time)
+    server, sim = Planned(cost_tables("h200", target), clock), Simulation(target, 1)
+    usual = sim.draft_ms
+    sim.draft_ms = lambda rows: 100.0 * usual(rows)
+    for _ in range(num_hiccups):
+        server.step(sim)
+    sim.draft_ms = usual
+    while clock.ms < seconds * 1000:
+        server.step(sim)
+    best, _ = best_fixed(target, 1)
+    assert sim.run(server, steps=300, warm_up=0) >= 0.92 * best
+
+
 def test_where_nothing_pays_most_steps_are_not_looked_at():
     """Catches a planner whose own time slows down a server that it cannot help."""
     sim = Simulation("7B", 256)

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
-from evaluate import load_model, load_prompts, target_answers
+from evaluate import answered
 from train import MODELS_DIR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
@@ -25,10 +24,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=60)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(MODELS_DIR / "target")
-    prompts = load_prompts(MODELS_DIR / "prompts.jsonl", tokenizer)
-    prompts = prompts[:: max(1, len(prompts) // args.num_prompts)][: args.num_prompts]
-    answers = target_answers(load_model(MODELS_DIR / "target"), tokenizer, prompts)
+    tokenizer, prompts, answers = answered(args.num_prompts)
     drafter = IndependentDrafter(MODELS_DIR / "drafter", len(tokenizer))
     for name, rules in (("authors", AUTHORS), ("ours", OURS)):
         rounds = passes = tokens = 0

@@ -97,6 +97,15 @@ def target_answers(
     return answers
 
 
+def answered(num_prompts: int) -> tuple[PreTrainedTokenizerFast, list[Prompt], list[list[int]]]:
+    """The shipped pair's tokenizer, prompts from all over its file, and its target's answers."""
+    tokenizer = AutoTokenizer.from_pretrained(MODELS_DIR / "target")
+    prompts = load_prompts(MODELS_DIR / "prompts.jsonl", tokenizer)
+    prompts = prompts[:: max(1, len(prompts) // num_prompts)][:num_prompts]
+    answers = target_answers(load_model(MODELS_DIR / "target"), tokenizer, prompts)
+    return tokenizer, prompts, answers
+
+
 @torch.inference_mode()
 def draft(
     drafter: Qwen2ForCausalLM, known: list[int], mask_id: int, eos_id: int, config: DraftConfig

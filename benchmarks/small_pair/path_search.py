@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
-from evaluate import load_model, load_prompts, target_answers
+from evaluate import answered
 from failfast_vllm.paths import MAX_CANDIDATES, UNKNOWN, PathSearch
 from train import MODELS_DIR
 
@@ -47,10 +46,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=60)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(MODELS_DIR / "target")
-    prompts = load_prompts(MODELS_DIR / "prompts.jsonl", tokenizer)
-    prompts = prompts[:: max(1, len(prompts) // args.num_prompts)][: args.num_prompts]
-    answers = target_answers(load_model(MODELS_DIR / "target"), tokenizer, prompts)
+    tokenizer, prompts, answers = answered(args.num_prompts)
     drafter = IndependentDrafter(MODELS_DIR / "drafter", len(tokenizer))
     for num_masks in (10, 16):
         valid = np.ones((1, num_masks), dtype=bool)
