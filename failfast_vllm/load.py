@@ -32,12 +32,16 @@ logger = logging.getLogger("vllm.failfast")
 Lengths = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# Committing what was skipped pays over the rounds that follow: over so many at most, since answers
-# end, and over no more than drafting lasted when it was last taken up.
-AMORTISED_ROUNDS = 4.0
-RECOVERY = 1.05  # of that number, per look that decides against drafts
-# A draft must promise this much more than none: times and acceptance are only estimates.
+# Committing what was skipped pays over the rounds that follow; answers may end after few.
+AMORTISED_ROUNDS = 4
+# To take up drafting, it must promise this much more than none: times and acceptance are only
+# estimates, and to and fro costs commits. To go on, as much is enough.
 MARGIN = 1.1
+# Drafting is judged when it ends, after so many rounds, or when it has lost as much as some steps
+# without drafts take. Where it was slower than none twice in a row, it is not tried again at this
+# load before the last loss is so small a share of the time since.
+SPELL_ROUNDS, LOST_STEPS = 32, 16
+ACCEPTED_LOSS = 0.02
 # A step of plain decoding among many with drafts, to know what it takes.
 PROBE_STEPS = 64
 # Where drafting does not pay, this many steps are not looked at.
@@ -101,8 +105,9 @@ class CostTable:
             share[:below] = start[:below] / start_here
             near = self._nearness[size] = nearness, share
         nearness, share = near
-        before = np.maximum(self._weights, nearness)
-        self._weights = np.minimum(before + nearness, COST_MEMORY)
+        more = np.maximum(self._weights, nearness) + nearness
+        # many measurements far away weigh less than one here
+        self._weights = np.maximum(self._weights, np.minimum(more, COST_MEMORY * nearness))
         extra = (ms - start_here) * share
         self._extra += nearness / self._weights * (extra - self._extra)
         self._set(np.maximum(start + self._extra, 1e-6))
@@ -127,6 +132,24 @@ class Costs:
         self.verify = verify
         # a step without drafts takes less: it has its own measurements
         self.plain = CostTable(verify.sizes.astype(int).tolist(), verify.ms.tolist())
+
+
+@dataclass
+class Spell:
+    """Rounds with drafts in a row, and what they took."""
+
+    rounds: int = 0
+    ms: float = 0.0
+    plain_steps: float = 0.0  # that as many tokens take without drafts
+    seqs: int = 0  # summed over the rounds
+
+    def loss_ms(self, plain: CostTable) -> float:
+        """Time lost against none."""
+        return self.ms - self.plain_steps * float(plain(self.num_seqs))
+
+    @property
+    def num_seqs(self) -> float:
+        return self.seqs / self.rounds
 
 
 class AcceptanceByPosition:
@@ -225,8 +248,10 @@ class LoadPlanner:
     _steps_to_probe: int = field(default=PROBE_STEPS, repr=False)
     _steps_to_rest: int = field(default=0, repr=False)
     _rests_from: int = field(default=0, repr=False)  # sequences
-    _rounds: int = field(default=0, repr=False)  # with drafts since the last rest
-    _rounds_lasted: float = field(default=AMORTISED_ROUNDS, repr=False)  # between rests
+    _spell: Spell = field(default_factory=Spell, repr=False)
+    _lost: Spell | None = field(default=None, repr=False)  # the last one that was slower than none
+    _num_lost: int = field(default=0, repr=False)  # in a row
+    _paid_ms: float = field(default=0.0, repr=False)  # time since without drafts
     _waits_since: float = field(default=0.0, repr=False)
     _running: frozenset[str] = field(default=frozenset(), repr=False)
     _num_drafted: int = field(default=0, repr=False)  # tokens that the next step verifies
@@ -242,16 +267,22 @@ class LoadPlanner:
 
         Not in the steps after one in which drafting did not pay, unless the load has fallen.
         """
-        self._began, self._passes_ms = time.perf_counter(), 0.0
-        waited_ms = (self._began - self._waits_since) * 1e3
+        now, drafting_ms = time.perf_counter(), (self._waits_since - self._began) * 1e3
+        waited_ms = (now - self._waits_since) * 1e3
         self._steps_to_rest -= 1
         looks = self._steps_to_rest < 0 or len(req_ids) < 0.8 * self._rests_from
         # a request that is new may have come to an idle engine; rests are much alike
-        asked = looks or self._steps_to_rest % 4 == 0
-        if self.learns and asked and self._running.issuperset(req_ids):
+        known = self._running.issuperset(req_ids)
+        if self.learns and self._passes_ms:
+            verify_ms = float(self.costs.verify(self._num_drafted + len(req_ids)))
+            self._spell.rounds += 1
+            self._spell.ms += drafting_ms + (waited_ms if known else verify_ms)
+            self._spell.plain_steps += 1.0
+            self._spell.seqs += len(req_ids)
+        if self.learns and known and (looks or self._steps_to_rest % 4 == 0):
             table = self.costs.verify if self._num_drafted else self.costs.plain
             table.correct(num_tokens, waited_ms)
-        self._num_drafted = 0
+        self._began, self._passes_ms, self._num_drafted = now, 0.0, 0
         if not looks:
             self.step_ended(req_ids)
         return looks
@@ -277,6 +308,9 @@ class LoadPlanner:
             for learned in (self.acceptance, self.growth, self.costs.draft, self.costs.verify):
                 learned.forget()
             return
+        if self._spell.rounds:
+            accepted = sum(o.num_accepted for o in outcomes)
+            self._spell.plain_steps += accepted / len(self._running)
         self._unlearned.extend(outcomes)
         self._steps_to_learn -= 1
         if self._steps_to_learn > 0:
@@ -324,25 +358,45 @@ class LoadPlanner:
         draft_ms = self.costs.draft(rows)
         ms = draft_ms + self.costs.verify(num_seqs + drafted) + self._overhead_ms
         if backlog := int(commit_rows.sum()):  # pays over the rounds that follow
-            ms += (self.costs.draft(rows + backlog) - draft_ms) / self._rounds_lasted
-        ms[0] = float(self.costs.plain(num_seqs)) / MARGIN
+            ms += (self.costs.draft(rows + backlog) - draft_ms) / AMORTISED_ROUNDS
+        ms[0] = float(self.costs.plain(num_seqs)) / (1.0 if self._spell.rounds else MARGIN)
         rates = tokens / ms
         best = int(rates.argmax())
+        self._judge(ends=best == 0)
+        if self._owes(num_seqs):
+            best = 0
         self._rate = float(rates[best])
-        self._rounds += best > 0
         if best == 0:
             self._steps_to_rest, self._rests_from = REST_STEPS, num_seqs
-            lasted = (
-                (self._rounds_lasted + self._rounds) / 2 if self._rounds else self._rounds_lasted
-            )
-            self._rounds_lasted = min(max(RECOVERY * lasted, 1.0), AMORTISED_ROUNDS)
-            self._rounds = 0
+            self._paid_ms += (REST_STEPS + 1) * float(self.costs.plain(num_seqs))
         elif self.learns:
             self._steps_to_probe -= 1
             if self._steps_to_probe == 0:
                 self._steps_to_probe, best = PROBE_STEPS, 0
         self._decided("first", num_seqs, rates * 1e3, best)
         return np.where(drafting, np.minimum(best, wanted), 0)
+
+    def _judge(self, ends: bool) -> None:
+        """Remember a spell of drafting that was slower than none; `ends`: it is over."""
+        spell, plain = self._spell, self.costs.plain
+        if not spell.rounds:
+            return
+        loss_ms = spell.loss_ms(plain)
+        too_much = loss_ms > LOST_STEPS * float(plain(spell.num_seqs))
+        if not (ends or too_much or spell.rounds >= SPELL_ROUNDS):
+            return
+        self._spell = Spell()
+        if loss_ms > 0:
+            self._lost, self._paid_ms = spell, 0.0
+            self._num_lost += 1
+        elif self._lost is not None and spell.num_seqs >= self._lost.num_seqs:
+            self._num_lost = 0
+
+    def _owes(self, num_seqs: int) -> bool:
+        """Whether what drafting has lost at this load, or a lower one, is not paid off yet."""
+        if self._lost is None or self._num_lost < 2 or num_seqs < 0.8 * self._lost.num_seqs:
+            return False
+        return self._lost.loss_ms(self.costs.plain) > ACCEPTED_LOSS * self._paid_ms
 
     def following(
         self,

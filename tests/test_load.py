@@ -184,35 +184,31 @@ def test_rests_end_when_the_load_falls():
     assert server.chosen[1] > 0
 
 
-def test_drafting_that_never_lasts_is_not_taken_up():
-    """Catches a backlog of commits that is paid again and again for a round or two each time."""
-    costs = Costs(CostTable([1, 1001], [1.0, 11.0]), CostTable([1, 1001], [10.0, 30.0]))
-    wanted, rows = np.full(8, CAP), np.full(8, 16)
+@pytest.mark.parametrize("num_seqs", [2, 16])
+def test_what_is_slower_than_none_is_hardly_tried(num_seqs, monkeypatch):
+    """Catches a planner that believes itself: here drafting takes what no table knows."""
+    clock = types.SimpleNamespace(ms=0.0)
+    fake_time = types.SimpleNamespace(perf_counter=lambda: clock.ms / 1e3)
+    monkeypatch.setattr(load, "time", fake_time)
+    sim = Simulation("7B", num_seqs)
+    server = Planned(Costs(sim.draft_ms, sim.verify_ms), clock)
+    step_ended = server.planner.step_ended
 
-    def drafts(backlog, live=rows):
-        return bool(planner.first(wanted, live, rows * backlog).any())
+    def slow_step_ended(req_ids):
+        clock.ms += 200.0 if server.chosen[-1:] != [0] and server.drafts else 0.0
+        step_ended(req_ids)
 
-    def rests():
-        """The load, or the text, has changed."""
-        return not drafts(0, live=1000 * rows)
-
-    for backlog in range(500, 0, -1):  # the largest that four rounds would earn
-        planner = LoadPlanner(costs, CAP, INCREMENT)
-        if drafts(backlog):
-            break
-    assert 0 < backlog < 500
-    planner = LoadPlanner(costs, CAP, INCREMENT)
-    taken_up = []
-    for _ in range(20):
-        taken_up.append(drafts(backlog))
-        assert rests()
-    assert taken_up[0]
-    assert sum(taken_up) < 6
-    assert all(rests() for _ in range(60))
-    assert drafts(backlog)  # another try
-    assert all(drafts(0) for _ in range(9))
-    assert rests()
-    assert drafts(backlog)  # it has lasted
+    server.planner.step_ended = slow_step_ended
+    none = Simulation("7B", num_seqs).run(Fixed(0))
+    assert sim.run(server, steps=4000) >= 0.97 * none
+    assert 0 < sum(map(bool, server.chosen)) < 300  # some tries
+    tried = len(server.chosen)
+    del server.planner.step_ended  # it has become fast
+    sim.run(server, steps=4000)
+    assert sim.run(server, steps=400) > 1.5 * none
+    fast = Simulation("7B", max(num_seqs // 2, 1))
+    assert tried < len(server.chosen)
+    assert fast.run(server, steps=100, warm_up=20) > 1.5 * Simulation("7B", 1).run(Fixed(0))
 
 
 def planner_with(rate, ms_per_token):
@@ -326,3 +322,18 @@ def test_one_slow_pass_moves_a_table_by_half():
     assert float(table(8)) == pytest.approx(10.0)
     table.correct(8, 5.0)
     assert float(table(8)) < 9.0
+
+
+def test_a_size_is_learned_soon_however_well_others_are_known():
+    """Catches a load that jumps, and costs that stay those of the load before."""
+    table = CostTable([64, 128, 256, 512], [5.0, 10.0, 20.0, 40.0])
+    for _ in range(1000):
+        table.correct(256, 24.0)
+    for _ in range(3):
+        table.correct(512, 60.0)
+    assert float(table(512)) > 50.0
+    assert float(table(256)) == pytest.approx(24.0, rel=0.02)
+    for _ in range(1000):
+        table.correct(512, 60.0)
+    assert float(table(512)) == pytest.approx(60.0, rel=0.02)
+    assert float(table(256)) == pytest.approx(24.0, rel=0.25)
