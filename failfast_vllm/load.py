@@ -386,10 +386,11 @@ class LoadPlanner:
         if not (ends or too_much or spell.rounds >= SPELL_ROUNDS):
             return
         self._spell = Spell()
+        again = self._lost is not None and spell.num_seqs >= 0.8 * self._lost.num_seqs
         if loss_ms > 0:
             self._lost, self._paid_ms = spell, 0.0
-            self._num_lost += 1
-        elif self._lost is not None and spell.num_seqs >= self._lost.num_seqs:
+            self._num_lost = self._num_lost + 1 if again else 1
+        elif again:
             self._num_lost = 0
 
     def _owes(self, num_seqs: int) -> bool:
