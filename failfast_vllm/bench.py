@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ OFFLINE_FLAGS = ("methods", "target", "drafter", "ar_drafter", "dtype", "compile
 CHANGING = ("command", "date")  # of the provenance, between a run and the one that resumes it
 
 Row = dict[str, Any]
+# (concurrency, number of requests) -> the run; None before it, where others take their turns
+Contender = Callable[[int, int], Iterator[Run | None]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -328,7 +330,7 @@ def run(job: Job) -> dict[str, Any]:
         result = {"provenance": facts, "rows": rows}
         total = bool(missing) * len(chosen) + len(missing) * len(chosen) * (args.repeats + 1)
         bar = stack.enter_context(tqdm(total=total, unit="run", disable=None, file=sys.stderr))
-        contenders: dict[str, Callable[[int, int], Run]] = {}
+        contenders: dict[str, Contender] = {}
         for name, make in chosen.items() if missing else ():
             bar.set_description(f"starting {name}")
             contenders[name] = make()
@@ -347,7 +349,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def measure_point(
-    contenders: dict[str, Callable[[int, int], Run]],
+    contenders: dict[str, Contender],
     concurrency: int,
     repeats: int,
     num_requests: int,
@@ -355,17 +357,22 @@ def measure_point(
 ) -> list[Row]:
     """One row per contender, which take turns; the first round is a warm-up."""
     runs: dict[str, list[Run]] = {name: [] for name in contenders}
+    bar.set_description(f"concurrency {concurrency}")
     for repeat in range(repeats + 1):
-        for name, ask in contenders.items():
-            bar.set_description(f"concurrency {concurrency}, {name}")
-            found = ask(concurrency, num_requests)
-            if repeat:
-                runs[name].append(found)
-            bar.update()
+        going = {name: ask(concurrency, num_requests) for name, ask in contenders.items()}
+        while going:
+            for name, turns in list(going.items()):
+                run = next(turns)
+                if run is None:
+                    continue
+                del going[name]
+                if repeat:
+                    runs[name].append(run)
+                bar.update()
     return [make_row(name, concurrency, runs[name], runs.get(BASELINE)) for name in runs]
 
 
-Makers = dict[str, Callable[[], Callable[[int, int], Run]]]
+Makers = dict[str, Callable[[], Contender]]
 
 
 def _offline_methods(job: Job, stack: contextlib.ExitStack) -> tuple[Makers, dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Closed loops: a number of requests in flight, each replaced at once when it ends.
 
-`EngineProcess` and `Server` answer prompts in such a loop and return a `Run`: what was answered,
-how fast, and what became of the drafts.
+`EngineProcess` and `Server` answer prompts in such a loop and yield a `Run`: what was answered,
+how fast, and what became of the drafts. Engines take turns within a run, each on its own clock: a
+machine's speed may drift by half within a minute, and ratios of whole runs show little else.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import multiprocessing
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import cycle, islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from failfast_vllm.offline import TracedRound, encode, engine, traced
 from failfast_vllm.request import MAX_LEN
 
 NUM_BINS = 10  # of the confidence
+TURN_SECONDS = 0.25
 
 Prompt = dict[str, Any]  # {"messages": [...]} or {"prompt": text}
 
@@ -169,6 +171,7 @@ class Watch:
         runner = core.model_executor.driver_worker.worker.model_runner
         adapter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
         stats = getattr(adapter, "stats", None)
+        self._adapter = adapter if isinstance(stats, DraftStats) else None
         if isinstance(stats, DraftStats):
             stats.on_round = self._on_round
         elif speculative_config:
@@ -178,6 +181,11 @@ class Watch:
 
     def begin(self) -> None:
         self.tally, self.first_rounds = Tally(), []
+
+    def stood_still(self, seconds: float) -> None:
+        """The engine was not asked for that long: not a time for the planner to learn."""
+        if self._adapter is not None and self._adapter.drafter.planner is not None:
+            self._adapter.drafter.planner.stood_still(seconds)
 
     def _on_round(self, round_: Any) -> None:
         if round_.req_id.split("-")[0] == "0":
@@ -206,8 +214,12 @@ def closed_loop(
     max_tokens: int,
     concurrency: int,
     num_requests: int,
-) -> Run:
-    """Answer `num_requests` encoded prompts, `concurrency` at a time."""
+) -> Iterator[Run | None]:
+    """Answer `num_requests` encoded prompts, `concurrency` at a time.
+
+    Yields None after each turn but the last, which brings the run; the time until it is asked to go
+    on is not its own.
+    """
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
@@ -215,22 +227,29 @@ def closed_loop(
     began, first = dict[int, float](), dict[int, float]()
     answers, served = dict[int, list[int]](), dict[int, Served]()
     watch.begin()
-    start = time.perf_counter()
+    start = turn = time.perf_counter()
+    stood_still = 0.0
     while len(answers) < num_requests:
         for i, prompt in islice(waiting, concurrency - (len(began) - len(answers))):
-            began[i] = time.perf_counter()
+            began[i] = time.perf_counter() - stood_still
             llm.llm_engine.add_request(str(i), prompt, params)
         for output in llm.llm_engine.step():
-            now, i = time.perf_counter(), int(output.request_id.split("-")[0])
+            now, i = time.perf_counter() - stood_still, int(output.request_id.split("-")[0])
             first.setdefault(i, now)
             if output.finished:
                 answers[i] = list(output.outputs[0].token_ids)
                 ttft_ms, latency_ms = (first[i] - began[i]) * 1e3, (now - began[i]) * 1e3
                 served[i] = Served(len(answers[i]), ttft_ms, latency_ms)
-    seconds = time.perf_counter() - start
+        paused = time.perf_counter()
+        if paused - turn >= TURN_SECONDS and len(answers) < num_requests:
+            yield None
+            turn = time.perf_counter()
+            stood_still += turn - paused
+            watch.stood_still(turn - paused)
+    seconds = time.perf_counter() - stood_still - start
     order = range(num_requests)
     trajectory = traced(watch.first_rounds, len(answers[0]))
-    return Run(
+    yield Run(
         seconds, [answers[i] for i in order], [served[i] for i in order], watch.tally, trajectory
     )
 
@@ -255,11 +274,14 @@ class EngineProcess:
         theirs.close()
         self._receive()  # it is ready
 
-    def __call__(self, concurrency: int, num_requests: int) -> Run:
-        with contextlib.suppress(OSError):  # it died since: `_receive` says so
-            self._pipe.send((concurrency, num_requests))
-        run: Run = self._receive()
-        return run
+    def __call__(self, concurrency: int, num_requests: int) -> Iterator[Run | None]:
+        """A closed loop, which goes on for a turn whenever it is asked; see `closed_loop`."""
+        asked, run = (concurrency, num_requests), None
+        while run is None:
+            with contextlib.suppress(OSError):  # it died since: `_receive` says so
+                self._pipe.send(asked)
+            run = self._receive()
+            yield run
 
     def _receive(self) -> Any:
         try:
@@ -297,7 +319,10 @@ def _work(
             pipe.send(None)
             with contextlib.suppress(EOFError):  # the other end is closed: no more work
                 while True:
-                    pipe.send(closed_loop(llm, watch, encoded, max_tokens, *pipe.recv()))
+                    for run in closed_loop(llm, watch, encoded, max_tokens, *pipe.recv()):
+                        pipe.send(run)
+                        if run is None:
+                            pipe.recv()  # our next turn
     except Exception as error:
         pipe.send(" ".join(f"{type(error).__name__}: {error}".split()))
 
@@ -338,8 +363,9 @@ class Server:
             return MAX_LEN in str(error)
         return False
 
-    def __call__(self, concurrency: int, num_requests: int) -> Run:
-        return asyncio.run(self._closed_loop(concurrency, num_requests))
+    def __call__(self, concurrency: int, num_requests: int) -> Iterator[Run]:
+        """A closed loop in a single turn: a server cannot be told to stand still."""
+        yield asyncio.run(self._closed_loop(concurrency, num_requests))
 
     async def _closed_loop(self, concurrency: int, num_requests: int) -> Run:
         import aiohttp

@@ -296,6 +296,11 @@ class LoadPlanner:
             overhead_ms = min(overhead_ms, self._passes_ms)  # a hiccup moves little
             self._overhead_ms += 0.1 * (overhead_ms - self._overhead_ms)
 
+    def stood_still(self, seconds: float) -> None:
+        """For so long nobody has asked the engine for its next step."""
+        self._began += seconds
+        self._waits_since += seconds
+
     def pass_took(self, num_rows: int, ms: float) -> None:
         """A draft pass, from planning its rows to its tokens."""
         self._passes_ms += ms

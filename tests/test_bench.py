@@ -75,16 +75,22 @@ def test_drafts_are_tallied_by_hand():
 
 def test_the_warm_up_is_not_counted_and_methods_take_turns():
     order, speeds = [], iter([9.0, 9.0, 1.0, 0.5, 1.0, 0.5])
-    contenders = {
-        name: lambda concurrency, num, name=name: (
-            order.append((name, concurrency, num)),
-            made_up(next(speeds), [[1]]),
-        )[1]
-        for name in ("none", "x")
-    }
+
+    def contender(name):
+        def ask(*asked):
+            for _ in range(2):
+                order.append((name, *asked))
+                yield None
+            order.append((name, "ends"))
+            yield made_up(next(speeds), [[1]])
+
+        return ask
+
     bar = types.SimpleNamespace(update=lambda: None, set_description=lambda text: None)
+    contenders = {name: contender(name) for name in ("none", "x")}
     rows = bench.measure_point(contenders, 4, 2, 12, bar)
-    assert order == [("none", 4, 12), ("x", 4, 12)] * 3
+    turns = [("none", 4, 12), ("x", 4, 12)] * 2 + [("none", "ends"), ("x", "ends")]
+    assert order == turns * 3
     assert [(row["method"], row["speedups"]) for row in rows] == [
         ("none", [1.0, 1.0]),
         ("x", [2.0, 2.0]),
@@ -121,18 +127,43 @@ class FakeEngine:
         return outputs
 
 
-def loop(monkeypatch, first_rounds):
+def loop(monkeypatch, first_rounds, pause=lambda: None):
     stub = types.SimpleNamespace(SamplingParams=lambda **given: given)
     monkeypatch.setitem(sys.modules, "vllm", stub)
-    watch = types.SimpleNamespace(begin=lambda: None, tally=Tally(), first_rounds=first_rounds)
+    slept = []
+    watch = types.SimpleNamespace(
+        begin=lambda: None, stood_still=slept.append, tally=Tally(), first_rounds=first_rounds
+    )
     llm, prompts = FakeEngine(), [{"prompt_token_ids": [i]} for i in (0, 1)]
-    run = closed_loop.closed_loop(llm, watch, prompts, 50, concurrency=4, num_requests=9)
-    return llm, run
+    turns = closed_loop.closed_loop(llm, watch, prompts, 50, concurrency=4, num_requests=9)
+    while (run := next(turns)) is None:
+        pause()
+    assert next(turns, "no more") == "no more"
+    return llm, run, slept
+
+
+def test_the_turns_of_others_do_not_count(monkeypatch):
+    """Catches throughput and latencies over what an engine has waited, and a planner misled."""
+    now = [100.0]
+    monkeypatch.setattr(closed_loop.time, "perf_counter", lambda: now[0])
+    step = FakeEngine.step
+
+    def slow_step(self):
+        now[0] += 0.125
+        return step(self)
+
+    monkeypatch.setattr(FakeEngine, "step", slow_step)
+    llm, run, slept = loop(monkeypatch, [], lambda: now.__setitem__(0, now[0] + 5.0))
+    num_steps = len(llm.in_flight)
+    assert run.seconds == 0.125 * num_steps
+    assert slept == [5.0] * ((num_steps - 1) // 2)  # a turn is two steps
+    assert {s.ttft_ms for s in run.served} == {125.0}
+    assert [s.latency_ms for s in run.served] == [125.0 * s.num_tokens for s in run.served]
 
 
 def test_a_request_that_ends_is_replaced_at_once(monkeypatch):
     """Catches batches that drain, and answers in the order in which they end."""
-    llm, run = loop(monkeypatch, [])
+    llm, run, _ = loop(monkeypatch, [])
     assert run.answers == [[i] * ((i + 1) % 3 + 1) for i in range(9)]
     assert llm.in_flight == [4, 4, 4, 4, 1, 1]  # after the third step none is left to start
     assert [s.num_tokens for s in run.served] == [2, 3, 1] * 3
@@ -476,7 +507,7 @@ def test_a_server_without_failfast_is_measured_alone(fake, tmp_path, capsys):
 def test_a_complaint_of_the_server_is_one_line(fake):
     server = Server(fake().url, [{"prompt": "a"}], 5, {"failfast_max_len": -1}).connect()
     with pytest.raises(ValueError, match=r"/v1/completions answered 400: .*failfast_max_len"):
-        server(2, 4)
+        next(server(2, 4))
 
 
 def test_points_are_written_as_they_are_measured(fake, tmp_path, monkeypatch):
@@ -514,7 +545,7 @@ def test_an_engine_that_died_is_named():
     dead.name, (dead._pipe, theirs) = "x", multiprocessing.Pipe()
     theirs.close()
     with pytest.raises(ValueError, match="the engine of 'x' died"):
-        dead(1, 2)
+        next(dead(1, 2))
 
 
 def test_nan_is_no_json():

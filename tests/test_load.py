@@ -164,6 +164,23 @@ def test_slow_first_passes_are_got_over(target, num_hiccups, seconds, monkeypatc
     assert sim.run(server, steps=300, warm_up=0) >= 0.92 * best
 
 
+@pytest.mark.parametrize("num_seqs", [1, 64])
+def test_time_that_the_engine_stood_still_is_not_learned(num_seqs, monkeypatch):
+    """Catches measurements in turns that teach the planner how long the others took."""
+    choices = []
+    for pause_ms in (0.0, 512.0):
+        clock = types.SimpleNamespace(ms=0.0)
+        fake_time = types.SimpleNamespace(perf_counter=lambda clock=clock: clock.ms / 1e3)
+        monkeypatch.setattr(load, "time", fake_time)
+        server, sim = Planned(cost_tables("h200", "7B"), clock), Simulation("7B", num_seqs)
+        for _ in range(300):
+            server.step(sim)
+            clock.ms += pause_ms
+            server.planner.stood_still(pause_ms / 1e3)
+        choices.append(server.chosen)
+    assert choices[0] == choices[1]
+
+
 def test_where_nothing_pays_most_steps_are_not_looked_at():
     """Catches a planner whose own time slows down a server that it cannot help."""
     sim = Simulation("7B", 256)
