@@ -1,10 +1,9 @@
 """Which diffusion blocks hold the drafter's KV: one bit per block of each physical KV page.
 
 Commits may be postponed while nothing is drafted, so what the target has computed does not tell
-what the drafter has. A bit is set where a block is committed, and cleared where a request computes
-the block's tokens: a page that vLLM gives to another request is behind that request's first
-computed position, or it is a prefix hit and has kept its tokens. Torch only; nothing is copied to
-the host.
+what the drafter has. A bit is set where a block is committed, and cleared where vLLM gives the page
+to a request anew; a page that a request gets as a prefix hit has kept its tokens. Torch only;
+nothing is copied to the host.
 """
 
 import torch
@@ -26,31 +25,27 @@ class CommittedBlocks:
         # the last bit belongs to no page: it takes what is written for rows that are not committed
         self.bits = torch.zeros(num_pages * self.per_page + 1, dtype=torch.bool, device=device)
 
-    def clear(
-        self, block_table: torch.Tensor, computed_lens: torch.Tensor, known_lens: torch.Tensor
-    ) -> None:
-        """Note the blocks whose tokens a step has computed.
+    def clear(self, pages: list[int], page_size: int) -> None:
+        """Note that pages of `page_size` tokens, as vLLM's scheduler counts them, are new.
 
-        To be called in every step with at least the sequences that have begun a block.
-
-        Args:
-            block_table: [num_seqs, max_pages] int; undefined behind the pages of `known_lens`.
-            computed_lens: [num_seqs] int, tokens whose target KV was there before this step.
-            known_lens: [num_seqs] int, tokens now.
+        To be called before anything is committed to them.
         """
-        blocks, places = self._blocks(block_table)
-        new = places >= (computed_lens // self.size)[:, None]
-        new &= places * self.size < known_lens[:, None]
-        self.bits[torch.where(new, blocks, self.bits.numel() - 1)] = False
+        if pages:
+            by_page = self.bits[:-1].view(-1, page_size // self.size)
+            by_page[torch.tensor(pages, device=self.bits.device)] = False
 
     def committed_lens(
         self, block_table: torch.Tensor, computed_lens: torch.Tensor
     ) -> torch.Tensor:
         """Tokens in front of each sequence's first block without KV, [num_seqs] int64.
 
-        The arguments are those of `clear`.
+        Args:
+            block_table: [num_seqs, max_pages] int; undefined behind the pages of `computed_lens`.
+            computed_lens: [num_seqs] int, tokens whose target KV is there.
         """
-        blocks, places = self._blocks(block_table)
+        inside = torch.arange(self.per_page, device=self.bits.device)
+        blocks = (block_table.long()[:, :, None] * self.per_page + inside).flatten(1)
+        places = torch.arange(blocks.shape[1], device=self.bits.device)
         old = places < (computed_lens // self.size)[:, None]
         committed = self.bits[torch.where(old, blocks, self.bits.numel() - 1)] & old
         return committed.long().cumprod(dim=1).sum(dim=1) * self.size
@@ -58,9 +53,3 @@ class CommittedBlocks:
     def mark(self, slot_mapping: torch.Tensor) -> None:
         """The blocks of these slots are committed; -1 is no slot. [num_rows] int64."""
         self.bits[slot_mapping // self.size] = True  # -1 // size is the last bit
-
-    def _blocks(self, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The bit of each block of each sequence, [num_seqs, max_blocks], and its place there."""
-        inside = torch.arange(self.per_page, device=self.bits.device)
-        blocks = (block_table.long()[:, :, None] * self.per_page + inside).flatten(1)
-        return blocks, torch.arange(blocks.shape[1], device=self.bits.device)

@@ -171,9 +171,10 @@ class Watch:
         runner = core.model_executor.driver_worker.worker.model_runner
         adapter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
         stats = getattr(adapter, "stats", None)
-        self._adapter = adapter if isinstance(stats, DraftStats) else None
+        self.reports_rounds = isinstance(stats, DraftStats)
+        self._adapter = adapter if self.reports_rounds else None
         if isinstance(stats, DraftStats):
-            stats.on_round = self._on_round
+            stats.on_round, stats.drafts_only = self._on_round, True
         elif speculative_config:
             is_draft_model = speculative_config["method"] == "draft_model"
             passes = speculative_config["num_speculative_tokens"] if is_draft_model else 0
@@ -227,6 +228,7 @@ def closed_loop(
     began, first = dict[int, float](), dict[int, float]()
     answers, served = dict[int, list[int]](), dict[int, Served]()
     watch.begin()
+    prompt_len = 0  # of the first
     start = turn = time.perf_counter()
     stood_still = 0.0
     while len(answers) < num_requests:
@@ -236,6 +238,8 @@ def closed_loop(
         for output in llm.llm_engine.step():
             now, i = time.perf_counter() - stood_still, int(output.request_id.split("-")[0])
             first.setdefault(i, now)
+            if i == 0:
+                prompt_len = len(output.prompt_token_ids)
             if output.finished:
                 answers[i] = list(output.outputs[0].token_ids)
                 ttft_ms, latency_ms = (first[i] - began[i]) * 1e3, (now - began[i]) * 1e3
@@ -248,10 +252,26 @@ def closed_loop(
             watch.stood_still(turn - paused)
     seconds = time.perf_counter() - stood_still - start
     order = range(num_requests)
-    trajectory = traced(watch.first_rounds, len(answers[0]))
+    trajectory = []
+    if watch.reports_rounds:
+        trajectory = whole_trajectory(watch.first_rounds, prompt_len, answers[0])
     yield Run(
         seconds, [answers[i] for i in order], [served[i] for i in order], watch.tally, trajectory
     )
+
+
+def whole_trajectory(
+    rounds: Sequence[Any], prompt_len: int, answer: list[int]
+) -> list[TracedRound]:
+    """The rounds of an answer, of which those without a draft were not reported."""
+    found, begin = list[Any](), 0
+    for round_ in rounds:
+        end = round_.known_len - prompt_len
+        found += [("", [], [token], 0) for token in answer[begin:end]]
+        found.append(round_)
+        begin = end + len(round_.emitted)
+    found += [("", [], [token], 0) for token in answer[begin:]]
+    return traced(found, len(answer))
 
 
 class EngineProcess:

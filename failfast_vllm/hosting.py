@@ -68,6 +68,7 @@ class DraftStats:
     total_ms: float = 0.0  # in the adapter's step, forwards included
     counts: Counts = field(default_factory=Counts, repr=False)  # for Prometheus
     on_round: Callable[[Round], None] | None = field(default=None, repr=False)
+    drafts_only: bool = field(default=False, repr=False)  # rounds without one are not wanted
     _waits_since: float = field(default=0.0, repr=False)
     trace: TraceWriter | None = field(default=None, repr=False)  # gets the rounds, too
     _drafts: dict[str, _Draft] = field(default_factory=dict, repr=False)
@@ -75,6 +76,10 @@ class DraftStats:
     @property
     def wants_rounds(self) -> bool:
         return self.on_round is not None or self.trace is not None
+
+    @property
+    def wants_plain_rounds(self) -> bool:
+        return self.trace is not None or (self.on_round is not None and not self.drafts_only)
 
     def count(self, drafts: Drafts, milliseconds: float) -> None:
         self.num_forwards += drafts.num_forwards
@@ -130,6 +135,32 @@ class DraftStats:
             self._drafts.pop(req_id, None)
         if self.trace is not None:
             self.trace.forget(ended)
+
+
+def new_pages(scheduler_output: Any, group: int, page_size: int, *, trusts_hits: bool) -> list[int]:
+    """The KV pages that this step's requests did not have before.
+
+    Args:
+        group: the KV cache group of the drafter.
+        page_size: tokens of a page, as the scheduler counts them.
+        trusts_hits: False where something else than our commits may have filled a prefix hit.
+    """
+
+    def behind_hits(block_ids: Any, num_computed: int) -> list[int]:
+        pages: list[int] = block_ids[group]
+        return pages[num_computed // page_size :] if trusts_hits else pages
+
+    pages = []
+    for request in scheduler_output.scheduled_new_reqs:
+        pages += behind_hits(request.block_ids, request.num_computed_tokens)
+    cached = scheduler_output.scheduled_cached_reqs
+    for req_id, block_ids, num_computed in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        if block_ids is not None:
+            resumed = req_id in cached.resumed_req_ids
+            pages += behind_hits(block_ids, num_computed) if resumed else block_ids[group]
+    return pages
 
 
 class Rounds:

@@ -790,7 +790,7 @@ def install_v1_hooks() -> None:
         def _update_states(self: Any, scheduler_output: Any) -> Any:
             drafter = getattr(self, "drafter", None)  # only a runner that speculates has one
             if isinstance(drafter, FailFastProposer):
-                drafter.forget(scheduler_output.finished_req_ids)
+                drafter.begin(scheduler_output)
             return original(self, scheduler_output)
 
         return _update_states

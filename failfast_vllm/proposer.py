@@ -10,7 +10,6 @@ hit or a preemption.
 """
 
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from failfast_vllm.hosting import (
     make_planner,
     max_positions,
     measure_costs,
+    new_pages,
     safetensors_only,
     stop_token_ids,
 )
@@ -103,33 +103,22 @@ class FailFastProposer(DraftModelProposer):
         batch, planner = self.runner.input_batch, self.drafter.planner
         num_reqs = len(sampled_token_ids)
         req_ids = batch.req_ids[:num_reqs]
-        table = common_attn_metadata.block_table_tensor[:num_reqs]
-        computed = np.minimum(batch.num_computed_tokens_cpu[:num_reqs], self.max_positions)
-        if self.foreign_kv:
-            resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
-            fresh = {request.req_id for request in scheduler_output.scheduled_new_reqs} | resumed
-            computed = np.where([req_id in fresh for req_id in req_ids], 0, computed)
-        known, size = batch.num_tokens_no_spec[:num_reqs], self.drafter.diffusion_block_size
-        # the others go on within a block, which was cleared when it began
-        begins = (computed % size == 0) | (known > (computed // size + 1) * size)
-        if begins.any():
-            rows = torch.from_numpy(begins.nonzero()[0]).to(self.device)
-            bounds = torch.from_numpy(np.array((computed, known))).to(self.device)
-            self.drafter.blocks.clear(table[rows], *bounds[:, rows])
         verified = scheduler_output.scheduled_spec_decode_tokens
-        num_verified = [len(verified.get(req_id, ())) for req_id in req_ids]
-        if self.stats.wants_rounds:
-            for req_id, num, emitted, end in zip(
-                req_ids, num_verified, sampled_token_ids, known.tolist(), strict=True
-            ):
-                if emitted:
+        if self.stats.wants_plain_rounds or (self.stats.wants_rounds and verified):
+            ends = batch.num_tokens_no_spec[:num_reqs].tolist()
+            for req_id, emitted, end in zip(req_ids, sampled_token_ids, ends, strict=True):
+                num = len(verified.get(req_id, ()))
+                if emitted and (num or self.stats.wants_plain_rounds):
                     self.stats.report(req_id, num, list(emitted), end - len(emitted), num_reqs)
         num_tokens = scheduler_output.total_num_scheduled_tokens
         if planner is not None and not planner.step_began(req_ids, num_tokens):
             return [[]] * num_reqs
+        table = common_attn_metadata.block_table_tensor[:num_reqs]
+        computed = np.minimum(batch.num_computed_tokens_cpu[:num_reqs], self.max_positions)
         computed_lens = torch.from_numpy(computed).to(self.device)
         committed = self.drafter.blocks.committed_lens(table, computed_lens).cpu().numpy()
         step = self._gather(scheduler_output, sampled_token_ids, table, committed)
+        num_verified = [len(verified.get(req_id, ())) for req_id in req_ids]
         self.rounds.verified(req_ids, num_verified, [len(ids) for ids in sampled_token_ids])
         drafts = self.drafter.propose(step)
         self.rounds.drafted(req_ids, drafts)
@@ -147,11 +136,16 @@ class FailFastProposer(DraftModelProposer):
         costs = measure_costs(self.runner.model, self.model, self.vllm_config, self.device)
         self.drafter.planner = make_planner(costs, self.vllm_config)
 
-    def forget(self, req_ids: Iterable[str]) -> None:
-        """The requests have ended; also called in steps without any other."""
-        if self.rounds is not None:
-            self.rounds.forget(req_ids)
-            self.stats.forget(req_ids)
+    def begin(self, scheduler_output: Any) -> None:
+        """Called by the runner before each step, also in steps without any request."""
+        if self.drafter is None or self.rounds is None:
+            return
+        self.rounds.forget(scheduler_output.finished_req_ids)
+        self.stats.forget(scheduler_output.finished_req_ids)
+        pages = new_pages(
+            scheduler_output, self.kv_cache_gid, self.block_size, trusts_hits=not self.foreign_kv
+        )
+        self.drafter.blocks.clear(pages, self.block_size)
 
     def _gather(
         self,

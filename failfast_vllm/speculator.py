@@ -31,6 +31,7 @@ from failfast_vllm.hosting import (
     make_planner,
     max_positions,
     measure_costs,
+    new_pages,
     safetensors_only,
     stop_token_ids,
 )
@@ -49,7 +50,6 @@ class FailFastSpeculator(DraftModelSpeculator):
         self.params: list[Any] = [None] * self.max_num_reqs  # SamplingParams by state slot
         # a KV connector fills pages that our commits know nothing of: what it brings is not trusted
         self.foreign_kv = vllm_config.kv_transfer_config is not None
-        self._fresh: set[str] = set()  # requests that this step has added
         self.stats = DraftStats()
         self.drafter: Drafter | None = None  # these two set by `set_attn`
         self.rounds: Rounds | None = None
@@ -89,8 +89,8 @@ class FailFastSpeculator(DraftModelSpeculator):
         ]
         assert len(groups) == 1, "one KV page shape for target and drafter, checked at start-up"
         self.kv_group = groups[0]
-        spec = kv_cache_config.kv_cache_groups[self.kv_group].kv_cache_spec
-        num_pages_per_block = spec.block_size // block_tables.block_sizes[self.kv_group]
+        self.page_size = kv_cache_config.kv_cache_groups[self.kv_group].kv_cache_spec.block_size
+        num_pages_per_block = self.page_size // block_tables.block_sizes[self.kv_group]
         self.drafter = make_drafter(
             self.model,
             self.vllm_config,
@@ -118,7 +118,11 @@ class FailFastSpeculator(DraftModelSpeculator):
 
     def add_requests(self, scheduler_output: Any) -> None:
         """Called after the runner has put new and resumed requests into their state slots."""
-        self._fresh = {request.req_id for request in scheduler_output.scheduled_new_reqs}
+        if self.drafter is not None:
+            pages = new_pages(
+                scheduler_output, self.kv_group, self.page_size, trusts_hits=not self.foreign_kv
+            )
+            self.drafter.blocks.clear(pages, self.page_size)
         for request in scheduler_output.scheduled_new_reqs:
             slot = self.req_states.req_id_to_index[request.req_id]
             self.params[slot] = request.sampling_params
@@ -160,14 +164,13 @@ class FailFastSpeculator(DraftModelSpeculator):
         self.stats.step_began()
         if num_speculative_tokens is None:
             num_speculative_tokens = self.num_speculative_steps
-        committed_lens = self._committed_lens(input_batch)
         planner, req_ids = self.drafter.planner, input_batch.req_ids
         self._lens = {}
         rests = planner is not None and not planner.step_began(req_ids, input_batch.num_tokens)
-        if rests and not self.stats.wants_rounds:
+        if rests and not self.stats.wants_plain_rounds:
             return draft_tokens
         step, emitted_lens = self._gather(
-            input_batch, committed_lens, num_sampled, last_sampled, num_speculative_tokens
+            input_batch, num_sampled, last_sampled, num_speculative_tokens
         )
         num_verified = input_batch.num_draft_tokens_per_req
         if num_verified is None:
@@ -220,19 +223,13 @@ class FailFastSpeculator(DraftModelSpeculator):
         assert self.drafter is not None
         num_reqs = input_batch.num_reqs
         computed = input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64)
-        if self.foreign_kv:
-            fresh = [req_id in self._fresh for req_id in input_batch.req_ids]
-            computed = np.where(fresh, 0, computed)
         computed_lens = torch.from_numpy(np.minimum(computed, self.max_positions)).to(self.device)
         table = self.block_tables.input_block_tables[self.kv_group][:num_reqs]
-        known_lens = self.req_states.total_len.gpu[input_batch.idx_mapping].long()
-        self.drafter.blocks.clear(table, computed_lens, known_lens)
         return self.drafter.blocks.committed_lens(table, computed_lens)
 
     def _gather(
         self,
         input_batch: Any,
-        committed_lens: torch.Tensor,
         num_sampled: torch.Tensor,
         last_sampled: torch.Tensor,
         num_speculative_tokens: int,
@@ -244,7 +241,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         verdict = torch.stack(
             (
                 states.total_len.gpu[rows].long(),
-                committed_lens,
+                self._committed_lens(input_batch),
                 states.num_computed_tokens.gpu[rows].long(),
                 num_sampled[:num_reqs].long(),
                 last_sampled[rows].flatten().long(),
@@ -296,7 +293,8 @@ class FailFastSpeculator(DraftModelSpeculator):
         rows = step.token_ids[slots, torch.from_numpy(columns).to(self.device)]
         emitted = rows.tolist()  # the copy back
         num_seqs = len(step.req_ids)
-        for i in emitted_lens.nonzero()[0].tolist():
+        wanted = (emitted_lens > 0) & (self.stats.wants_plain_rounds | (num_verified > 0))
+        for i in wanted.nonzero()[0].tolist():
             ids = emitted[i][: emitted_lens[i]]
             verified, known_len = int(num_verified[i]), int(before[i])
             self.stats.report(step.req_ids[i], verified, ids, known_len, num_seqs)

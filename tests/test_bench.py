@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import types
-from collections import Counter
+from collections import Counter, namedtuple
 from itertools import count
 from pathlib import Path
 
@@ -121,6 +121,7 @@ class FakeEngine:
                 types.SimpleNamespace(
                     request_id=f"{request_id}-abc",
                     finished=finished,
+                    prompt_token_ids=[int(request_id) % 2],
                     outputs=[types.SimpleNamespace(token_ids=[int(request_id)] * num_tokens)],
                 )
             )
@@ -132,7 +133,11 @@ def loop(monkeypatch, first_rounds, pause=lambda: None):
     monkeypatch.setitem(sys.modules, "vllm", stub)
     slept = []
     watch = types.SimpleNamespace(
-        begin=lambda: None, stood_still=slept.append, tally=Tally(), first_rounds=first_rounds
+        begin=lambda: None,
+        stood_still=slept.append,
+        tally=Tally(),
+        first_rounds=first_rounds,
+        reports_rounds=first_rounds is not None,
     )
     llm, prompts = FakeEngine(), [{"prompt_token_ids": [i]} for i in (0, 1)]
     turns = closed_loop.closed_loop(llm, watch, prompts, 50, concurrency=4, num_requests=9)
@@ -153,7 +158,7 @@ def test_the_turns_of_others_do_not_count(monkeypatch):
         return step(self)
 
     monkeypatch.setattr(FakeEngine, "step", slow_step)
-    llm, run, slept = loop(monkeypatch, [], lambda: now.__setitem__(0, now[0] + 5.0))
+    llm, run, slept = loop(monkeypatch, None, lambda: now.__setitem__(0, now[0] + 5.0))
     num_steps = len(llm.in_flight)
     assert run.seconds == 0.125 * num_steps
     assert slept == [5.0] * ((num_steps - 1) // 2)  # a turn is two steps
@@ -163,10 +168,28 @@ def test_the_turns_of_others_do_not_count(monkeypatch):
 
 def test_a_request_that_ends_is_replaced_at_once(monkeypatch):
     """Catches batches that drain, and answers in the order in which they end."""
-    llm, run, _ = loop(monkeypatch, [])
+    llm, run, _ = loop(monkeypatch, None)
     assert run.answers == [[i] * ((i + 1) % 3 + 1) for i in range(9)]
     assert llm.in_flight == [4, 4, 4, 4, 1, 1]  # after the third step none is left to start
+    assert run.trajectory == []
     assert [s.num_tokens for s in run.served] == [2, 3, 1] * 3
+
+
+def test_rounds_without_a_draft_are_put_between():
+    """Catches a trajectory that ends early, or that has tokens twice."""
+    answer = [7, 1, 2, 3, 8, 4, 5, 6]  # behind 3 tokens
+    rounds = [
+        namedtuple("Round", "req_id drafted emitted num_passes known_len")(*fields)
+        for fields in (("0", [1, 2, 6], [1, 2, 3], 2, 4), ("0", [4, 9], [4, 5], 1, 8))
+    ]
+    assert closed_loop.whole_trajectory(rounds, 3, answer) == [
+        TracedRound([], [], [7], 0),
+        TracedRound([1, 2], [6], [3], 2),
+        TracedRound([], [], [8], 0),
+        TracedRound([4], [9], [5], 1),
+        TracedRound([], [], [6], 0),
+    ]
+    assert [r.bonus for r in closed_loop.whole_trajectory([], 3, answer)] == [[i] for i in answer]
 
 
 def test_methods_cover_all_policies_and_say_what_load_does():

@@ -1,11 +1,13 @@
 """Bits of committed blocks against a literal model of pages that are shared, freed and reused."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from failfast_vllm.blocks import CommittedBlocks
+from failfast_vllm.hosting import new_pages
 
 PAGE, BLOCK, NUM_PAGES = 8, 4, 24
 PER_PAGE = PAGE // BLOCK
@@ -18,11 +20,14 @@ class Pages:
         self.rng = random.Random(seed)
         self.free = list(range(1, NUM_PAGES))
         self.users = dict.fromkeys(range(NUM_PAGES), 0)
+        self.new = []  # given out since the bits were told
         self.cached = {}  # tokens up to a page's end -> page, as a prefix cache has it
         self.holds = {}  # (page, block) -> tokens up to its end whose drafter KV is there
 
     def allocate(self):
         page = self.free.pop(self.rng.randrange(len(self.free)))
+        self.new.append(page)
+        self.holds = {place: held for place, held in self.holds.items() if place[0] != page}
         self.cached = {tokens: p for tokens, p in self.cached.items() if p != page}
         self.users[page] = 1
         return page
@@ -75,15 +80,13 @@ def test_a_block_is_read_only_if_its_kv_is_there(seed):
             [r["table"] + g[len(r["table"]) :] for r, g in zip(requests, garbage, strict=True)]
         )
         computed = torch.tensor([r["before"] for r in requests])
-        bits.clear(table, computed, torch.tensor([len(r["tokens"]) for r in requests]))
+        bits.clear(pages.new, PAGE)
+        pages.new = []
         committed = bits.committed_lens(table, computed).tolist()
         places = [
             [(r["table"][p // PAGE], p % PAGE // BLOCK) for p in range(0, len(r["tokens"]), BLOCK)]
             for r in requests
         ]
-        for request, own in zip(requests, places, strict=True):
-            for place in own[request["before"] // BLOCK :]:
-                pages.holds.pop(place, None)
         marked = []
         for request, length, own in zip(requests, committed, places, strict=True):
             there = 0
@@ -117,13 +120,44 @@ def test_committed_blocks_are_found_again():
     bits = CommittedBlocks(4, PAGE, BLOCK, torch.device("cpu"))
     table = torch.tensor([[2, 3, 0]])
 
-    def committed(computed, known):
-        bits.clear(table, torch.tensor([computed]), torch.tensor([known]))
+    def committed(computed):
         return bits.committed_lens(table, torch.tensor([computed])).tolist()
 
-    assert committed(0, 14) == [0]
+    assert committed(14) == [0]
     bits.mark(torch.arange(2 * PAGE, 2 * PAGE + 8))
     bits.mark(torch.arange(3 * PAGE, 3 * PAGE + 4))
-    assert committed(13, 15) == [12]
-    assert committed(8, 16) == [8]
-    assert committed(13, 15) == [8]
+    assert committed(13) == [12]
+    assert committed(8) == [8]
+    bits.clear([], PAGE)
+    bits.clear([3, 1], PAGE)
+    assert committed(13) == [8]
+    bits.clear([1], 2 * PAGE)  # of a scheduler whose pages are two of ours
+    assert committed(13) == [0]
+
+
+def step_of(new=(), cached=(), resumed=()):
+    """What a scheduler says: (num_computed, pages) of new requests, (id, num_computed, pages)."""
+    return SimpleNamespace(
+        scheduled_new_reqs=[
+            SimpleNamespace(num_computed_tokens=computed, block_ids=([99], pages))
+            for computed, pages in new
+        ],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=[req_id for req_id, _, _ in cached],
+            num_computed_tokens=[computed for _, computed, _ in cached],
+            new_block_ids=[pages and ([99], pages) for _, _, pages in cached],
+            resumed_req_ids=set(resumed),
+        ),
+    )
+
+
+@pytest.mark.parametrize("trusts_hits", [True, False])
+def test_pages_that_a_step_gives_out(trusts_hits):
+    """Catches prefix hits that are forgotten, and stale bits of a page that is partly a hit."""
+    step = step_of(
+        new=[(0, [1, 2]), (16, [3, 4, 5]), (20, [6, 7, 8])],
+        cached=[("a", 40, None), ("b", 32, [9]), ("c", 8, [10, 11])],
+        resumed=["c"],
+    )
+    found = new_pages(step, 1, 8, trusts_hits=trusts_hits)
+    assert found == ([1, 2, 5, 8, 9, 11] if trusts_hits else [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])
