@@ -40,7 +40,7 @@ MARGIN = 1.1
 # Drafting is judged when it ends, after so many rounds, or when it has lost as much as some steps
 # without drafts take. Where it was slower than none twice in a row, it is not tried again at this
 # load before the last loss is so small a share of the time since.
-SPELL_ROUNDS, LOST_STEPS = 32, 16
+SPELL_ROUNDS, LOST_STEPS = 32, 8
 ACCEPTED_LOSS = 0.02
 # A step of plain decoding among many with drafts, to know what it takes.
 PROBE_STEPS = 64
@@ -273,6 +273,8 @@ class LoadPlanner:
         looks = self._steps_to_rest < 0 or len(req_ids) < 0.8 * self._rests_from
         # a request that is new may have come to an idle engine; rests are much alike
         known = self._running.issuperset(req_ids)
+        if self._spell.rounds and not 0.8 <= len(req_ids) / self._spell.num_seqs <= 1.25:
+            self._spell = Spell()  # another load: what has paid so far says nothing
         if self.learns and self._passes_ms:
             verify_ms = float(self.costs.verify(self._num_drafted + len(req_ids)))
             self._spell.rounds += 1

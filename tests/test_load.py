@@ -228,6 +228,32 @@ def test_what_is_slower_than_none_is_hardly_tried(num_seqs, monkeypatch):
     assert fast.run(server, steps=100, warm_up=20) > 1.5 * Simulation("7B", 1).run(Fixed(0))
 
 
+def test_what_pays_at_one_load_does_not_excuse_another(monkeypatch):
+    """Catches a spell of drafting that is judged over a load that has jumped."""
+    clock = types.SimpleNamespace(ms=0.0)
+    fake_time = types.SimpleNamespace(perf_counter=lambda: clock.ms / 1e3)
+    monkeypatch.setattr(load, "time", fake_time)
+    few, many = Simulation("7B", 2), Simulation("7B", 32)
+    server = Planned(Costs(few.draft_ms, few.verify_ms), clock)
+    step_ended, sim = server.planner.step_ended, few
+
+    def slow_step_ended(req_ids):
+        clock.ms += 12.0 if sim is many and server.drafts and server.chosen[-1] else 0.0
+        step_ended(req_ids)
+
+    server.planner.step_ended = slow_step_ended
+    none = Simulation("7B", 32).run(Fixed(0))
+    tokens = ms = 0.0
+    for jump in range(40):
+        for sim, steps in ((few, 60), (many, 60)):
+            before = clock.ms
+            emitted = sum(server.step(sim)[0] for _ in range(steps))
+            if sim is many and jump >= 5:
+                tokens, ms = tokens + emitted, ms + clock.ms - before
+    print(f"{tokens / ms / none:.3f} of none at 32")
+    assert tokens / ms >= 0.97 * none
+
+
 def planner_with(rate, ms_per_token):
     """A planner in the middle of a step, whose verification takes as long per token."""
     costs = Costs(CostTable([1, 100], [1.0, 1.0]), CostTable([1, 100], [1.0, 1.0]))
