@@ -2,10 +2,11 @@
 
 A closed loop keeps `concurrency` requests in flight; each that ends is replaced at once. Offline,
 every method has an engine in a process of its own (vLLM's ngram imports numba, after which no
-second engine starts in a process), and one of them works at a time. Methods take turns within each
-repeat; a figure is the median over the repeats or the sum of their counts, a speed-up the median of
-the ratios within a repeat. The first round of every point is a warm-up (a CPU compiles its matrix
-kernels per row count) and is not counted. Results are written after every point.
+second engine starts in a process), and one of them works at a time. Within each repeat they take
+turns of a quarter second, so that all see the same machine; a figure is the median over the repeats
+or the sum of their counts, a speed-up the median of the ratios within a repeat. The first round of
+every point is a warm-up (a CPU compiles its matrix kernels per row count) and is not counted.
+Results are written after every point.
 """
 
 import argparse
