@@ -37,7 +37,7 @@ AMORTISED_ROUNDS = 4
 # To take up drafting, it must promise this much more than none: times and acceptance are only
 # estimates, and to and fro costs commits. To go on, as much is enough.
 MARGIN = 1.1
-# Drafting is judged when it ends, after so many rounds, or when it has lost as much as some steps
+# Drafting is judged when it ends, after so many rounds, or when it has lost more than some steps
 # without drafts take. Where it was slower than none twice in a row, it is not tried again at this
 # load before the last loss is so small a share of the time since.
 SPELL_ROUNDS, LOST_STEPS = 32, 8
@@ -389,7 +389,9 @@ class LoadPlanner:
         if not spell.rounds:
             return
         loss_ms = spell.loss_ms(plain)
-        too_much = loss_ms > LOST_STEPS * float(plain(spell.num_seqs))
+        # twice as much in the first rounds: what they commit pays later
+        lost_steps = LOST_STEPS if spell.rounds >= AMORTISED_ROUNDS else 2 * LOST_STEPS
+        too_much = loss_ms > lost_steps * float(plain(spell.num_seqs))
         if not (ends or too_much or spell.rounds >= SPELL_ROUNDS):
             return
         self._spell = Spell()
