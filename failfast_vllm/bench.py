@@ -270,6 +270,7 @@ def provenance(**settings: Any) -> dict[str, Any]:
         "git": _git_sha(),
         "device": _device(),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        "preloaded": " ".join(map(os.path.basename, _preloaded())) or "none",
         **{
             package.replace("-", "_"): importlib.metadata.version(package)
             for package in ("vllm", "torch")
@@ -278,6 +279,11 @@ def provenance(**settings: Any) -> dict[str, Any]:
         **settings,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _preloaded() -> list[str]:
+    """Libraries; on a CPU the allocator decides what every operator takes."""
+    return os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
 
 
 def _git_sha() -> str:
