@@ -42,8 +42,9 @@ MARGIN = 1.1
 # load before the last loss is so small a share of the time since.
 SPELL_ROUNDS, LOST_STEPS = 32, 8
 ACCEPTED_LOSS = 0.02
-# A step of plain decoding among many with drafts, to know what it takes.
-PROBE_STEPS = 64
+# Two steps of plain decoding among many with drafts, to know what the second takes: the first finds
+# caches that are full of drafting.
+PROBE_STEPS, PLAIN_IN_A_ROW = 96, 2
 # Where drafting does not pay, this many steps are not looked at.
 REST_STEPS = 16
 PRIOR_ACCEPTANCE, PRIOR_TRIALS = 0.85, 8.0
@@ -246,6 +247,7 @@ class LoadPlanner:
     _overhead_ms: float = field(default=0.0, repr=False)  # of drafting, outside the passes
     _began: float = field(default=0.0, repr=False)
     _steps_to_probe: int = field(default=PROBE_STEPS, repr=False)
+    _num_plain: int = field(default=0, repr=False)  # steps without drafts, in a row
     _steps_to_rest: int = field(default=0, repr=False)
     _rests_from: int = field(default=0, repr=False)  # sequences
     _spell: Spell = field(default_factory=Spell, repr=False)
@@ -281,9 +283,12 @@ class LoadPlanner:
             self._spell.ms += drafting_ms + (waited_ms if known else verify_ms)
             self._spell.plain_steps += 1.0
             self._spell.seqs += len(req_ids)
-        if self.learns and known and (looks or self._steps_to_rest % 4 == 0):
-            table = self.costs.verify if self._num_drafted else self.costs.plain
-            table.correct(num_tokens, waited_ms)
+        self._num_plain = 0 if self._passes_ms else self._num_plain + 1
+        if self.learns and known and self._num_drafted:
+            self.costs.verify.correct(num_tokens, waited_ms)
+        elif self._num_plain >= PLAIN_IN_A_ROW and self.learns and known:
+            if looks or self._steps_to_rest % 4 == 0:
+                self.costs.plain.correct(num_tokens, waited_ms)
         self._began, self._passes_ms, self._num_drafted = now, 0.0, 0
         if not looks:
             self.step_ended(req_ids)
@@ -378,8 +383,8 @@ class LoadPlanner:
             self._paid_ms += (REST_STEPS + 1) * float(self.costs.plain(num_seqs))
         elif self.learns:
             self._steps_to_probe -= 1
-            if self._steps_to_probe == 0:
-                self._steps_to_probe, best = PROBE_STEPS, 0
+            best = best if self._steps_to_probe >= PLAIN_IN_A_ROW else 0
+            self._steps_to_probe = self._steps_to_probe or PROBE_STEPS
         self._decided("first", num_seqs, rates * 1e3, best)
         return np.where(drafting, np.minimum(best, wanted), 0)
 

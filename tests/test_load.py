@@ -254,6 +254,32 @@ def test_what_pays_at_one_load_does_not_excuse_another(monkeypatch):
     assert tokens / ms >= 0.97 * none
 
 
+def test_a_plain_step_right_after_drafts_says_little(monkeypatch):
+    """Catches drafting that looks good beside single plain steps, which find cold caches."""
+    clock = types.SimpleNamespace(ms=0.0)
+    fake_time = types.SimpleNamespace(perf_counter=lambda: clock.ms / 1e3)
+    monkeypatch.setattr(load, "time", fake_time)
+    sim = Simulation("7B", 4)
+    none, plain_ms = sim.run(Fixed(0)), float(sim.verify_ms(4))
+    server = Planned(Costs(sim.draft_ms, sim.verify_ms), clock)
+    step_ended, loss_ms, has_drafted = server.planner.step_ended, 0.0, False
+
+    def slow_step_ended(req_ids):
+        nonlocal has_drafted
+        drafts, had_drafted = bool(server.chosen[-1]) and bool(server.drafts), has_drafted
+        clock.ms += loss_ms if drafts else 0.0
+        step_ended(req_ids)
+        clock.ms += plain_ms if had_drafted and not drafts else 0.0
+        has_drafted = drafts
+
+    server.planner.step_ended = slow_step_ended
+    assert sim.run(server, steps=1000) > 2.0 * none
+    loss_ms = 5.5 * plain_ms  # now drafting is slower than none
+    found = sim.run(server, steps=6000, warm_up=1000)
+    print(f"{found / none:.3f} of none")
+    assert found >= 0.97 * none
+
+
 def planner_with(rate, ms_per_token):
     """A planner in the middle of a step, whose verification takes as long per token."""
     costs = Costs(CostTable([1, 100], [1.0, 1.0]), CostTable([1, 100], [1.0, 1.0]))
