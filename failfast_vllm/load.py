@@ -284,10 +284,10 @@ class LoadPlanner:
             self._spell.plain_steps += 1.0
             self._spell.seqs += len(req_ids)
         self._num_plain = 0 if self._passes_ms else self._num_plain + 1
-        if self.learns and known and self._num_drafted:
-            self.costs.verify.correct(num_tokens, waited_ms)
-        elif self._num_plain >= PLAIN_IN_A_ROW and self.learns and known:
-            if looks or self._steps_to_rest % 4 == 0:
+        if self.learns and known and (looks or self._steps_to_rest % 4 == 0):
+            if self._num_drafted:
+                self.costs.verify.correct(num_tokens, waited_ms)
+            elif self._num_plain >= PLAIN_IN_A_ROW:
                 self.costs.plain.correct(num_tokens, waited_ms)
         self._began, self._passes_ms, self._num_drafted = now, 0.0, 0
         if not looks:
