@@ -71,11 +71,16 @@ class BlockDiffusionBackend(AttentionBackend):
     def supports_non_causal(cls) -> bool:
         return True
 
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """The target's answers do not depend on drafts; a draft itself may depend on its batch."""
+        return True
+
 
 class BlockDiffusionMetadataBuilder(AttentionMetadataBuilder[BlockDiffusionMetadata]):
     """Answers vLLM's calls for target steps, in which no drafter layer runs."""
 
-    # vLLM takes the least of all groups: anything less would cost the target its full graphs
+    # vLLM takes the least of all groups, and no layer of ours runs in a step of the target
     _cudagraph_support = AttentionCGSupport.ALWAYS
 
     def __init__(

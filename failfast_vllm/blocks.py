@@ -6,7 +6,19 @@ to a request anew; a page that a request gets as a prefix hit has kept its token
 nothing is copied to the host.
 """
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
+
+
+def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Copy from the host without waiting for the device, which pageable memory would."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class CommittedBlocks:
@@ -32,7 +44,7 @@ class CommittedBlocks:
         """
         if pages:
             by_page = self.bits[:-1].view(-1, page_size // self.size)
-            by_page[torch.tensor(pages, device=self.bits.device)] = False
+            by_page[to_device(np.array(pages), self.bits.device)] = False
 
     def committed_lens(
         self, block_table: torch.Tensor, computed_lens: torch.Tensor

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from failfast_vllm.config import MODELS_DIR
-from failfast_vllm.offline import TracedRound, encode, engine, traced
+from failfast_vllm.offline import TracedRound, adapter, encode, engine, traced
 from failfast_vllm.request import MAX_LEN
 
 NUM_BINS = 10  # of the confidence
@@ -168,11 +168,10 @@ class Watch:
 
         self.tally, self.first_rounds = Tally(), list[Any]()
         core = llm.llm_engine.engine_core.engine_core
-        runner = core.model_executor.driver_worker.worker.model_runner
-        adapter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
-        stats = getattr(adapter, "stats", None)
+        found = adapter(llm)
+        stats = getattr(found, "stats", None)
         self.reports_rounds = isinstance(stats, DraftStats)
-        self._adapter = adapter if self.reports_rounds else None
+        self._adapter = found if self.reports_rounds else None
         if isinstance(stats, DraftStats):
             stats.on_round, stats.drafts_only = self._on_round, True
         elif speculative_config:

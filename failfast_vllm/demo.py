@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from failfast_vllm.offline import TracedRound, encode, engine, traced
+from failfast_vllm.offline import TracedRound, adapter, encode, engine, traced
 
 DTYPE = "float32"
 GREEN, YELLOW, RED_STRUCK, DIM, RESET = "\033[32m", "\033[33m", "\033[2;9;31m", "\033[2m", "\033[0m"
@@ -133,8 +133,7 @@ def _answer_all(llm: Any, prompts: list[Prompt], max_tokens: int, bar: Any) -> l
     """One prompt at a time, after a first go that warms up (a CPU compiles per row count)."""
     from vllm import SamplingParams
 
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    drafter = getattr(executor.driver_worker.worker.model_runner, "drafter", None)
+    drafter = adapter(llm)
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     tokenizer = llm.get_tokenizer()
 

@@ -29,7 +29,7 @@ import numpy.typing as npt
 import torch
 
 from failfast_kernels import TokenConfidence
-from failfast_vllm.blocks import CommittedBlocks
+from failfast_vllm.blocks import CommittedBlocks, to_device
 from failfast_vllm.counts import BUDGET, CAP, EOS, LOAD, REQUEST
 from failfast_vllm.load import LoadPlanner
 from failfast_vllm.paths import UNKNOWN, PathSearch
@@ -570,4 +570,4 @@ class Drafter:
         return canvas.gather(1, self._to_device(np.minimum(columns, canvas.shape[1] - 1)))
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        return to_device(array, self.device)

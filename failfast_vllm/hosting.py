@@ -13,21 +13,21 @@ from typing import Any, NamedTuple
 import torch
 from vllm.config import VllmConfig
 from vllm.config.utils import replace
-from vllm.forward_context import set_forward_context
 
-from failfast_kernels import TokenConfidence, confidence_argmax
+from failfast_kernels import TokenConfidence, confidence_argmax, uses_triton
 from failfast_vllm.attention import BlockDiffusionMetadata
 from failfast_vllm.blocks import CommittedBlocks
 from failfast_vllm.config import METHOD, POLICIES
 from failfast_vllm.counts import Counts, Judged
 from failfast_vllm.drafter import Candidates, DraftBatch, Drafter, Drafts
 from failfast_vllm.families import MAX_DIFFUSION_BLOCK_SIZE
-from failfast_vllm.graphs import BucketedPasses, Capture, make_buckets
+from failfast_vllm.graphs import Capture, PassGraphs, make_buckets, rows_per_seq
 from failfast_vllm.learned_policy import PerRequest, make_policy
 from failfast_vllm.load import Costs, CostTable, LoadPlanner
 from failfast_vllm.paths import MAX_CANDIDATES, PathSearch
-from failfast_vllm.policy import Outcome
+from failfast_vllm.policy import Outcome, Policy
 from failfast_vllm.ranks import draft_context, drafter_group
+from failfast_vllm.reuse import RejectedDrafts
 from failfast_vllm.trace import TraceWriter
 
 WARM_UP_SECONDS = 3.0  # of each model, on a CPU
@@ -72,6 +72,11 @@ class DraftStats:
     _waits_since: float = field(default=0.0, repr=False)
     trace: TraceWriter | None = field(default=None, repr=False)  # gets the rounds, too
     _drafts: dict[str, _Draft] = field(default_factory=dict, repr=False)
+
+    def reset(self) -> None:
+        """Count from zero; receivers of rounds stay."""
+        on_round, drafts_only, trace = self.on_round, self.drafts_only, self.trace
+        self.__init__(on_round=on_round, drafts_only=drafts_only, trace=trace)  # type: ignore[misc]
 
     @property
     def wants_rounds(self) -> bool:
@@ -226,41 +231,89 @@ class Rounds:
 
 
 class HostedDraftModel:
-    """`drafter.DraftModel` on a model that vLLM has loaded."""
+    """`drafter.DraftModel` on a model that vLLM has loaded.
+
+    Args:
+        table_width: columns of the block tables that passes will bring.
+    """
 
     def __init__(
         self,
         model: Any,
         vllm_config: VllmConfig,
         layer_names: Iterable[str],
-        num_draftable_tokens: int,
-        mask_token_id: int,
-        diffusion_block_size: int,
         stats: DraftStats,
+        table_width: int,
+        device: torch.device,
     ) -> None:
+        knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
         self.model = model
         self.vllm_config = vllm_config
         self.layer_names = sorted(layer_names)
-        self.num_draftable_tokens = num_draftable_tokens
-        self.mask_token_id = mask_token_id
-        self.diffusion_block_size = diffusion_block_size
+        self.num_draftable_tokens = knobs["num_draftable_tokens"]
+        self.mask_token_id = knobs["mask_token_id"]
+        self.diffusion_block_size = knobs["diffusion_block_size"]
+        self.draft_increment = knobs["draft_increment"]
         self.stats = stats
-        self.passes: Callable[[DraftBatch], torch.Tensor] = self._run
+        self.table_width = table_width
+        self.device = device
+        self.graphs: PassGraphs | None = None
 
-    def capture(
-        self, capture: Capture, max_num_seqs: int, table_width: int, device: torch.device
-    ) -> None:
-        """Replay captured passes from now on, where one fits."""
-        buckets = make_buckets(
-            max_num_seqs, self.vllm_config.scheduler_config.max_num_batched_tokens
+    @property
+    def attention(self) -> Any:
+        """The first layer's attention: all layers have its shape."""
+        layers = self.vllm_config.compilation_config.static_forward_context
+        return layers[self.layer_names[0]]
+
+    @torch.inference_mode()
+    def warm_up_kernels(self, *, details: bool) -> None:
+        """Launch every class of the Triton kernels, so that none is compiled while serving.
+
+        Args:
+            details: of the confidences that the policy asks for.
+        """
+        impl, kv_cache = self.attention.impl, self.attention.kv_cache
+        if not uses_triton(kv_cache):
+            return
+        from failfast_kernels import block_attention, confidence
+
+        block_attention.launch_every_class(impl.num_heads, kv_cache, self.diffusion_block_size)
+        logits = self._logits(self._run(self.idle_pass(1, 1)))
+        confidence.launch_every_class(
+            logits, self.num_draftable_tokens, (self.mask_token_id,), details=details
         )
-        passes = BucketedPasses(self._run, buckets, table_width, device)
-        passes.capture(capture)
-        self.passes = passes
+
+    def capture(self, capture: Capture, max_num_seqs: int) -> None:
+        """Replay captured passes from now on, where one fits."""
+        impl = self.attention.impl
+        rows = rows_per_seq(
+            impl.num_heads // impl.num_kv_heads, self.diffusion_block_size, self.draft_increment
+        )
+        max_num_rows = self.vllm_config.scheduler_config.max_num_batched_tokens
+        buckets = make_buckets(max_num_seqs, max_num_rows, rows)
+        self.graphs = PassGraphs(buckets, self.table_width, self.device)
+        self.graphs.capture(capture, self._run)
+
+    def idle_pass(self, num_seqs: int, num_rows: int) -> DraftBatch:
+        """A pass that reads no prefix and commits nothing, of sequences of equal length."""
+        rows = torch.arange(num_rows, device=self.device)
+        starts = torch.arange(num_seqs + 1, device=self.device) * num_rows // num_seqs
+        return DraftBatch(
+            input_ids=torch.zeros_like(rows),
+            positions=rows % max_positions(self.vllm_config),
+            query_start_loc=starts,
+            committed_lens=torch.zeros_like(starts[1:]),
+            slot_mapping=None,
+            block_table=torch.zeros(
+                num_seqs, self.table_width, dtype=torch.int32, device=self.device
+            ),
+        )
 
     def forward(self, batch: DraftBatch) -> torch.Tensor:
         began = time.perf_counter()
-        hidden_states = self.passes(batch)
+        hidden_states = None if self.graphs is None else self.graphs.replay(batch)
+        if hidden_states is None:
+            hidden_states = self._run(batch)
         self.stats.forward_ms += (time.perf_counter() - began) * 1e3
         return hidden_states
 
@@ -322,6 +375,7 @@ def make_drafter(
     stats: DraftStats,
     kv_block_size: int,
     num_pages: int,
+    table_width: int,
     device: torch.device,
 ) -> Drafter:
     """Build the drafter once the KV cache is laid out; raises ValueError on an unfit page size."""
@@ -332,23 +386,9 @@ def make_drafter(
         )
     assert vllm_config.speculative_config is not None
     knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
-    stats.trace = _trace_writer(vllm_config, kv_block_size)
-    hosted = HostedDraftModel(
-        model,
-        vllm_config,
-        layer_names,
-        knobs["num_draftable_tokens"],
-        knobs["mask_token_id"],
-        knobs["diffusion_block_size"],
-        stats,
-    )
     return Drafter(
-        hosted,
-        make_policy(
-            knobs["policy"],
-            {name: knobs[name] for name in POLICIES[knobs["policy"]]},
-            knobs["num_speculative_tokens"],
-        ),
+        HostedDraftModel(model, vllm_config, layer_names, stats, table_width, device),
+        _make_policy(knobs),
         draft_increment=knobs["draft_increment"],
         vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
         mask_token_id=knobs["mask_token_id"],
@@ -365,6 +405,35 @@ def make_drafter(
         reuse_rejected=knobs["reuse_rejected"],
         paths=PathSearch() if knobs["path_search"] else None,
     )
+
+
+def _make_policy(knobs: dict[str, Any]) -> Policy:
+    parameters = {name: knobs[name] for name in POLICIES[knobs["policy"]]}
+    return make_policy(knobs["policy"], parameters, knobs["num_speculative_tokens"])
+
+
+def adapter_of(runner: Any) -> Any:
+    """The adapter of a model runner: `FailFastProposer` (V1), `FailFastSpeculator` (V2) or None."""
+    return getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+
+
+def start_serving(runner: Any) -> None:
+    """End a worker's start-up: forget what vLLM's warm-up drafted, and measure the models."""
+    adapter = adapter_of(runner)
+    vllm_config, drafter, stats = adapter.vllm_config, adapter.drafter, adapter.stats
+    knobs = vllm_config.additional_config[METHOD]
+    stats.reset()
+    if stats.trace is None:  # may be open: some start-ups end twice
+        stats.trace = _trace_writer(vllm_config, drafter.kv_block_size)
+    drafter.policy = _make_policy(knobs)
+    drafter.rejected = RejectedDrafts() if knobs["reuse_rejected"] else None
+    drafter.paths = PathSearch() if knobs["path_search"] else None
+    drafter.blocks.bits.zero_()
+    adapter.rounds = Rounds(drafter, stats.counts)
+    if knobs["load_aware"]:
+        costs = measure_costs(adapter.target_step(runner), drafter.model, vllm_config)
+        drafter.planner = make_planner(costs, vllm_config)
+        stats.reset()
 
 
 def _trace_writer(vllm_config: VllmConfig, kv_block_size: int) -> TraceWriter | None:
@@ -390,11 +459,14 @@ def _trace_writer(vllm_config: VllmConfig, kv_block_size: int) -> TraceWriter | 
 
 
 @torch.inference_mode()
-def dummy_pass(model: Any, vllm_config: VllmConfig, num_tokens: int, device: torch.device) -> None:
+def profile_pass(
+    model: Any, vllm_config: VllmConfig, num_tokens: int, device: torch.device
+) -> None:
     """A pass without attention, and the memory of the largest step: for vLLM's memory profile.
 
-    vLLM profiles the verification of one draft token per request. Ours has `draft_budget` over all
-    of them; for each row vLLM makes the target's logits and up to three copies of them in float32.
+    vLLM profiles the verification of one token per request. Ours has `draft_budget` over all of
+    them, for each of which the target makes a row of logits. V1 copies them up to three times in
+    float32, V2 once and in parts of at most `get_max_chunk_logits` rows.
     """
     positions = torch.arange(num_tokens, device=device) % max_positions(vllm_config)
     knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
@@ -402,17 +474,25 @@ def dummy_pass(model: Any, vllm_config: VllmConfig, num_tokens: int, device: tor
     with drafter_group(vllm_config), draft_context(None, vllm_config):
         hidden_states = model(input_ids=torch.zeros_like(positions).int(), positions=positions)
         logits = model.compute_logits(hidden_states[:num_rows])
-    copies = [logits.float() for _ in range(3)]
+    num_copies, num_copied = 3, num_rows
+    if vllm_config.use_v2_model_runner:
+        from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
+
+        num_copies, num_copied = 1, get_max_chunk_logits(vllm_config.model_config.get_vocab_size())
+    copies = [logits[:num_copied].float() for _ in range(num_copies)]
     del copies, logits
 
 
 @torch.inference_mode()
 def measure_costs(
-    target: Any, drafter: Any, vllm_config: VllmConfig, device: torch.device
+    target_step: Callable[[int], torch.Tensor], drafter: HostedDraftModel, vllm_config: VllmConfig
 ) -> Costs:
-    """Time passes of both models, without attention, in a few seconds; on all ranks alike.
+    """Time steps of the target and passes of the drafter, in a few seconds; on all ranks alike.
 
-    A step of the target costs more than its forward pass: the planner learns the rest.
+    A step takes more than its forward pass: the planner learns the rest.
+
+    Args:
+        target_step: runs the target over a number of tokens and returns logits of them.
     """
     knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
     scheduler = vllm_config.scheduler_config
@@ -420,49 +500,60 @@ def measure_costs(
     ranks = vllm_config.parallel_config
     in_lockstep = max(ranks.data_parallel_size, ranks.tensor_parallel_size) > 1
 
-    def milliseconds(model: Any, size: int, context: Callable[[int], Any]) -> float:
-        positions = torch.arange(size, device=device) % max_positions(vllm_config)
-        input_ids = torch.zeros_like(positions).int()
+    def draft_pass(size: int) -> torch.Tensor:
+        """Sequences in the middle of a live block, each with an increment of masks."""
+        rows_each = drafter.diffusion_block_size // 2 + drafter.draft_increment
+        num_seqs = max(1, size // rows_each)
+        hidden_states = drafter.forward(drafter.idle_pass(num_seqs, size))
+        masks = hidden_states[: num_seqs * drafter.draft_increment]
+        return drafter.confidence(masks).probabilities
+
+    def milliseconds(run: Callable[[int], torch.Tensor], size: int) -> float:
         began = time.perf_counter()
-        with context(size):
-            hidden_states = model(input_ids=input_ids, positions=positions)
-            model.compute_logits(hidden_states).amax().item()  # waits for the device
+        run(size).amax().item()  # waits for the device
         return (time.perf_counter() - began) * 1e3
 
-    def table(model: Any, sizes: list[int], context: Callable[[int], Any]) -> CostTable:
+    def table(run: Callable[[int], torch.Tensor], sizes: list[int]) -> CostTable:
         timed: list[float] = []
         for size in sizes:  # the first of three warms up
-            timed.append(min(milliseconds(model, size, context) for _ in range(3)))
+            timed.append(min(milliseconds(run, size) for _ in range(3)))
             if timed[-1] > 500 and not in_lockstep:
                 break  # wider passes are extrapolated
-        if device.type == "cpu" and not in_lockstep:  # it compiles its kernels per row count
+        if drafter.device.type == "cpu" and not in_lockstep:  # it compiles kernels per row count
             ends = time.perf_counter() + WARM_UP_SECONDS
             for size in range(1, min(sizes[-1], MAX_WARM_ROWS) + 1):
                 if time.perf_counter() < ends:
-                    milliseconds(model, size, context)
+                    milliseconds(run, size)
         return CostTable(sizes[: len(timed)], timed)
 
     sizes = [2**i for i in range(widest.bit_length())]
-    verify = table(
-        target, sizes, lambda size: set_forward_context(None, vllm_config, num_tokens=size)
-    )
-    with drafter_group(vllm_config):
-        draft = table(drafter, sizes[3:] or sizes, lambda _: draft_context(None, vllm_config))
-    return Costs(draft, verify)
+    verify = table(target_step, sizes)
+    return Costs(table(draft_pass, sizes[3:] or sizes), verify)
 
 
 def make_planner(costs: Costs, vllm_config: VllmConfig) -> LoadPlanner:
-    """Build the load planner; every rank gets the times of the first."""
+    """Build the load planner; every rank gets the times of the first, now and while serving."""
     from vllm.distributed import get_tp_group
 
     knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
     group = get_tp_group()
-    return LoadPlanner(
-        group.broadcast_object(costs) if group.world_size > 1 else costs,
+
+    def of_first_rank(times: list[float]) -> list[float]:
+        shared = torch.tensor(times, dtype=torch.float64)
+        torch.distributed.broadcast(shared, src=group.first_rank, group=group.cpu_group)
+        agreed: list[float] = shared.tolist()
+        return agreed
+
+    several = group.world_size > 1
+    planner = LoadPlanner(
+        group.broadcast_object(costs) if several else costs,
         knobs["num_speculative_tokens"],
         knobs["draft_increment"],
-        learns=group.world_size == 1,
+        learns=True,
     )
+    if several:
+        planner.agree = of_first_rank
+    return planner
 
 
 def stop_token_ids(model_config: Any) -> list[int]:

@@ -12,13 +12,13 @@ looks like, and take what brings more than its time would bring elsewhere: maxim
 (Dinkelbach's form of a ratio). A policy says where a draft may grow, the planner where it pays.
 After SmartSpec and TurboSpec (arXiv 2406.14066) and vLLM's adaptive verification.
 
-Everything is deterministic in what it is given, so that the ranks of a tensor-parallel group agree;
-times must therefore come from one rank. NumPy only.
+Everything is deterministic in what it is given, so that the ranks of a tensor-parallel group agree:
+they learn the times of the first rank. NumPy only.
 """
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -234,16 +234,20 @@ class LoadPlanner:
         costs: measured times.
         max_len: most tokens of a draft.
         draft_increment: tokens of each pass after the first.
-        learns: whether the costs follow what passes and steps take; only where there is one rank.
+        learns: whether the costs follow what passes and steps take.
+        agree: what this rank has measured, in ms -> what the first rank has. Called on all ranks in
+            the same steps.
     """
 
     costs: Costs
     max_len: int
     draft_increment: int
     learns: bool = False
+    agree: Callable[[list[float]], list[float]] = list
     calibration: Calibration = field(default_factory=Calibration)  # of the drafter's confidences
     _rate: float = field(default=0.0, repr=False)  # tokens per ms that this step can expect
-    _passes_ms: float = field(default=0.0, repr=False)  # measured, of this step
+    # rows and measured time of each pass of this step
+    _passes: list[tuple[int, float]] = field(default_factory=list, repr=False)
     _overhead_ms: float = field(default=0.0, repr=False)  # of drafting, outside the passes
     _began: float = field(default=0.0, repr=False)
     _steps_to_probe: int = field(default=PROBE_STEPS, repr=False)
@@ -269,39 +273,53 @@ class LoadPlanner:
 
         Not in the steps after one in which drafting did not pay, unless the load has fallen.
         """
-        now, drafting_ms = time.perf_counter(), (self._waits_since - self._began) * 1e3
-        waited_ms = (now - self._waits_since) * 1e3
+        now, drafts = time.perf_counter(), bool(self._passes)
         self._steps_to_rest -= 1
         looks = self._steps_to_rest < 0 or len(req_ids) < 0.8 * self._rests_from
         # a request that is new may have come to an idle engine; rests are much alike
         known = self._running.issuperset(req_ids)
         if self._spell.rounds and not 0.8 <= len(req_ids) / self._spell.num_seqs <= 1.25:
             self._spell = Spell()  # another load: what has paid so far says nothing
-        if self.learns and self._passes_ms:
-            verify_ms = float(self.costs.verify(self._num_drafted + len(req_ids)))
-            self._spell.rounds += 1
-            self._spell.ms += drafting_ms + (waited_ms if known else verify_ms)
-            self._spell.plain_steps += 1.0
-            self._spell.seqs += len(req_ids)
-        self._num_plain = 0 if self._passes_ms else self._num_plain + 1
-        if self.learns and known and (looks or self._steps_to_rest % 4 == 0):
-            if self._num_drafted:
-                self.costs.verify.correct(num_tokens, waited_ms)
-            elif self._num_plain >= PLAIN_IN_A_ROW:
-                self.costs.plain.correct(num_tokens, waited_ms)
-        self._began, self._passes_ms, self._num_drafted = now, 0.0, 0
+        self._num_plain = 0 if drafts else self._num_plain + 1
+        times_step = known and (looks or self._steps_to_rest % 4 == 0)
+        if self.learns and (drafts or times_step):
+            self._learn_times(now, len(req_ids), num_tokens if times_step else 0, known)
+        self._began, self._num_drafted = now, 0
+        self._passes.clear()
         if not looks:
             self.step_ended(req_ids)
         return looks
+
+    def _learn_times(self, now: float, num_seqs: int, num_tokens: int, known: bool) -> None:
+        """What the drafts of the last step and this step of the target took.
+
+        Args:
+            num_tokens: in the target's step; 0 = its time says nothing.
+            known: no request is new.
+        """
+        measured = [self._waits_since - self._began, now - self._waits_since]
+        drafting_ms, waited_ms, *passes_ms = self.agree(
+            [seconds * 1e3 for seconds in measured] + [ms for _, ms in self._passes]
+        )
+        if passes_ms:
+            for (num_rows, _), ms in zip(self._passes, passes_ms, strict=True):
+                self.costs.draft.correct(num_rows, ms)
+            overhead_ms = min(drafting_ms - sum(passes_ms), sum(passes_ms))  # a hiccup moves little
+            self._overhead_ms += 0.1 * (overhead_ms - self._overhead_ms)
+            verify_ms = float(self.costs.verify(self._num_drafted + num_seqs))
+            self._spell.rounds += 1
+            self._spell.ms += drafting_ms + (waited_ms if known else verify_ms)
+            self._spell.plain_steps += 1.0
+            self._spell.seqs += num_seqs
+        if num_tokens and self._num_drafted:
+            self.costs.verify.correct(num_tokens, waited_ms)
+        elif num_tokens and self._num_plain >= PLAIN_IN_A_ROW:
+            self.costs.plain.correct(num_tokens, waited_ms)
 
     def step_ended(self, req_ids: Sequence[str]) -> None:
         """The drafts of the step are made; the target is next."""
         self._running = frozenset(req_ids)
         self._waits_since = time.perf_counter()
-        if self.learns and self._passes_ms:
-            overhead_ms = (self._waits_since - self._began) * 1e3 - self._passes_ms
-            overhead_ms = min(overhead_ms, self._passes_ms)  # a hiccup moves little
-            self._overhead_ms += 0.1 * (overhead_ms - self._overhead_ms)
 
     def stood_still(self, seconds: float) -> None:
         """For so long nobody has asked the engine for its next step."""
@@ -310,9 +328,7 @@ class LoadPlanner:
 
     def pass_took(self, num_rows: int, ms: float) -> None:
         """A draft pass, from planning its rows to its tokens."""
-        self._passes_ms += ms
-        if self.learns:
-            self.costs.draft.correct(num_rows, ms)
+        self._passes.append((num_rows, ms))
 
     def observe(self, outcomes: Sequence[Drafted]) -> None:
         """Learn from a step's verified drafts, a few steps later; without any, forget a little."""

@@ -34,6 +34,14 @@ def engine(speculative_config: dict[str, Any] | None, **engine_args: Any) -> Ite
         gc.collect()
 
 
+def adapter(llm: Any) -> Any:
+    """The drafter's adapter in an engine of one rank in this process; None without speculation."""
+    from failfast_vllm.hosting import adapter_of
+
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return adapter_of(executor.driver_worker.worker.model_runner)
+
+
 def encode(tokenizer: Any, prompt: dict[str, Any]) -> dict[str, Any]:
     """{"messages": ...} or {"prompt": text} as vLLM takes it, after the chat template."""
     if "prompt" in prompt:

@@ -152,6 +152,12 @@ V2_HOOKS = (
         "init_speculator",
         ("vllm_config", "device", "req_states"),
     ),
+    Hook(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner",
+        "initialize_kv_cache",
+        ("self", "kv_cache_config"),
+    ),
     Hook("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "take_draft_token_ids", ("self",)),
     Hook(
         "vllm.v1.worker.gpu.model_runner",
@@ -624,23 +630,24 @@ def _initializing_worker(original: Any) -> Any:
             else:
                 install_v1_hooks()
         original(self, vllm_config, *args, **kwargs)
-        if asked_for(vllm_config) and vllm_config.additional_config[METHOD]["load_aware"]:
-            self.compile_or_warm_up_model = _planning_for_load(self)
-        if asked_for(vllm_config) and vllm_config.additional_config[METHOD]["trace"]:
+        if asked_for(vllm_config):
+            self.compile_or_warm_up_model = _warming_up(self)
             self.shutdown = _closing_the_trace(self)
 
     return __init__
 
 
-def _planning_for_load(worker: Any) -> Any:
-    """The worker's last step before it serves: its models can be timed."""
+def _warming_up(worker: Any) -> Any:
+    """The worker's last step before it serves; from its end on, vLLM may object to compilation."""
     warm_up = worker.compile_or_warm_up_model
 
     def compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
+        from failfast_vllm.hosting import adapter_of, start_serving
+
+        drafter = adapter_of(worker.model_runner).drafter
+        drafter.model.warm_up_kernels(details=drafter.policy.needs_entropy)
         result = warm_up(*args, **kwargs)
-        runner = worker.model_runner
-        adapter = runner.drafter if hasattr(runner, "drafter") else runner.speculator
-        adapter.plan_for_load()
+        start_serving(worker.model_runner)
         return result
 
     return compile_or_warm_up_model
@@ -651,8 +658,9 @@ def _closing_the_trace(worker: Any) -> Any:
     end = worker.shutdown
 
     def shutdown() -> None:
-        runner = getattr(worker, "model_runner", None)  # none: start-up failed
-        adapter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+        from failfast_vllm.hosting import adapter_of
+
+        adapter = adapter_of(getattr(worker, "model_runner", None))  # none: start-up failed
         if adapter is not None and adapter.stats.trace is not None:
             adapter.stats.trace.close()
         end()
@@ -682,6 +690,7 @@ def install_v2_hooks() -> None:
         raise RuntimeError(f"failfast cannot run: {problem}")
     from vllm.v1.worker.gpu import model_runner
 
+    from failfast_vllm import target_graphs
     from failfast_vllm.speculator import FailFastSpeculator
 
     def building_speculator(original: Any) -> Any:
@@ -694,12 +703,20 @@ def install_v2_hooks() -> None:
 
     def taking_drafts(original: Any) -> Any:
         def take_draft_token_ids(self: Any) -> Any:
-            drafts = original(self)
+            take = functools.partial(original, self)
             if isinstance(self.speculator, FailFastSpeculator):
-                return self.speculator.trim(drafts)
-            return drafts
+                return self.speculator.take_drafts(take)
+            return take()
 
         return take_draft_token_ids
+
+    def widening_graphs(original: Any) -> Any:
+        def initialize_kv_cache(self: Any, kv_cache_config: Any, *args: Any, **more: Any) -> None:
+            original(self, kv_cache_config, *args, **more)
+            if isinstance(self.speculator, FailFastSpeculator):
+                target_graphs.widen(self)
+
+        return initialize_kv_cache
 
     def finishing_requests(original: Any) -> Any:
         def finish_requests(self: Any, scheduler_output: Any) -> None:
@@ -718,6 +735,7 @@ def install_v2_hooks() -> None:
         return add_requests
 
     _wrap(model_runner, "init_speculator", building_speculator)
+    _wrap(model_runner.GPUModelRunner, "initialize_kv_cache", widening_graphs)
     _wrap(model_runner.GPUModelRunner, "add_requests", adding_requests)
     _wrap(model_runner.GPUModelRunner, "take_draft_token_ids", taking_drafts)
     _wrap(model_runner.GPUModelRunner, "finish_requests", finishing_requests)

@@ -10,23 +10,24 @@ hit or a preemption.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
+from failfast_vllm.blocks import to_device
 from failfast_vllm.drafter import Drafter, DraftStep
 from failfast_vllm.hosting import (
     DraftStats,
     Rounds,
-    dummy_pass,
     make_drafter,
-    make_planner,
     max_positions,
-    measure_costs,
     new_pages,
+    profile_pass,
     safetensors_only,
     stop_token_ids,
 )
@@ -70,8 +71,12 @@ class FailFastProposer(DraftModelProposer):
         return model
 
     def dummy_run(self, num_tokens: int, **kwargs: Any) -> None:
-        """Called by the runner to profile and warm up, and on a data-parallel rank without work."""
-        dummy_pass(self.model, self.vllm_config, num_tokens, self.device)
+        """Called by the runner to profile and warm up, and on a data-parallel rank without work.
+
+        Only the first, before there is a KV cache, needs a pass: ours wait for no other rank.
+        """
+        if self.drafter is None:
+            profile_pass(self.model, self.vllm_config, num_tokens, self.device)
 
     def initialize_attn_backend(
         self, kv_cache_config: Any, kernel_block_sizes: list[int] | None = None
@@ -88,6 +93,7 @@ class FailFastProposer(DraftModelProposer):
             self.stats,
             kv_block_size,
             kv_cache_config.num_blocks * (self.block_size // kv_block_size),
+            -(-self.max_positions // kv_block_size),
             self.device,
         )
         self.rounds = Rounds(self.drafter, self.stats.counts)
@@ -115,7 +121,7 @@ class FailFastProposer(DraftModelProposer):
             return [[]] * num_reqs
         table = common_attn_metadata.block_table_tensor[:num_reqs]
         computed = np.minimum(batch.num_computed_tokens_cpu[:num_reqs], self.max_positions)
-        computed_lens = torch.from_numpy(computed).to(self.device)
+        computed_lens = to_device(computed, self.device)
         committed = self.drafter.blocks.committed_lens(table, computed_lens).cpu().numpy()
         step = self._gather(scheduler_output, sampled_token_ids, table, committed)
         num_verified = [len(verified.get(req_id, ())) for req_id in req_ids]
@@ -130,11 +136,18 @@ class FailFastProposer(DraftModelProposer):
             planner.step_ended(req_ids)
         return lists
 
-    def plan_for_load(self) -> None:
-        """Called by the worker when it is ready to serve."""
-        assert self.drafter is not None
-        costs = measure_costs(self.runner.model, self.model, self.vllm_config, self.device)
-        self.drafter.planner = make_planner(costs, self.vllm_config)
+    def target_step(self, runner: Any) -> Callable[[int], torch.Tensor]:
+        """A step of the target, without attention, over a number of tokens."""
+
+        def step(num_tokens: int) -> torch.Tensor:
+            positions = torch.arange(num_tokens, device=self.device) % self.max_positions
+            ids = torch.zeros_like(positions).int()
+            with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
+                hidden_states = runner.model(input_ids=ids, positions=positions)
+                logits: torch.Tensor = runner.model.compute_logits(hidden_states)
+            return logits
+
+        return step
 
     def begin(self, scheduler_output: Any) -> None:
         """Called by the runner before each step, also in steps without any request."""

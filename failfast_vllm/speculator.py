@@ -7,31 +7,34 @@ length for all requests; `trim` cuts its report to the length that each request 
 As with V1 no state says what is committed: see `proposer.py`.
 """
 
+import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.compilation.backends import set_model_tag
+from vllm.compilation.cudagraph_pool import capture_pool
 from vllm.config import VllmConfig
 from vllm.config.utils import replace
+from vllm.distributed.parallel_state import graph_capture
 from vllm.model_executor.model_loader import get_model
+from vllm.platforms import current_platform
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
+from failfast_vllm.blocks import to_device
 from failfast_vllm.drafter import Drafter, DraftStep
 from failfast_vllm.graphs import cuda_graph
 from failfast_vllm.hosting import (
     DraftStats,
     HostedDraftModel,
     Rounds,
-    dummy_pass,
     make_drafter,
-    make_planner,
     max_positions,
-    measure_costs,
     new_pages,
+    profile_pass,
     safetensors_only,
     stop_token_ids,
 )
@@ -78,7 +81,11 @@ class FailFastSpeculator(DraftModelSpeculator):
         target_input_buffers: Any,
         target_attn_groups: Any,
     ) -> None:
-        """Called by the runner once the KV cache is laid out."""
+        """Called by the runner once the KV cache is laid out.
+
+        On a GPU twice: the first cache only tells how much memory graphs take.
+        """
+        self.drafter = self.rounds = None  # graphs over the first cache go before the second comes
         super().set_attn(
             model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups
         )
@@ -98,6 +105,7 @@ class FailFastSpeculator(DraftModelSpeculator):
             self.stats,
             block_tables.block_sizes[self.kv_group],
             kv_cache_config.num_blocks * num_pages_per_block,
+            block_tables.input_block_tables[self.kv_group].shape[1],
             self.device,
         )
         self.rounds = Rounds(self.drafter, self.stats.counts)
@@ -107,14 +115,17 @@ class FailFastSpeculator(DraftModelSpeculator):
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Called by the runner where it captures its own graphs."""
+        """Called by the runner where it captures its own graphs; ours share their memory pool."""
         if self.device.type != "cuda" or self.speculative_config.enforce_eager:
             return
         assert self.drafter is not None
         hosted = self.drafter.model
         assert isinstance(hosted, HostedDraftModel)
-        table_width = self.block_tables.input_block_tables[self.kv_group].shape[1]
-        hosted.capture(cuda_graph, self.max_num_reqs, table_width, self.device)
+        # read now: while vLLM profiles the memory of graphs, the pool is another one
+        shared = current_platform.get_global_graph_pool()
+        pool = functools.partial(capture_pool, shared, self.vllm_config)
+        with graph_capture(device=self.device):
+            hosted.capture(functools.partial(cuda_graph, pool=pool), self.max_num_reqs)
 
     def add_requests(self, scheduler_output: Any) -> None:
         """Called after the runner has put new and resumed requests into their state slots."""
@@ -151,12 +162,14 @@ class FailFastSpeculator(DraftModelSpeculator):
         """One engine step: commit and draft.
 
         Returns:
-            [num_reqs, num_speculative_steps] int64, -1 beyond each request's draft.
+            [num_reqs, num_speculative_steps] int64. Beyond each request's draft 0: vLLM's warm-up
+            schedules all columns, so that each must be an id.
         """
         num_reqs = input_batch.num_reqs
-        draft_tokens: torch.Tensor = self.draft_tokens[:num_reqs].fill_(-1)
-        if dummy_run:
-            dummy_pass(self.model, self.vllm_config, input_batch.num_tokens, self.device)
+        draft_tokens: torch.Tensor = self.draft_tokens[:num_reqs].fill_(0)
+        if dummy_run:  # also on a data-parallel rank without work: our passes wait for no other
+            if is_profile:
+                profile_pass(self.model, self.vllm_config, input_batch.num_tokens, self.device)
             return draft_tokens
         assert self.drafter is not None
         assert self.rounds is not None
@@ -183,9 +196,9 @@ class FailFastSpeculator(DraftModelSpeculator):
         drafts = self.drafter.propose(step)
         self.rounds.drafted(step.req_ids, drafts)
         longest = drafts.token_ids.shape[1]
-        lens = torch.from_numpy(drafts.lens).to(self.device, non_blocking=True)
+        lens = to_device(drafts.lens, self.device)
         drafted = torch.arange(longest, device=self.device) < lens[:, None]
-        draft_tokens[:, :longest] = torch.where(drafted, drafts.token_ids, -1)
+        draft_tokens[:, :longest] = torch.where(drafted, drafts.token_ids, 0)
         self._lens = dict(zip(input_batch.req_ids, drafts.lens.tolist(), strict=True))
         self.stats.count(drafts, (time.perf_counter() - began) * 1e3)
         if self.stats.wants_rounds:
@@ -194,38 +207,40 @@ class FailFastSpeculator(DraftModelSpeculator):
             planner.step_ended(step.req_ids)
         return draft_tokens
 
-    def plan_for_load(self) -> None:
-        """Called by the worker when it is ready to serve."""
-        assert self.drafter is not None
-        costs = measure_costs(self.target_model, self.model, self.vllm_config, self.device)
-        self.drafter.planner = make_planner(costs, self.vllm_config)
+    def target_step(self, runner: Any) -> Callable[[int], torch.Tensor]:
+        """A step of the target over a number of tokens, as vLLM runs it: in a graph if one fits."""
 
-    def trim(self, drafts: DraftTokenIds | None) -> DraftTokenIds | None:
-        """What the scheduler is told: each request's list cut to its draft."""
-        if drafts is None:
-            return None
-        lists = [
-            ids[: self._lens.get(req_id, 0)]
-            for req_id, ids in zip(drafts.req_ids, drafts.draft_token_ids, strict=True)
-        ]
-        trimmed = DraftTokenIds(drafts.req_ids, lists)
-        trimmed.failfast_counts = self.stats.counts.take()  # type: ignore[attr-defined]
-        return trimmed
+        def step(num_tokens: int) -> torch.Tensor:
+            hidden_states, _ = runner._dummy_run(num_tokens, skip_eplb=True)
+            logits: torch.Tensor = runner.model.compute_logits(hidden_states[:num_tokens])
+            return logits
+
+        return step
+
+    def take_drafts(self, take: Callable[[], DraftTokenIds | None]) -> DraftTokenIds | None:
+        """What the scheduler is told: each request's list cut to its draft.
+
+        Args:
+            take: vLLM's own report, as long for each request as the longest draft may be.
+        """
+        drafts: DraftTokenIds | None = DraftTokenIds([], [])
+        if any(self._lens.values()):  # else nothing for the scheduler to go through
+            drafts = take()
+            if drafts is None:
+                return None
+            lists = [
+                ids[: self._lens.get(req_id, 0)]
+                for req_id, ids in zip(drafts.req_ids, drafts.draft_token_ids, strict=True)
+            ]
+            drafts = DraftTokenIds(drafts.req_ids, lists)
+        drafts.failfast_counts = self.stats.counts.take()  # type: ignore[union-attr]
+        return drafts
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended; also called in steps without any other."""
         if self.rounds is not None:
             self.rounds.forget(req_ids)
             self.stats.forget(req_ids)
-
-    def _committed_lens(self, input_batch: Any) -> torch.Tensor:
-        """[num_reqs] tokens in front of each request's first block without drafter KV."""
-        assert self.drafter is not None
-        num_reqs = input_batch.num_reqs
-        computed = input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64)
-        computed_lens = torch.from_numpy(np.minimum(computed, self.max_positions)).to(self.device)
-        table = self.block_tables.input_block_tables[self.kv_group][:num_reqs]
-        return self.drafter.blocks.committed_lens(table, computed_lens)
 
     def _gather(
         self,
@@ -238,11 +253,13 @@ class FailFastSpeculator(DraftModelSpeculator):
         assert self.drafter is not None
         states, rows = self.req_states, input_batch.idx_mapping
         num_reqs = input_batch.num_reqs
+        computed_lens = states.num_computed_tokens.gpu[rows].long().clamp(max=self.max_positions)
+        table = self.block_tables.input_block_tables[self.kv_group][:num_reqs]
         verdict = torch.stack(
             (
                 states.total_len.gpu[rows].long(),
-                self._committed_lens(input_batch),
-                states.num_computed_tokens.gpu[rows].long(),
+                self.drafter.blocks.committed_lens(table, computed_lens),
+                computed_lens,
                 num_sampled[:num_reqs].long(),
                 last_sampled[rows].flatten().long(),
             )
@@ -252,9 +269,9 @@ class FailFastSpeculator(DraftModelSpeculator):
         )
         sampled = emitted_lens > 0
 
-        size = self.drafter.diffusion_block_size
-        final = np.minimum(now_computed, self.max_positions) // size * size
-        final = np.maximum(final, committed)
+        final = (
+            now_computed // self.drafter.diffusion_block_size * self.drafter.diffusion_block_size
+        )
 
         request_end = states.max_seq_len[input_batch.idx_mapping_np]  # prompt + max_tokens
         room = np.minimum(request_end, self.max_positions) - known - 1
@@ -269,7 +286,7 @@ class FailFastSpeculator(DraftModelSpeculator):
             req_ids=input_batch.req_ids,
             token_ids=states.all_token_ids.gpu,
             slots=input_batch.idx_mapping_np.astype(np.int64),
-            block_table=self.block_tables.input_block_tables[self.kv_group][:num_reqs],
+            block_table=table,
             known_lens=np.where(sampled, known, final),
             committed_lens=committed,
             final_lens=final,
@@ -289,8 +306,8 @@ class FailFastSpeculator(DraftModelSpeculator):
         before = np.where(emitted_lens > 0, step.known_lens - emitted_lens, 0)
         columns = before[:, None] + np.arange(emitted_lens.max(initial=0))
         columns = np.minimum(columns, step.token_ids.shape[1] - 1)
-        slots = torch.from_numpy(step.slots[:, None]).to(self.device)
-        rows = step.token_ids[slots, torch.from_numpy(columns).to(self.device)]
+        slots = to_device(step.slots[:, None], self.device)
+        rows = step.token_ids[slots, to_device(columns, self.device)]
         emitted = rows.tolist()  # the copy back
         num_seqs = len(step.req_ids)
         wanted = (emitted_lens > 0) & (self.stats.wants_plain_rounds | (num_verified > 0))

@@ -44,6 +44,7 @@ class Case:
 
     Args:
         sequences: (committed blocks, rows) of each.
+        padding: rows of NaN after the last sequence's.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Case:
         head_dim=16,
         dtype=torch.float32,
         layout="slots outside heads",
+        padding=0,
     ):
         generator = torch.Generator().manual_seed(seed)
         num_pages = [-(-blocks * block_size // page_size) for blocks, _ in sequences]
@@ -74,6 +76,8 @@ class Case:
         rows = torch.randn(int(lens.sum()), heads + 2 * kv_heads, head_dim, generator=generator).to(
             dtype
         )
+        rows = torch.cat([rows, torch.full((padding, *rows.shape[1:]), torch.nan, dtype=dtype)])
+        self.padding = padding
         self.query, self.key, self.value = rows.split([heads, kv_heads, kv_heads], dim=1)
         self.scale, self.block_size = head_dim**-0.5, block_size
         self.keys, self.values = [], []
@@ -119,4 +123,5 @@ class Case:
             own = slice(int(self.query_start_loc[s]), int(self.query_start_loc[s + 1]))
             first = int(self.committed[s])
             parts.append(dense_attention(self.query[own], keys, values, first, self.block_size))
-        return torch.cat(parts) if parts else torch.empty(self.query.shape, dtype=torch.float64)
+        zeros = torch.zeros(self.padding, *self.query.shape[1:], dtype=torch.float64)
+        return torch.cat([*parts, zeros])

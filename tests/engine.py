@@ -42,12 +42,7 @@ def core(llm):
 
 def proposer(llm):
     """The adapter of the only rank, which must be in this process."""
-    return adapter_of(core(llm).model_executor.driver_worker.worker.model_runner)
-
-
-def adapter_of(runner):
-    """The adapter of the runner in use: `FailFastProposer` (V1) or `FailFastSpeculator` (V2)."""
-    return runner.drafter if hasattr(runner, "drafter") else runner.speculator
+    return offline.adapter(llm)
 
 
 class Proposal(NamedTuple):

@@ -8,7 +8,8 @@ import torch
 import torch.distributed
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
-from engine import adapter_of, start_watching
+from engine import start_watching
+from failfast_vllm.hosting import adapter_of
 
 EXTENSION = f"{__name__}.RankWorker"
 

@@ -9,7 +9,8 @@ online softmax (Milakov and Gimelshein, arXiv 1805.02867).
 The number of tiles of a sequence is known on the device only. Sequence s starts at tile
 `query_start_loc[s] * GROUP_SIZE // BLOCK_M + s`, which leaves every sequence enough tiles and
 bounds their sum by shapes alone, so the launch needs no copy to the host. Programs without rows
-return at once.
+return at once. Rows after the last sequence's (the padding of a captured graph) are treated as one
+more sequence, whose output is zero.
 
 Where few programs would face long prefixes, NUM_SPLITS of them share the prefix (the first also
 takes the pass's own keys), and `_merge_kernel` adds their results up.
@@ -97,9 +98,9 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
 
-    # the last sequence whose first tile is not behind this one
+    # the last sequence whose first tile is not behind this one; `num_seqs` is the padding
     seq = 0
-    behind = num_seqs
+    behind = num_seqs + 1
     while behind - seq > 1:
         middle = (seq + behind) // 2
         first = tl.load(query_start_loc + middle).to(tl.int32) * GROUP_SIZE // BLOCK_M + middle
@@ -108,11 +109,13 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         else:
             behind = middle
     seq_begin = tl.load(query_start_loc + seq).to(tl.int32)
-    seq_rows = tl.load(query_start_loc + seq + 1).to(tl.int32) - seq_begin
+    is_padding = seq == num_seqs
+    seq_end = tl.load(query_start_loc + seq + 1, mask=seq < num_seqs, other=0).to(tl.int32)
+    seq_rows = tl.where(is_padding, num_rows, seq_end) - seq_begin
     packed_begin = (tile - seq_begin * GROUP_SIZE // BLOCK_M - seq) * BLOCK_M
     if packed_begin >= seq_rows * GROUP_SIZE:
         return
-    prefix_len = tl.load(committed_lens + seq).to(tl.int32)
+    prefix_len = tl.load(committed_lens + seq, mask=seq < num_seqs, other=0).to(tl.int32)
 
     packed = packed_begin + tl.arange(0, BLOCK_M)
     row = packed // GROUP_SIZE  # [BLOCK_M], within the sequence
@@ -138,6 +141,9 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
             if begin >= end:
                 tl.store(log_mass + piece, float("-inf"), mask=row_valid)
                 return
+
+    if is_padding:
+        own_end = 0
 
     q = tl.load(
         query
@@ -197,6 +203,9 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         sees = ((own // DIFFUSION_BLOCK)[None, :] <= row_block[:, None]) & fresh[None, :]
         best, mass, attended = _softmax_step(q, k, v, sees, scores_scale, best, mass, attended)
 
+    if is_padding:
+        best = tl.zeros([BLOCK_M], tl.float32)
+        mass = tl.full([BLOCK_M], 1.0, tl.float32)
     attended = attended / mass[:, None]
     if NUM_SPLITS > 1:
         tl.store(log_mass + piece, best + tl.log2(mass), mask=row_valid)
@@ -254,8 +263,6 @@ def block_diffusion_attention(
 ) -> torch.Tensor:
     """See `reference.block_diffusion_attention`; `groups` is not needed and ignored.
 
-    Rows behind the last sequence's (a captured graph's padding) are left undefined.
-
     Args:
         num_splits: one of `SPLITS`, programs that share a prefix; None chooses by shapes.
 
@@ -273,7 +280,7 @@ def block_diffusion_attention(
     group_size = num_heads // num_kv_heads
     block_m = _tile_rows(query, group_size, num_seqs)
     launch = ATTENTION[64 if head_dim <= 64 else 128, query.element_size(), block_m]
-    num_tiles = num_rows * group_size // block_m + num_seqs  # see the module's docstring
+    num_tiles = num_rows * group_size // block_m + num_seqs + 1  # see the module's docstring
     if num_splits is None:
         num_splits = _num_splits(num_tiles * num_kv_heads, max_pages * page_size)
     pieces, log_mass = output, output  # neither is touched without splits
@@ -326,6 +333,39 @@ def block_diffusion_attention(
             num_warps=1,
         )
     return output
+
+
+def launch_every_class(num_heads: int, kv_cache: torch.Tensor, diffusion_block_size: int) -> None:
+    """Launch each class of the kernels for passes over `kv_cache`, so that it is compiled.
+
+    Nothing is read from or written to the cache.
+
+    Args:
+        num_heads: of the queries.
+        kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim].
+    """
+    num_kv_heads, head_dim = kv_cache.shape[1], kv_cache.shape[3] // 2
+    zero = torch.zeros(1, dtype=torch.int64, device=kv_cache.device)
+    for _, element_size, height in ATTENTION:
+        if element_size != kv_cache.element_size():
+            continue
+        num_rows = max(1, height * num_kv_heads // num_heads)
+        query = kv_cache.new_zeros(num_rows, num_heads, head_dim)
+        key = kv_cache.new_zeros(num_rows, num_kv_heads, head_dim)
+        for num_splits in SPLITS:
+            block_diffusion_attention(
+                query,
+                key,
+                key,
+                kv_cache,
+                zero.view(1, 1).int(),
+                zero,
+                torch.cat((zero, zero + num_rows)),
+                1.0,
+                diffusion_block_size,
+                num_splits=num_splits,
+            )
+        commit_kv(key, key, kv_cache, zero.new_full((num_rows,), -1))
 
 
 def _check(

@@ -268,6 +268,19 @@ def confidence_argmax(
     return result
 
 
+def launch_every_class(
+    logits: torch.Tensor, num_valid_tokens: int, forbidden_ids: Sequence[int], *, details: bool
+) -> None:
+    """Launch each class of the kernels for logits like these, so that it is compiled."""
+    launch = launch_table.CONFIDENCE[logits.element_size()]
+    num_tiles = -(-num_valid_tokens // launch.block_n)
+    for num_splits in SPLITS:
+        if num_splits <= max(1, num_tiles):
+            confidence_argmax(
+                logits, num_valid_tokens, forbidden_ids, details=details, num_splits=num_splits
+            )
+
+
 def _num_splits(num_rows: int, num_tiles: int) -> int:
     """The smallest class that fills the device, at most one program per tile."""
     enough = (s for s in SPLITS if s * num_rows >= launch_table.TARGET_PROGRAMS)

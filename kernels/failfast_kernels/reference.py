@@ -161,7 +161,8 @@ def block_diffusion_attention(
         output: where to write; None allocates.
 
     Returns:
-        `output`, [num_rows, num_heads, head_dim], the type of `query`.
+        `output`, [num_rows, num_heads, head_dim], the type of `query`; zero in rows after the last
+        sequence's, which are the padding of a captured graph.
     """
     _, num_heads, head_dim = query.shape
     num_kv_heads, page_size = kv_cache.shape[1], kv_cache.shape[2]
@@ -203,6 +204,7 @@ def block_diffusion_attention(
             output[group.rows] = attended
         else:
             output[group.rows[group.valid_rows]] = attended[group.valid_rows]
+    output[int(query_start_loc[-1]) :] = 0.0
     return output
 
 

@@ -104,6 +104,7 @@ def test_these_kernels_run_where_they_claim():
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     layout=st.sampled_from(LAYOUTS),
     num_splits=st.sampled_from([1, 1, 4, None]),
+    padding=st.sampled_from([0, 0, 1, 13, 40]),
     seed=st.integers(0, 2**16),
 )
 def test_drawn_shapes_of_drafting(
@@ -116,11 +117,21 @@ def test_drawn_shapes_of_drafting(
     dtype,
     layout,
     num_splits,
+    padding,
     seed,
 ):
     page_size = blocks_per_page * block_size
     case = Case(
-        sequences, page_size, kv_heads, group_size, block_size, seed, head_dim, dtype, layout
+        sequences,
+        page_size,
+        kv_heads,
+        group_size,
+        block_size,
+        seed,
+        head_dim,
+        dtype,
+        layout,
+        padding,
     )
     assert_matches(case, num_splits=num_splits)
 
