@@ -1,6 +1,6 @@
 """What a worker counts for `metrics`: integers that are cheap to add up and to send. NumPy only."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,15 +46,20 @@ class Counts:
         """From the end of a step's drafts to the end of their verification."""
         self.scalars["verify_us"] += int(milliseconds * 1e3)
 
-    def judged(self, drafts: Iterable[Judged]) -> None:
+    def judged(self, drafts: Sequence[Judged]) -> None:
         """Fill the bins of the reliability diagram."""
-        for confidences, num_accepted in drafts:
-            seen = confidences[: num_accepted + 1]
-            bins = np.minimum((seen * NUM_BINS).astype(np.int64), NUM_BINS - 1)
-            self.bins[0] += np.bincount(bins, minlength=NUM_BINS)
-            self.bins[1] += np.bincount(bins[:num_accepted], minlength=NUM_BINS)
-            weights = np.bincount(bins, seen * CONFIDENCE_SCALE, minlength=NUM_BINS)
-            self.bins[2] += weights.round().astype(np.int64)
+        seen = [confidences[: accepted + 1] for confidences, accepted in drafts]
+        if not seen:
+            return
+        confidences = np.concatenate(seen)
+        lens = np.array([len(part) for part in seen])
+        places = np.arange(len(confidences)) - np.repeat(lens.cumsum() - lens, lens)
+        accepted = places < np.repeat([judged.num_accepted for judged in drafts], lens)
+        bins = np.minimum((confidences * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+        self.bins[0] += np.bincount(bins, minlength=NUM_BINS)
+        self.bins[1] += np.bincount(bins[accepted], minlength=NUM_BINS)
+        weights = np.bincount(bins, confidences * CONFIDENCE_SCALE, minlength=NUM_BINS)
+        self.bins[2] += weights.round().astype(np.int64)
 
     def take(self) -> list[int]:
         """`NUM_COUNTS` integers, which are zero again afterwards; none if nothing was counted."""

@@ -196,7 +196,7 @@ class Rounds:
             if emitted:
                 self._drafts.forget((req_id,))
         self.counts.judged(
-            Judged(o.confidences[: o.num_verified], o.num_accepted) for o in outcomes
+            [Judged(o.confidences[: o.num_verified], o.num_accepted) for o in outcomes]
         )
         policy = self.drafter.policy
         if policy.calibration is not None:

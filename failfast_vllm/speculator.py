@@ -116,7 +116,7 @@ class FailFastSpeculator(DraftModelSpeculator):
     @torch.inference_mode()
     def capture(self) -> None:
         """Called by the runner where it captures its own graphs; ours share their memory pool."""
-        if self.device.type != "cuda" or self.speculative_config.enforce_eager:
+        if self.speculative_config.enforce_eager:
             return
         assert self.drafter is not None
         hosted = self.drafter.model

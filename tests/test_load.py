@@ -406,3 +406,27 @@ def test_a_size_is_learned_soon_however_well_others_are_known():
         table.correct(512, 60.0)
     assert float(table(512)) == pytest.approx(60.0, rel=0.02)
     assert float(table(256)) == pytest.approx(24.0, rel=0.25)
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_ranks_of_unequal_speed_decide_alike(agree, monkeypatch):
+    """The second rank is three times as slow in drafting; without agreement they part."""
+    clocks = [types.SimpleNamespace(ms=0.0) for _ in range(2)]
+    true = cost_tables("h200", "7B")
+    sims = [Simulation("7B", 8), Simulation("7B", 8)]
+    sims[1].draft_ms = scaled(true.draft, 3.0)
+    ranks = [Planned(Costs(true.draft, true.verify), clock) for clock in clocks]
+    told = []
+    if agree:
+        ranks[0].planner.agree = lambda times: told.append(times) or times
+        ranks[1].planner.agree = lambda times: told.pop()
+    for _ in range(400):
+        for rank, sim, clock in zip(ranks, sims, clocks, strict=True):
+            perf_counter = lambda clock=clock: clock.ms / 1e3  # noqa: E731
+            monkeypatch.setattr(load, "time", types.SimpleNamespace(perf_counter=perf_counter))
+            rank.step(sim)
+        assert not told
+        if ranks[0].chosen != ranks[1].chosen:
+            break
+    assert (ranks[0].chosen == ranks[1].chosen) == agree
+    assert any(ranks[0].chosen)

@@ -102,6 +102,17 @@ def test_a_shared_drafter_takes_the_same_decisions_on_every_rank(
 
 
 @pytest.mark.slow
+def test_ranks_that_plan_for_the_load_take_the_same_decisions(two_plain_ranks, shared_drafter):
+    """Catches ranks that learn their own times: one would draft where the other rests, and wait."""
+    prompts, expected = two_plain_ranks
+    asked = {"method": "failfast", "model": shared_drafter, "load_aware": True}
+    answers, records, _ = on_two_ranks(asked, prompts)
+    assert answers == expected
+    assert decisions(records[0]) == decisions(records[1])
+    assert records[0].num_drafted > 0
+
+
+@pytest.mark.slow
 def test_data_parallel_experts_never_wait_for_a_draft_pass(tmp_path):
     """Two ranks step together through the experts, each with its own number of draft passes.
 

@@ -1,0 +1,145 @@
+"""How often a V2 step waits for the device: once for the verdict, once per increment.
+
+On a CPU nothing waits, so calls that would are counted. What runs inside the draft model is left
+out: here its references look at lengths, on a GPU kernels do.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine import chat_ids, generate, proposer, shipped_prompts
+from failfast_vllm.graphs import PassGraphs, make_buckets
+from interpreted.test_v2 import v2_engine
+
+WAITING = ("cpu", "item", "tolist", "nonzero", "__bool__", "__int__", "__float__")
+MASKED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
+
+
+class MaskedIndexing(TorchDispatchMode):
+    """Indexing with a mask waits for how many elements it has."""
+
+    def __init__(self, waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in MASKED and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            self.waits.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Waits(list):
+    paused = False
+
+
+@contextlib.contextmanager
+def counted():
+    """The calls that would wait for the device."""
+    waits = Waits()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def count(name):
+            original = getattr(torch.Tensor, name)
+
+            def counting(self, *args, **kwargs):
+                blocks = name != "to" or (
+                    not kwargs.get("non_blocking")
+                    and any(isinstance(a, torch.device | str) for a in (*args, *kwargs.values()))
+                )
+                if blocks and not waits.paused:
+                    waits.append(name)
+                waits.paused, before = True, waits.paused  # what it calls is the same wait
+                try:
+                    return original(self, *args, **kwargs)
+                finally:
+                    waits.paused = before
+
+            patch.setattr(torch.Tensor, name, counting)
+
+        for name in (*WAITING, "to"):
+            count(name)
+        patch.setattr(torch, "tensor", lambda *args, **kwargs: pytest.fail("a copy that waits"))
+        with MaskedIndexing(waits):
+            yield waits
+
+
+def test_the_count_sees_what_waits():
+    ones = torch.ones(3)
+    with counted() as waits:
+        ones.cpu()
+        ones[ones > 0]
+        ones.sum().item()
+        ones.to("cpu")
+        ones.to("cpu", non_blocking=True)
+        ones.to(torch.float64)
+    assert waits == ["cpu", "aten.index.Tensor", "item", "to"]
+
+
+def test_a_step_waits_for_its_verdict_and_each_increment():
+    from vllm import SamplingParams
+
+    steps = []
+    with v2_engine() as llm:
+        adapter = proposer(llm)
+        propose, add_requests = adapter.propose, adapter.add_requests
+        draft, hosted = adapter.drafter.propose, adapter.drafter.model
+        drafts = []
+
+        def drafting(step):
+            drafts.append(draft(step))
+            return drafts[-1]
+
+        def counting(function):
+            def run(*args, **kwargs):
+                with counted() as waits:
+
+                    def unseen(method):
+                        def run_unseen(*args, **kwargs):
+                            waits.paused = True
+                            try:
+                                return method(*args, **kwargs)
+                            finally:
+                                waits.paused = False
+
+                        return run_unseen
+
+                    with pytest.MonkeyPatch.context() as patch:
+                        patch.setattr(hosted, "_run", unseen(hosted._run))
+                        patch.setattr(hosted, "confidence", unseen(hosted.confidence))
+                        result = function(*args, **kwargs)
+                steps.append((function.__name__, list(waits)))
+                return result
+
+            return run
+
+        adapter.propose, adapter.add_requests = counting(propose), counting(add_requests)
+        adapter.drafter.propose = drafting
+        prompts = [chat_ids(llm.get_tokenizer(), p) for p in shipped_prompts()[:3]]
+        generate(llm, prompts, SamplingParams(temperature=0.0, max_tokens=40))
+    assert {tuple(waits) for name, waits in steps if name == "add_requests"} == {()}
+    proposed = [waits for name, waits in steps if name == "propose"]
+    increments = [int(d.num_passes.max(initial=0)) for d in drafts]
+    assert max(increments) >= 2
+    assert [len(waits) for waits in proposed] == [1 + n for n in increments]
+    assert {wait for waits in proposed for wait in waits} == {"cpu"}
+
+
+def test_a_replay_does_not_wait():
+    from failfast_vllm.drafter import DraftBatch
+
+    graphs = PassGraphs(make_buckets(4, 64, [16]), 4, torch.device("cpu"))
+    graphs.capture(lambda run: run() or run, lambda batch: torch.zeros(batch.input_ids.numel(), 8))
+    batch = DraftBatch(
+        input_ids=torch.zeros(20, dtype=torch.int64),
+        positions=torch.arange(20),
+        query_start_loc=torch.arange(3) * 10,
+        committed_lens=torch.zeros(2, dtype=torch.int64),
+        slot_mapping=torch.full((20,), -1),
+        block_table=torch.zeros(2, 4, dtype=torch.int32),
+    )
+    with counted() as waits:
+        assert graphs.replay(batch).shape == (20, 8)
+    assert waits == []
