@@ -1,12 +1,14 @@
 """What a GPU worker does between loading and serving, on the V2 runner."""
 
 import gc
+import inspect
 import json
 import weakref
 
 import pytest
+import torch
 
-from engine import engine, generate, proposer, watch
+from engine import chat_ids, engine, generate, proposer, shipped_prompts, watch
 from interpreted.gpu_startup import gpu_startup
 from interpreted.test_v2 import plain  # noqa: F401 - a fixture
 
@@ -39,17 +41,22 @@ def test_graphs_of_the_memory_profile_are_gone_before_the_kv_cache_comes():
     with gpu_startup() as seen:
         dead = []
 
+        class Graph:
+            """As torch's: holds memory, refers to nothing of ours."""
+
         def on_profiled(runner):
-            graphs = weakref.ref(runner.speculator.drafter.model.graphs)
+            replays = runner.speculator.drafter.model.graphs.replays
+            assert replays
+            replays.update({shape: Graph() for shape in replays})
+            graph = weakref.ref(next(iter(replays.values())))
             set_attn = runner.speculator.set_attn
 
             def watching_set_attn(*args):
-                set_attn(*args)
                 gc.disable()  # vLLM freezes the garbage collector: a cycle would keep them
-                dead.append(graphs() is None)
+                set_attn(*args)
+                dead.append(graph() is None)
                 gc.enable()
 
-            assert graphs().replays
             runner.speculator.set_attn = watching_set_attn
 
         seen.on_profiled = on_profiled
@@ -82,3 +89,51 @@ def test_answers_from_graphs(plain):  # noqa: F811
         generate(llm, prompts[:1], undrafted)
         lens = [graph and graph.uniform_token_count for graph in seen.graphs]
         assert lens == [None] + [1] * 19  # the prompt, then a token a step
+
+
+class Watched:
+    """A kernel that remembers what Triton would have compiled it for."""
+
+    def __init__(self, kernel, compiled):
+        self.kernel, self.compiled = kernel, compiled
+
+    def key(self, args, constants):
+        dynamic = self.kernel.kwargs.get("do_not_specialize") or ()
+        unaligned = self.kernel.kwargs.get("do_not_specialize_on_alignment") or ()
+        parts = [self.kernel.fn.__name__]
+        for name, arg in zip(inspect.signature(self.kernel.fn).parameters, args, strict=False):
+            if isinstance(arg, torch.Tensor):
+                parts.append((str(arg.dtype), name in unaligned or arg.data_ptr() % 16 == 0))
+            elif isinstance(arg, int) and name not in dynamic:
+                parts.append("1" if arg == 1 else arg % 16 == 0)
+        return (*parts, *sorted(constants.items()))
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.compiled.add(self.key(args, constants))
+            return self.kernel[grid](*args, **constants)
+
+        return launch
+
+
+def test_serving_meets_no_kernel_that_start_up_has_not_compiled(monkeypatch):
+    """What `--jit-monitor-mode error` would raise at; nothing is compiled here: launches tell."""
+    from vllm import SamplingParams
+
+    from failfast_kernels import block_attention, confidence
+
+    compiled = set()
+    for module in (block_attention, confidence):
+        for name, kernel in list(vars(module).items()):
+            if type(kernel).__name__ == "InterpretedFunction" and name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Watched(kernel, compiled))
+    monkeypatch.setenv("FAILFAST_TRITON", "1")
+    method = {"method": "failfast", "num_speculative_tokens": 6, "draft_increment": 3}
+    settings = {**WARM, "max_num_seqs": 2, "max_model_len": 256}
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    with gpu_startup(), engine(method, **settings) as llm, watch(llm) as record:
+        before = set(compiled)
+        prompt = chat_ids(llm.get_tokenizer(), shipped_prompts()[0])
+        generate(llm, [prompt[:n] for n in (1, 33, 70)], params)
+    assert record.num_drafted > 0
+    assert compiled <= before

@@ -4,7 +4,17 @@ import contextlib
 
 import pytest
 
-from engine import core, engine, generate, greedy_params, mixed_prompts, policy, proposer, watch
+from engine import (
+    core,
+    engine,
+    generate,
+    greedy_params,
+    mixed_prompts,
+    policy,
+    proposer,
+    shipped_prompts,
+    watch,
+)
 from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.trace import read
 from independent import IndependentDrafter
@@ -286,3 +296,16 @@ def test_what_single_requests_ask(plain):
     assert any(eos in p.draft[:-1] for p in drafts(4))
     assert all(eos not in p.draft[:-1] for i in (1, 2, 3, 5, 6, 7) for p in drafts(i))
     assert all(drafts(i) for i in (5, 6, 7))
+
+
+def test_the_demo_shows_rounds():
+    """Catches a demo that looks for the V1 runner's drafter: on a GPU it would show none."""
+    from tqdm import tqdm
+
+    from failfast_vllm import demo
+
+    prompts = [demo.Prompt(p["task"], p["messages"]) for p in shipped_prompts()[:1]]
+    with v2_engine(max_num_seqs=1) as llm, tqdm(disable=True) as bar:
+        (answer,) = demo._answer_all(llm, prompts, 24, bar)
+    assert sum(traced.num_emitted for traced in answer.rounds) == len(answer.token_ids)
+    assert any(traced.accepted for traced in answer.rounds)
