@@ -309,3 +309,25 @@ def test_the_demo_shows_rounds():
         (answer,) = demo._answer_all(llm, prompts, 24, bar)
     assert sum(traced.num_emitted for traced in answer.rounds) == len(answer.token_ids)
     assert any(traced.accepted for traced in answer.rounds)
+
+
+def test_batch_invariant_engines_start(monkeypatch):
+    """Catches an attention backend that lets vLLM refuse, though no answer depends on a draft."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    supported = classmethod(lambda cls: True)  # a CPU's own backend is not
+    monkeypatch.setattr(CPUAttentionBackend, "supports_batch_invariance", supported)
+    with v2_engine(max_num_seqs=1) as llm:
+        assert proposer(llm).drafter is not None
+
+
+def test_a_step_without_drafts_reports_nothing():
+    """Catches a report of 60 placeholders per request that is built to be thrown away."""
+    from failfast_vllm.hosting import DraftStats
+    from failfast_vllm.speculator import FailFastSpeculator
+
+    speculator = object.__new__(FailFastSpeculator)
+    speculator.stats, speculator._lens = DraftStats(), {"a": 0, "b": 0}
+    drafts = speculator.take_drafts(lambda: pytest.fail("vLLM's report was built"))
+    assert (drafts.req_ids, drafts.draft_token_ids, drafts.failfast_counts) == ([], [], [])
