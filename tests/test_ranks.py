@@ -332,7 +332,7 @@ def test_passes_run_in_the_drafters_group(groups):
     config.scheduler_config = types.SimpleNamespace(max_num_seqs=3)
     config.additional_config = {"failfast": {"draft_budget": 12}}
     model = GroupWatchingModel()
-    hosting.dummy_pass(model, config, 40, torch.device("cpu"))
+    hosting.profile_pass(model, config, 40, torch.device("cpu"))
     assert model.num_logits == [15]
 
     hosted = hosting.HostedDraftModel(model, config, ["layer"], 4, 3, 32, hosting.DraftStats())
