@@ -70,12 +70,16 @@ class CostTable:
         # 0 rows take nothing, less than measured as much as the least, more than it ever more
         self._knots = np.concatenate(([0.0, 1e-9], self.sizes, [FAR]))
         self._values = np.zeros(len(self._knots))
-        self.ms = self._values[2:-1]  # by size
         self._set(np.array(ms, dtype=np.float64))
         self._start = self._values.copy()
         self._extra = np.zeros(len(sizes))  # found while serving, on top of that
         self._weights = np.zeros(len(sizes))
         self._nearness: dict[int, tuple[Floats, Floats]] = {}  # by size that was measured
+
+    @property
+    def ms(self) -> Floats:
+        """Time by size: a view, made anew each time, since a pickled one would be a copy."""
+        return self._values[2:-1]
 
     def __call__(self, size: npt.NDArray[Any] | list[int] | float) -> Floats:
         """Time of a pass of `size` rows; 0 for 0 rows."""

@@ -1,6 +1,7 @@
 """The load planner on artificial costs: what it reaches, and that it never loses."""
 
 import itertools
+import pickle
 import types
 
 import numpy as np
@@ -430,3 +431,15 @@ def test_ranks_of_unequal_speed_decide_alike(agree, monkeypatch):
             break
     assert (ranks[0].chosen == ranks[1].chosen) == agree
     assert any(ranks[0].chosen)
+
+
+def test_a_table_that_came_from_another_rank_learns():
+    """Catches views that pickling turns into copies: the other ranks would keep their first times."""
+    table = CostTable([1, 8, 64], [1.0, 2.0, 9.0])
+    sent = pickle.loads(pickle.dumps(table))
+    for one in (table, sent):
+        one.correct(8, 5.0)
+    assert float(table(8)) > 3.0
+    assert [float(sent(n)) for n in (1, 8, 20, 64, 100)] == [
+        float(table(n)) for n in (1, 8, 20, 64, 100)
+    ]

@@ -330,12 +330,23 @@ def test_passes_run_in_the_drafters_group(groups):
     )
     config.model_config = types.SimpleNamespace(max_model_len=32)
     config.scheduler_config = types.SimpleNamespace(max_num_seqs=3)
-    config.additional_config = {"failfast": {"draft_budget": 12}}
+    config.additional_config = {
+        "failfast": {
+            "draft_budget": 12,
+            "num_draftable_tokens": 4,
+            "mask_token_id": 3,
+            "diffusion_block_size": 32,
+            "draft_increment": 10,
+        }
+    }
+    config.use_v2_model_runner = False
     model = GroupWatchingModel()
     hosting.profile_pass(model, config, 40, torch.device("cpu"))
     assert model.num_logits == [15]
 
-    hosted = hosting.HostedDraftModel(model, config, ["layer"], 4, 3, 32, hosting.DraftStats())
+    hosted = hosting.HostedDraftModel(
+        model, config, ["layer"], hosting.DraftStats(), 1, torch.device("cpu")
+    )
     rows, ends = torch.arange(2), torch.tensor([0, 2])
     batch = DraftBatch(
         input_ids=rows,
