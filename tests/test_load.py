@@ -434,7 +434,7 @@ def test_ranks_of_unequal_speed_decide_alike(agree, monkeypatch):
 
 
 def test_a_table_that_came_from_another_rank_learns():
-    """Catches views that pickling turns into copies: the other ranks would keep their first times."""
+    """Catches views that pickling turns into copies: other ranks would keep their first times."""
     table = CostTable([1, 8, 64], [1.0, 2.0, 9.0])
     sent = pickle.loads(pickle.dumps(table))
     for one in (table, sent):
