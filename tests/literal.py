@@ -20,6 +20,7 @@ class Rules:
     pads_blocks: bool = True  # a pass has MASK rows up to its block's end, else to what it fills
     fills_beyond: bool = True  # a whole sub-block is filled and counted, also behind the increment
     crosses_blocks: bool = False  # one pass may fill positions of two blocks
+    ends_at_blocks: bool = False  # increments are cut there
     exact_cap: bool = False  # the cap counts drafted tokens, not recorded confidences
     max_blocks: int | None = 3  # that a draft may touch
     # complete blocks take a pass of their own, whose last logit is the next block's first token, of
@@ -71,8 +72,17 @@ def literal_draft(
     assert not (rules.crosses_blocks and rules.commits_apart)
     mask, shift, size = drafter.mask_token_id, drafter.logit_shift, drafter.block_size
     tokens, length = list(token_ids), len(token_ids)
-    end = length + (min(increment, max_draft) if rules.exact_cap else increment)
     confidences, num_passes, num_rows, num_blocks, complete = [], 0, 0, 1, False
+
+    def grown(end):
+        increments = [increment]
+        if rules.exact_cap:
+            increments.append(length + max_draft - end)
+        if rules.ends_at_blocks:
+            increments.append(size - end % size)
+        return end + min(increments)
+
+    end = grown(length)
 
     def judge(filled):
         """Once all positions up to `end` are filled, the draft is complete or grows."""
@@ -82,7 +92,7 @@ def literal_draft(
         num_drafted = end - length if rules.exact_cap else len(confidences)
         complete = any(c < threshold for c in confidences) or num_drafted >= max_draft
         if not complete:
-            end += min(increment, length + max_draft - end) if rules.exact_cap else increment
+            end = grown(end)
 
     def is_stopped(filled):
         return any(token in stop_token_ids for token in tokens[length:filled])

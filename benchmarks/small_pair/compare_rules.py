@@ -31,8 +31,10 @@ RULES = {
     "authors, KV not kept": AUTHORS_WITHOUT_KV,
     "ours": OURS,
     "ours, padded": replace(OURS, pads_blocks=True),
-    "ours, not crossing": replace(OURS, crosses_blocks=False),
-    "ours, padded, not crossing": replace(OURS, pads_blocks=True, crosses_blocks=False),
+    "ours, passes end at blocks": replace(OURS, crosses_blocks=False),
+    "ours, increments end at blocks": replace(OURS, ends_at_blocks=True),
+    "ours, padded, passes end": replace(OURS, pads_blocks=True, crosses_blocks=False),
+    "ours, padded, increments end": replace(OURS, pads_blocks=True, ends_at_blocks=True),
 }
 
 
