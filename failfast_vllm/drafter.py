@@ -10,10 +10,13 @@ The rows of one pass, for each sequence, at absolute positions:
 pass commits the newly complete blocks and denoises in one forward; later passes start at `final`.
 The logit at position i predicts token i + `logit_shift` (see `families`).
 
-Differences from the authors' Algorithm 1, each with a test of its own:
-all masks of an increment are read from one pass (theirs: one pass per sub-block of 8), trailing
-MASK rows of the last block are left out, increments may cross a block's end, the cap is exact,
-and only drafted positions count for the confidence.
+Differences from the authors' code, each a rule of `tests/literal.py`: one pass fills all masks of an
+increment (theirs: one pass or more per sub-block of 8, filled and judged to its end), the same pass
+commits complete blocks (theirs: a pass of its own, whose last logit is the next block's first token,
+unjudged), MASK rows behind the increment are left out, increments may cross a block's end, every
+increment is judged as soon as it is filled, the cap is exact, and a draft may touch any number of
+blocks (theirs: three). Their KV is kept for the next round only in part, and mistaken for short
+prefixes; ours is that of the committed blocks, always.
 
 Lengths live on the host, tokens on the device: rows are planned with NumPy, a pass needs two small
 copies to the device, and `_denoise` makes the only copy back.

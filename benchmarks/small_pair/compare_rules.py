@@ -3,7 +3,8 @@
 The rules are those of `tests/literal.py`, which the engine's drafts are tested against: one
 sequence, no cache. Drafts are checked against the target's greedy answers; every forward pass of
 the drafter counts, those that only commit blocks as well. Intervals are 95 % of a bootstrap over
-the prompts, which all rules share.
+the prompts, which all rules share. `--cut-texts` takes cuts of a long text around multiples of 32
+tokens instead, whose 64 next tokens are hard to guess.
 
     python benchmarks/small_pair/compare_rules.py --json benchmarks/results/rules_cpu_float32.json
 """
@@ -17,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import answered
+from evaluate import Prompt, answered, load_model, target_answers
 from failfast_vllm.bench import SHIPPED_PAIR, provenance
 from train import MODELS_DIR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+from engine import mixed_prompts
 from independent import IndependentDrafter
 from literal import AUTHORS, AUTHORS_WITHOUT_KV, OURS, Rules, literal_draft
 
@@ -47,6 +49,14 @@ class Counts:
     passes: int = 0
     rows: int = 0
     drafted: int = 0
+
+
+def cut_texts(tokenizer, count: int) -> tuple[list[Prompt], list[list[int]]]:
+    """Cuts of up to 420 tokens, and the target's next 64 after each."""
+    cuts = [ids for ids in mixed_prompts(tokenizer, 4 * count)[1::2] if len(ids) < 420][:count]
+    prompts = [Prompt("cut", ids, "") for ids in cuts]
+    answers = target_answers(load_model(MODELS_DIR / "target"), tokenizer, prompts)
+    return prompts, [answer[:64] for answer in answers]
 
 
 def answer_in_rounds(drafter, prompt: list[int], answer: list[int], eos: int, rules: Rules):
@@ -79,10 +89,13 @@ def per_round(counts: list[Counts], what: str, picks: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-prompts", type=int, default=60)
+    parser.add_argument("--cut-texts", action="store_true", help="instead of held-out questions")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer, prompts, answers = answered(args.num_prompts)
+    tokenizer, prompts, answers = answered(1 if args.cut_texts else args.num_prompts)
+    if args.cut_texts:
+        prompts, answers = cut_texts(tokenizer, args.num_prompts)
     drafter = IndependentDrafter(MODELS_DIR / "drafter", len(tokenizer))
     counted = {
         name: [
@@ -126,7 +139,7 @@ def main() -> None:
             target=SHIPPED_PAIR,
             drafter=SHIPPED_PAIR,
             dtype="float32",
-            prompts=f"held-out, {len(prompts)} of them",
+            prompts=f"{'cut texts' if args.cut_texts else 'held-out'}, {len(prompts)} of them",
             **SETTINGS,
         )
         args.json.write_text(json.dumps({"provenance": found, "rows": rows}, indent=1) + "\n")
