@@ -10,10 +10,14 @@ The rows of one pass, for each sequence, at absolute positions:
 pass commits the newly complete blocks and denoises in one forward; later passes start at `final`.
 The logit at position i predicts token i + `logit_shift` (see `families`).
 
-Differences from the authors' Algorithm 1, each with a test of its own:
-all masks of an increment are read from one pass (theirs: one pass per sub-block of 8), trailing
-MASK rows of the last block are left out, increments may cross a block's end, the cap is exact,
-and only drafted positions count for the confidence.
+Differences from the authors' code, each a rule of `tests/literal.py` (theirs in brackets):
+one pass fills all masks of an increment (one or more per sub-block of 8, which is filled and judged
+to its end); the same pass commits complete blocks (a pass of its own, whose last logit is the next
+block's first token, without a confidence); MASK rows behind the increment are left out (up to the
+block's end); an increment may cross a block's end; it is judged as soon as it is filled (after the
+next filling pass, where a commit filled its end); the cap is exact (it counts confidences); a draft
+may touch any number of blocks (three); KV of committed blocks is never made again (in every round
+whose prefix has other blocks than the last pass over blocks left, and for short ones it is wrong).
 
 Lengths live on the host, tokens on the device: rows are planned with NumPy, a pass needs two small
 copies to the device, and `_denoise` makes the only copy back.
