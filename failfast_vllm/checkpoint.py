@@ -205,7 +205,7 @@ def _check_experts(
         what = "as a list of layer numbers"
         refuse("mlp_only_layers", what, dense, "Correct its config.json.")
     if not expert_layers(config):
-        what = f"without all {config['num_hidden_layers']} layers, by 'decoder_sparse_step'"
+        what = "and 'decoder_sparse_step' that leave a layer with experts"
         refuse("mlp_only_layers", what, dense, "Without experts it is another model.")
 
 

@@ -29,21 +29,22 @@ def is_replicated(vllm_config: VllmConfig) -> bool:
 def drafter_group(vllm_config: VllmConfig) -> Iterator[None]:
     """Inside, vLLM's tensor-parallel group is the drafter's: the target's, or this rank alone.
 
-    The data-parallel group is this rank alone: vLLM would spread the experts of a drafter over it.
+    The data-parallel and the expert-parallel group are this rank alone: vLLM would spread the
+    experts of a drafter over the first, and has no second beside a target without experts.
     Layers are built inside, and keep these sizes. Passes run inside too: compilation reads the
     groups, and no layer that reads them late can make a rank wait for others.
     """
     alone = parallel_state.get_pp_group()  # its only rank is this one: nothing is pipelined
     assert alone.world_size == 1, "pipeline parallelism is refused at start-up"
-    tp_group, dp_group = parallel_state._TP, parallel_state._DP
-    parallel_state._DP = alone
+    theirs = parallel_state._TP, parallel_state._DP, parallel_state._EP
+    parallel_state._DP = parallel_state._EP = alone
     if is_replicated(vllm_config):
         parallel_state._TP = alone
     try:
         assert parallel_state.get_dp_group() is alone, "vLLM keeps its groups elsewhere"
         yield
     finally:
-        parallel_state._TP, parallel_state._DP = tp_group, dp_group
+        parallel_state._TP, parallel_state._DP, parallel_state._EP = theirs
 
 
 def draft_context(attn_metadata: Any, vllm_config: VllmConfig) -> AbstractContextManager[None]:

@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
-from checkpoints import tiny_config, write_checkpoint, write_weights
+from checkpoints import fuse_experts, tiny_config, write_checkpoint, write_weights
 from engine import engine, proposer
 from failfast_vllm.drafter import DraftBatch
-from failfast_vllm.families import FAST_DLLM_V2, SDAR
+from failfast_vllm.families import FAST_DLLM_V2, SDAR, SDAR_MOE
 from independent import IndependentDrafter
 
 LENGTHS = (1, 2, 3, 4, 5, 8, 31, 32, 33, 64, 95, 127, 128, 129, 200, 256, 257, 300)
@@ -15,10 +22,15 @@ NUM_DRAFTABLE = 1900
 MIN_COSINE = 0.9999
 MIN_SAME_ARGMAX = {torch.float32: 1.0, torch.bfloat16: 0.995}
 CASES = [
-    pytest.param((FAST_DLLM_V2, 32, torch.float32), id="Fast-dLLM v2, float32"),
-    pytest.param((FAST_DLLM_V2, 32, torch.bfloat16), id="Fast-dLLM v2, bfloat16"),
-    pytest.param((SDAR, 4, torch.float32), id="SDAR, blocks of 4, float32"),
-    pytest.param((SDAR, 32, torch.bfloat16), id="SDAR, blocks of 32, bfloat16"),
+    pytest.param((FAST_DLLM_V2, 32, torch.float32, {}), id="Fast-dLLM v2, float32"),
+    pytest.param((FAST_DLLM_V2, 32, torch.bfloat16, {}), id="Fast-dLLM v2, bfloat16"),
+    pytest.param((SDAR, 4, torch.float32, {}), id="SDAR, blocks of 4, float32"),
+    pytest.param((SDAR, 32, torch.bfloat16, {}), id="SDAR, blocks of 32, bfloat16"),
+    pytest.param((SDAR_MOE, 4, torch.float32, {}), id="SDAR MoE, blocks of 4, float32"),
+    pytest.param(
+        (SDAR_MOE, 32, torch.float32, {"norm_topk_prob": False, "mlp_only_layers": [0]}),
+        id="SDAR MoE, blocks of 32, first layer dense, float32",
+    ),
 ]
 
 
@@ -84,9 +96,10 @@ class Hosted:
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory):
     """A hosted random drafter, and the independent one on the same files."""
-    family, size, dtype = request.param
+    family, size, dtype, changes = request.param
     path = tmp_path_factory.mktemp("parity") / "drafter"
-    config = tiny_config(family, **{family.block_size_key: size}, tie_word_embeddings=False)
+    changes = {**changes, family.block_size_key: size, "tie_word_embeddings": False}
+    config = tiny_config(family, **changes)
     tensors = write_checkpoint(path, family, config, shards=2, dtype=dtype)
     if dtype == torch.bfloat16:
         sharpen(tensors)
@@ -152,8 +165,12 @@ def test_any_place_in_a_batch(pair):
 
 @pytest.mark.parametrize(
     ("family", "config_class", "model_class"),
-    [(FAST_DLLM_V2, Qwen2Config, Qwen2ForCausalLM), (SDAR, Qwen3Config, Qwen3ForCausalLM)],
-    ids=["Fast-dLLM v2", "SDAR"],
+    [
+        (FAST_DLLM_V2, Qwen2Config, Qwen2ForCausalLM),
+        (SDAR, Qwen3Config, Qwen3ForCausalLM),
+        (SDAR_MOE, Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    ],
+    ids=["Fast-dLLM v2", "SDAR", "SDAR MoE"],
 )
 def test_the_independent_model_is_transformers_own(family, config_class, model_class, tmp_path):
     """Under the block mask; otherwise the parity tests would prove a shared error."""
@@ -162,7 +179,9 @@ def test_the_independent_model_is_transformers_own(family, config_class, model_c
     independent = IndependentDrafter(tmp_path / "drafter", NUM_DRAFTABLE)
     fields = {k: v for k, v in fields.items() if k not in ("model_type", "architectures")}
     model = model_class(config_class(**fields)).eval()
-    model.load_state_dict(tensors, strict=False)
+    missing, unexpected = model.load_state_dict(fuse_experts(tensors), strict=False)
+    assert missing in ([], ["lm_head.weight"])
+    assert not unexpected
     model.tie_weights()
     ids = prompts()[-1]
     blocks = torch.arange(len(ids)) // family.default_block_size
