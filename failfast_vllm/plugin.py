@@ -434,12 +434,7 @@ def _creating_speculative_config(original: Any) -> Any:
         if block.doubt:
             _warn_once(f"failfast: {drafter!r} drafts in blocks of {block.size}: {block.doubt}")
         knobs = knobs.for_block_size(block.size, given)
-        if family.has_experts and self.enable_eplb:
-            raise ValueError(
-                "failfast: vLLM would balance the experts of the drafter like the target's, but "
-                f"every rank has them all; got --enable-eplb and the drafter {drafter!r}. "
-                "Leave --enable-eplb out, or use a drafter without experts."
-            )
+        _check_balancing(family, drafter, self.enable_eplb)
         _spread_drafter(speculative, drafter, hf_config, given)
         # cut like a dense MLP: ranks that hold different experts would wait for each other
         speculative.draft_parallel_config.enable_expert_parallel = False
@@ -481,6 +476,15 @@ def _check_hub_config(
 @functools.cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
+
+
+def _check_balancing(family: Family, drafter: str, enable_eplb: bool) -> None:
+    if family.has_experts and enable_eplb:
+        raise ValueError(
+            "failfast: vLLM would balance the experts of the drafter like the target's, but every "
+            f"rank has them all; got --enable-eplb and the drafter {drafter!r}. "
+            "Leave --enable-eplb out, or use a drafter without experts."
+        )
 
 
 def _spread_drafter(
