@@ -41,8 +41,11 @@ ROPE_NUMBERS = {  # what each type of scaling cannot do without
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "yarn": ("factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+# what transformers fills in where it is absent, and would break on null
+ROPE_OPTIONAL = ("original_max_position_embeddings", "beta_fast", "beta_slow")
 # what a key may say, the default first; anything else is not vLLM's Qwen2 or Qwen3
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -50,10 +53,11 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False, None),
     "is_causal": (True, None),
     "dual_chunk_attention_config": (None,),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
+    "shared_expert_intermediate_size": (None, 0),
     "n_routed_experts": (None, 0),
 }
+NO_EXPERTS: dict[str, tuple[Any, ...]] = {"num_experts": (None, 0), "num_local_experts": (None, 0)}
+EXPERT_LIMITS = {"num_experts": 1 << 12, "moe_intermediate_size": 1 << 18}
 
 
 class Tensor(NamedTuple):
@@ -70,7 +74,8 @@ def expected_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, Shap
 
     `config` has passed `check_config`. A tied checkpoint may carry an `lm_head.weight` besides.
     """
-    hidden, mlp = config["hidden_size"], config["intermediate_size"]
+    config = family.filled(config)
+    hidden = config["hidden_size"]
     heads = config["num_attention_heads"]
     head_dim = config["head_dim"] if family.states_head_dim else hidden // heads
     q_size, kv_size = heads * head_dim, config["num_key_value_heads"] * head_dim
@@ -79,9 +84,6 @@ def expected_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, Shap
         "self_attn.k_proj.weight": (kv_size, hidden),
         "self_attn.v_proj.weight": (kv_size, hidden),
         "self_attn.o_proj.weight": (hidden, q_size),
-        "mlp.gate_proj.weight": (mlp, hidden),
-        "mlp.up_proj.weight": (mlp, hidden),
-        "mlp.down_proj.weight": (hidden, mlp),
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
     }
@@ -92,9 +94,16 @@ def expected_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, Shap
     if family.qk_norm:
         layer["self_attn.q_norm.weight"] = (head_dim,)
         layer["self_attn.k_norm.weight"] = (head_dim,)
+    dense = _mlp_shapes("mlp", hidden, config["intermediate_size"])
+    sparse: dict[str, Shape] = {}
+    with_experts = expert_layers(config) if family.has_experts else frozenset()
+    if with_experts:
+        sparse["mlp.gate.weight"] = (config["num_experts"], hidden)
+        for i in range(config["num_experts"]):
+            sparse |= _mlp_shapes(f"mlp.experts.{i}", hidden, config["moe_intermediate_size"])
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for i in range(config["num_hidden_layers"]):
-        for name, shape in layer.items():
+        for name, shape in (layer | (sparse if i in with_experts else dense)).items():
             shapes[f"model.layers.{i}.{name}"] = shape
     shapes["model.norm.weight"] = (hidden,)
     if not config.get("tie_word_embeddings", False):
@@ -102,8 +111,24 @@ def expected_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, Shap
     return shapes
 
 
+def _mlp_shapes(name: str, hidden: int, width: int) -> dict[str, Shape]:
+    return {
+        f"{name}.gate_proj.weight": (width, hidden),
+        f"{name}.up_proj.weight": (width, hidden),
+        f"{name}.down_proj.weight": (hidden, width),
+    }
+
+
+def expert_layers(config: Mapping[str, Any]) -> frozenset[int]:
+    """The layers that have experts in place of a dense MLP, by Qwen3-MoE's rule."""
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+    layers = range(config["num_hidden_layers"])
+    return frozenset(i for i in layers if i not in dense and (i + 1) % step == 0)
+
+
 def check_config(model: str, family: Family, config: Mapping[str, Any]) -> None:
     """Refuse sizes that cannot be and settings that vLLM would not follow; raises ValueError."""
+    config = family.filled(config)
 
     def refuse(key: str, must: str, got: Any, remedy: str) -> None:
         raise ValueError(
@@ -123,7 +148,8 @@ def check_config(model: str, family: Family, config: Mapping[str, Any]) -> None:
         "attention_bias": (True,) if family.qkv_bias else (False, True),
         "qk_norm": (family.qk_norm,),
     }
-    for key, allowed in (ALLOWED | projections).items():
+    experts = {"norm_topk_prob": (False, True)} if family.has_experts else NO_EXPERTS
+    for key, allowed in (ALLOWED | projections | experts).items():
         value = config.get(key, allowed[0])
         if repr(value) not in map(repr, allowed):  # True is no 1 here
             names = " or ".join(map(json.dumps, allowed))
@@ -148,6 +174,9 @@ def check_config(model: str, family: Family, config: Mapping[str, Any]) -> None:
             what = f"equal to 'hidden_size' / 'num_attention_heads' ({head_dim})"
             refuse("head_dim", what, config["head_dim"], "Correct its config.json.")
 
+    if family.has_experts:
+        _check_experts(config, integer, refuse)
+
     layer_types = config.get("layer_types")
     if layer_types not in (None, ["full_attention"] * sizes["num_hidden_layers"]):
         refuse(
@@ -160,6 +189,24 @@ def check_config(model: str, family: Family, config: Mapping[str, Any]) -> None:
     if not _is_positive(epsilon) or epsilon >= 1:
         refuse("rms_norm_eps", "between 0 and 1", epsilon, "Correct its config.json.")
     _check_rope(config, refuse)
+
+
+def _check_experts(
+    config: Mapping[str, Any], integer: Callable[[str, int], int], refuse: Callable[..., None]
+) -> None:
+    sizes = {key: integer(key, high) for key, high in EXPERT_LIMITS.items()}
+    integer("num_experts_per_tok", sizes["num_experts"])
+    if "norm_topk_prob" not in config:  # both occur
+        refuse("norm_topk_prob", "as false or true", None, "Correct its config.json.")
+    if "decoder_sparse_step" in config:
+        integer("decoder_sparse_step", SIZE_LIMITS["num_hidden_layers"])
+    dense = config.get("mlp_only_layers")
+    if dense is not None and not (isinstance(dense, list) and all(map(_is_integer, dense))):
+        what = "as a list of layer numbers"
+        refuse("mlp_only_layers", what, dense, "Correct its config.json.")
+    if not expert_layers(config):
+        what = "and 'decoder_sparse_step' that leave a layer with experts"
+        refuse("mlp_only_layers", what, dense, "Without experts it is another model.")
 
 
 def _check_rope(config: Mapping[str, Any], refuse: Callable[..., None]) -> None:
@@ -176,6 +223,14 @@ def _check_rope(config: Mapping[str, Any], refuse: Callable[..., None]) -> None:
         for number in ROPE_NUMBERS[kind]:
             if not _is_positive(fields.get(number)):
                 refuse(key, f"with a positive {number!r}", rope, "Correct its config.json.")
+        for number in ROPE_OPTIONAL:
+            if number in fields and not _is_positive(fields[number]):
+                refuse(
+                    key, f"with a positive {number!r}, or none", rope, "Correct its config.json."
+                )
+        if kind == "llama3" and fields["low_freq_factor"] >= fields["high_freq_factor"]:
+            what = "with a 'high_freq_factor' above its 'low_freq_factor'"
+            refuse(key, what, rope, "Correct its config.json.")
         theta = fields.get("rope_theta", theta)
     if not _is_positive(theta):
         refuse("rope_theta", "as a positive number", theta, "Correct its config.json.")

@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = add("plan", _plan, "Count a pair's memory and model (not measure) what it gains.")
     plan.add_argument("target", metavar="TARGET", help="checkpoint directory, config.json or name")
     plan.add_argument("--drafter", metavar="PATH_OR_ID", help="default: the family's own")
+    plan.add_argument(
+        "--diffusion-block-size", type=_positive, metavar="N", help="as in the speculative config"
+    )
     plan.add_argument("--gpu", default="H200", metavar="NAME", help="default: H200")
     plan.add_argument(
         "--concurrency", type=_positive, metavar="N", help="one batch size; default: 1 to 64"
@@ -381,6 +384,7 @@ def _plan(args: argparse.Namespace) -> int:
         result = plan.make_plan(
             args.target,
             args.drafter,
+            diffusion_block_size=args.diffusion_block_size,
             gpu=args.gpu,
             concurrency=args.concurrency,
             context_len=args.context_length,

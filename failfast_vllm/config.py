@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from failfast_vllm.checkpoint import check_config, check_files
 from failfast_vllm.families import (
@@ -18,6 +18,7 @@ from failfast_vllm.families import (
     QWEN_VOCAB_SIZES,
     Family,
     family_of,
+    published_names,
 )
 from failfast_vllm.trace import is_trace
 
@@ -30,6 +31,7 @@ MAX_SPECULATIVE_TOKENS = 128  # MAX_SPEC_LEN of vLLM's rejection sampler
 
 
 _NAMES = " or ".join(family.name for family in FAMILIES)
+_SIZES = ", ".join(map(str, DIFFUSION_BLOCK_SIZES))
 
 # (parameters of the user, key, cap) -> the checked value; raises ValueError
 Check = Callable[[Mapping[str, Any], str, int], Any]
@@ -187,9 +189,11 @@ class FailFastConfig:
 
 # keys of vLLM's SpeculativeConfig that mean the same for a failfast drafter
 PASSED_ON = ("model", "revision", "draft_tensor_parallel_size")
+BLOCK_SIZE = "diffusion_block_size"
 KNOWN_KEYS = (
     "method",
     *PASSED_ON,
+    BLOCK_SIZE,
     *(field.name for field in fields(FailFastConfig) if field.name != "parameters"),
     *dict.fromkeys(key for parameters in POLICIES.values() for key in parameters),
 )
@@ -222,6 +226,10 @@ def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any] 
             raise ValueError(f"failfast: {key!r} must be a non-empty string; got {value!r}.")
     if "draft_tensor_parallel_size" in given:
         _integer(given, "draft_tensor_parallel_size", 1, 1, 1024)
+    if BLOCK_SIZE in given and not _is_block_size(given[BLOCK_SIZE]):
+        raise ValueError(
+            f"failfast: {BLOCK_SIZE!r} must be one of {_SIZES}; got {given[BLOCK_SIZE]!r}."
+        )
     del given["method"]
     return given
 
@@ -240,10 +248,18 @@ def choose_drafter(target: str, model_type: str, vocab_size: int) -> str:
     )
 
 
-def check_local_drafter(model: str, load_format: str = "auto") -> None:
+def check_local_drafter(
+    model: str, load_format: str = "auto", asked_size: int | None = None
+) -> dict[str, Any] | None:
     """Refuse a local drafter that cannot be one, before vLLM loads anything; raises ValueError.
 
     vLLM's `load_format` "dummy" reads no weights, so none are asked for.
+
+    Args:
+        asked_size: the user's diffusion block size.
+
+    Returns:
+        Its `config.json`, or None where it is not a directory.
     """
     for word in METHOD_WORDS:
         if word in model.lower():
@@ -258,7 +274,7 @@ def check_local_drafter(model: str, load_format: str = "auto") -> None:
                 f"failfast: the drafter {model!r} is not a directory; "
                 "give a checkpoint directory or a hub id."
             )
-        return
+        return None
     config_path = path / "config.json"
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
@@ -268,9 +284,9 @@ def check_local_drafter(model: str, load_format: str = "auto") -> None:
             f"give a complete {_NAMES} checkpoint."
         ) from None
     config = config if isinstance(config, dict) else {}
-    family = check_drafter_config(model, config)
+    family = check_drafter_config(model, config, asked_size)
     if load_format == "dummy":
-        return
+        return config
     if not any(path.glob("*.safetensors")):
         others = sorted(p.name for p in (*path.glob("*.bin"), *path.glob("*.pt")))
         raise ValueError(
@@ -278,9 +294,12 @@ def check_local_drafter(model: str, load_format: str = "auto") -> None:
             f"(got {', '.join(others) or 'no weights'}); convert it, pickles are never loaded."
         )
     check_files(path, family, config)
+    return config
 
 
-def check_drafter_config(model: str, config: Mapping[str, Any]) -> Family:
+def check_drafter_config(
+    model: str, config: Mapping[str, Any], asked_size: int | None = None
+) -> Family:
     """The drafter's family; raises ValueError on another architecture, layout or block size."""
     architectures = config.get("architectures")
     family = family_of(architectures)
@@ -302,20 +321,79 @@ def check_drafter_config(model: str, config: Mapping[str, Any]) -> Family:
             f"{family.model_types[0]!r}; got {config.get('model_type')!r}. "
             "Set it in its config.json."
         )
-    size = family.block_size(config)
-    if isinstance(size, bool) or size not in DIFFUSION_BLOCK_SIZES:
-        raise ValueError(
-            f"failfast: the drafter {model!r} must have a {family.block_size_key!r} of "
-            f"{', '.join(map(str, DIFFUSION_BLOCK_SIZES))}; got {size!r}."
-        )
+    find_block_size(model, family, config, asked_size)
     check_config(model, family, config)
     return family
+
+
+class BlockSize(NamedTuple):
+    """Of a drafter's diffusion blocks, in tokens."""
+
+    size: int
+    doubt: str | None  # one line: what a user should know about where it comes from
+
+
+def find_block_size(
+    model: str, family: Family, config: Mapping[str, Any], asked_size: int | None = None
+) -> BlockSize:
+    """What a drafter's config.json states, else the user, else its name, else the family's default.
+
+    SDAR is published without a size in its config.json. A name is only a hint, which the user may
+    overrule; what the config states stands.
+
+    Args:
+        model: hub id or directory.
+        config: its `config.json` as published, not as a configuration class has filled it.
+        asked_size: `diffusion_block_size` of the speculative config.
+
+    Raises:
+        ValueError: a size that no kernel has, or one that contradicts the config.json.
+    """
+    key = family.block_size_key
+    names = published_names(model, config)
+    found = [(name, size) for name in names if (size := family.size_in_name(name)) is not None]
+    if key in config:
+        if not _is_block_size(config[key]):
+            raise ValueError(
+                f"failfast: the drafter {model!r} must have a {key!r} of {_SIZES}; "
+                f"got {config[key]!r}. Use another checkpoint."
+            )
+        if asked_size not in (None, config[key]):
+            raise ValueError(
+                f"failfast: {BLOCK_SIZE!r} must be the {key!r} in the config.json of the drafter "
+                f"{model!r}, {config[key]}; got {asked_size}. Leave it out."
+            )
+        return BlockSize(config[key], None)
+    if asked_size is not None:
+        doubt = None
+        if found and found[0][1] != asked_size:
+            doubt = f"as {BLOCK_SIZE!r} says, though {found[0][0]!r} stands for {found[0][1]}"
+        return BlockSize(asked_size, doubt)
+    if not found:
+        doubt = (
+            f"the default of {family.name}, as neither its config.json nor its name says it; "
+            f"set {BLOCK_SIZE!r} if it was trained with other blocks"
+        )
+        return BlockSize(family.default_block_size, doubt)
+    name, size = found[0]
+    if not _is_block_size(size):
+        raise ValueError(
+            f"failfast: the drafter {model!r} must have blocks of {_SIZES} tokens; got {size} "
+            f"(from the name {name!r}). Use another checkpoint, or set {BLOCK_SIZE!r} if the "
+            "name means something else."
+        )
+    return BlockSize(size, None)
+
+
+def _is_block_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value in DIFFUSION_BLOCK_SIZES
 
 
 def undivided_size(config: Mapping[str, Any], num_ranks: int) -> str | None:
     """The first size of a drafter that `num_ranks` tensor-parallel ranks cannot share, or None.
 
-    Fewer KV heads than ranks are copied, as vLLM does it; the vocabulary is padded to 64.
+    Fewer KV heads than ranks are copied, as vLLM does it; the vocabulary is padded to 64; each
+    expert is cut like a dense MLP, and `config` has all its sizes.
     """
     num_kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     remainders = {
@@ -324,6 +402,8 @@ def undivided_size(config: Mapping[str, Any], num_ranks: int) -> str | None:
         "intermediate_size": config["intermediate_size"] % num_ranks,
         "vocab_size": -(-config["vocab_size"] // 64) * 64 % num_ranks,
     }
+    if "moe_intermediate_size" in config:
+        remainders["moe_intermediate_size"] = config["moe_intermediate_size"] % num_ranks
     return next((f"'{key}': {config[key]}" for key, rest in remainders.items() if rest), None)
 
 

@@ -3,13 +3,16 @@
 A family is described here and nowhere else; the code asks the description, never the name.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 QWEN_VOCAB_SIZES = (151936, 152064)  # one vocabulary: up to 3B and Qwen3, from 7B on
 MAX_DIFFUSION_BLOCK_SIZE = 32  # every KV page is a multiple of it, so of every smaller block too
 DIFFUSION_BLOCK_SIZES = (4, 8, 16, MAX_DIFFUSION_BLOCK_SIZE)
+SIZE_IN_NAME = re.compile(r"-b(\d+)(?=-|$)")  # JetLM/SDAR-1.7B-Chat-b32
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,27 @@ class Family:
     states_head_dim: bool  # `head_dim` in the config; else hidden_size / heads
     drafter: str  # hub id of the smallest published checkpoint that fits
     targets: tuple[str, ...]  # model types of the targets that it drafts for
+    defaults: Mapping[str, Any]  # the published configuration class's, for what a file leaves out
+    # Checkpoints of `default_block_size` whose config.json does not say so: others of the family
+    # have their size in their name. None: the configuration class has the default.
+    plain_names: tuple[str, ...] | None = None
+    has_experts: bool = False  # layers of Qwen3-MoE
 
-    def block_size(self, config: Mapping[str, Any]) -> Any:
-        """The diffusion block size that a `config.json` states."""
-        return config.get(self.block_size_key, self.default_block_size)
+    def filled(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """`config` as the published configuration class would read it; block and MASK apart."""
+        fields = {**self.defaults, **config}
+        if self.defaults and fields["num_key_value_heads"] is None:
+            fields["num_key_value_heads"] = fields.get("num_attention_heads")
+        return fields
+
+    def size_in_name(self, name: str) -> int | None:
+        """The diffusion block size that a checkpoint's published name stands for, or None."""
+        if self.plain_names is None:
+            return self.default_block_size
+        if found := SIZE_IN_NAME.search(name):
+            return int(found[1])
+        is_plain = name.lower() in map(str.lower, self.plain_names)
+        return self.default_block_size if is_plain else None
 
 
 FAST_DLLM_V2 = Family(  # arXiv 2509.26328; MASK from the authors' code, the config lacks it
@@ -49,8 +69,15 @@ FAST_DLLM_V2 = Family(  # arXiv 2509.26328; MASK from the authors' code, the con
     states_head_dim=False,
     drafter="Efficient-Large-Model/Fast_dLLM_v2_1.5B",
     targets=("qwen2",),
+    defaults={
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "rope_theta": 10000.0,
+    },
 )
-SDAR = Family(  # arXiv 2510.06303; the plain checkpoints have blocks of 4, "-b32" of 32
+# arXiv 2510.06303; the plain checkpoints have blocks of 4, "-b32" of 32. TraDo is SDAR-4B and -8B
+# trained further, in blocks of 4 and with the same MASK.
+SDAR = Family(
     name="SDAR",
     architecture="SDARForCausalLM",
     model_types=("sdar",),
@@ -64,8 +91,54 @@ SDAR = Family(  # arXiv 2510.06303; the plain checkpoints have blocks of 4, "-b3
     states_head_dim=True,
     drafter="JetLM/SDAR-1.7B-Chat-b32",
     targets=("qwen3", "qwen3_moe"),
+    defaults={
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "rope_theta": 10000.0,
+    },
+    plain_names=(
+        "SDAR-1.7B-Chat",
+        "SDAR-4B-Chat",
+        "SDAR-8B-Chat",
+        "TraDo-4B-Instruct",
+        "TraDo-8B-Instruct",
+        "TraDo-8B-Thinking",
+    ),
 )
-FAMILIES = (FAST_DLLM_V2, SDAR)
+SDAR_MOE = replace(
+    SDAR,
+    name="SDAR MoE",
+    architecture="SDARMoeForCausalLM",
+    model_types=("sdar_moe",),
+    drafter="JetLM/SDAR-30B-A3B-Chat-b32",
+    targets=(),  # chosen for none: it costs what a large target does
+    defaults={},  # whose a silent file would be could not be looked up: all must be stated
+    plain_names=("SDAR-30B-A3B-Chat", "SDAR-30B-A3B-Sci"),
+    has_experts=True,
+)
+FAMILIES = (FAST_DLLM_V2, SDAR, SDAR_MOE)
+
+
+def published_names(path: str, config: Mapping[str, Any]) -> list[str]:
+    """The names under which a checkpoint may have been published, the likeliest first.
+
+    Args:
+        path: a hub id or a directory, also one inside a hub cache.
+        config: its `config.json`; where it was trained from may stand under `_name_or_path`.
+    """
+    paths = [Path(path)]
+    if paths[0].is_dir():
+        paths.append(paths[0].resolve())  # through "." and links
+    origin = config.get("_name_or_path")
+    if isinstance(origin, str):
+        paths.append(Path(origin))
+    names = []
+    for each in paths:
+        # models--JetLM--SDAR-1.7B-Chat-b32/snapshots/<commit>
+        inside = [part for part in each.parts if part.startswith("models--")]
+        names.append(inside[-1].rsplit("--", 1)[1] if inside else each.name)
+    return names
 
 
 def family_of(architectures: Any) -> Family | None:

@@ -1,4 +1,4 @@
-"""The drafter families as vLLM models: vLLM's Qwen2 and Qwen3 with block-diffusion attention.
+"""The drafter families as vLLM models: vLLM's Qwen2, Qwen3 and Qwen3-MoE with block attention.
 
 Only the attention layer differs; everything else is vLLM's. Loaded natively: a checkpoint's remote
 code is never run.
@@ -12,10 +12,11 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 
 from failfast_vllm.attention import BlockDiffusionBackend
 from failfast_vllm.checkpoint import check_tensors, expected_shapes
-from failfast_vllm.families import FAST_DLLM_V2, SDAR, Family
+from failfast_vllm.families import FAST_DLLM_V2, SDAR, SDAR_MOE, Family
 
 
 def _attend_in_blocks(decoder: Any, vllm_config: VllmConfig) -> None:
@@ -64,4 +65,16 @@ class SDARForCausalLM(Qwen3ForCausalLM):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded: set[str] = super().load_weights(_checked(SDAR, self.config, weights))
+        return loaded
+
+
+class SDARMoeForCausalLM(Qwen3MoeForCausalLM):
+    """SDAR (arXiv 2510.06303): Qwen3-MoE's weights."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        _attend_in_blocks(self.model, vllm_config)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded: set[str] = super().load_weights(_checked(SDAR_MOE, self.config, weights))
         return loaded

@@ -12,8 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from failfast_vllm.config import FailFastConfig, check_drafter_config, choose_drafter
-from failfast_vllm.families import FAST_DLLM_V2, Family, family_of
+from failfast_vllm.config import (
+    BlockSize,
+    FailFastConfig,
+    check_drafter_config,
+    choose_drafter,
+    find_block_size,
+    undivided_size,
+)
+from failfast_vllm.families import DIFFUSION_BLOCK_SIZES, FAST_DLLM_V2, Family, family_of
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT_LEN = 1024
@@ -84,6 +91,10 @@ def _qwen3(*shape: Any) -> dict[str, Any]:
     )
 
 
+def _sdar(*shape: Any) -> dict[str, Any]:
+    return _config("sdar", "SDARForCausalLM", head_dim=128, attention_bias=False, **_dense(*shape))
+
+
 def _fast_dllm(*shape: Any) -> dict[str, Any]:
     return _config("Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM", bd_size=32, **_dense(*shape))
 
@@ -98,17 +109,35 @@ PUBLISHED_TARGETS = {  # from the published config.json of each
     "Qwen/Qwen3-14B": _qwen3(5120, 40, 40, 8, 17408, 151936, False),
     "Qwen/Qwen3-32B": _qwen3(5120, 64, 64, 8, 25600, 151936, False),
 }
+_SDAR_SHAPES = {  # also with blocks of 8, 16 and 32, as "-b32" says
+    "JetLM/SDAR-1.7B-Chat": _sdar(2048, 28, 16, 8, 6144, 151936, False),
+    "JetLM/SDAR-4B-Chat": _sdar(2560, 36, 32, 8, 9728, 151936, False),
+    "JetLM/SDAR-8B-Chat": _sdar(4096, 36, 32, 8, 12288, 151936, False),
+    "JetLM/SDAR-30B-A3B-Chat": _config(  # the sizes of Qwen3-30B-A3B, which it was trained from
+        "sdar_moe",
+        "SDARMoeForCausalLM",
+        head_dim=128,
+        attention_bias=False,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
+        num_experts=128,
+        num_experts_per_tok=8,
+        **_dense(2048, 48, 32, 4, 6144, 151936, False),
+    ),
+}
 PUBLISHED_DRAFTERS = {
     "Efficient-Large-Model/Fast_dLLM_v2_1.5B": _fast_dllm(1536, 28, 12, 2, 8960, 151936, True),
     "Efficient-Large-Model/Fast_dLLM_v2_7B": _fast_dllm(3584, 28, 28, 4, 18944, 152064, False),
-    "JetLM/SDAR-1.7B-Chat-b32": _config(
-        "sdar",
-        "SDARForCausalLM",
-        head_dim=128,
-        attention_bias=False,
-        block_size=32,
-        **_dense(2048, 28, 16, 8, 6144, 151936, False),
-    ),
+    **{
+        f"{name}{size}": config
+        for name, config in _SDAR_SHAPES.items()
+        for size in ("-b32", "-b16", "-b8", "")
+    },
+    "Gen-Verse/TraDo-4B-Instruct": _SDAR_SHAPES["JetLM/SDAR-4B-Chat"],
+    "Gen-Verse/TraDo-8B-Instruct": _SDAR_SHAPES["JetLM/SDAR-8B-Chat"],
+    "Gen-Verse/TraDo-8B-Thinking": _SDAR_SHAPES["JetLM/SDAR-8B-Chat"],
 }
 
 
@@ -153,7 +182,8 @@ def shape_of(name: str, config: Mapping[str, Any]) -> Shape:
             f"give a config of {', '.join(known)} or of a drafter."
         )
     qwen2 = model_type == "qwen2" or family is FAST_DLLM_V2
-    moe = model_type == "qwen3_moe"
+    moe = family.has_experts if family else model_type == "qwen3_moe"
+    config = family.filled(config) if family else config
     if moe and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
         raise ValueError(f"{name!r} mixes dense and expert layers; only all-expert ones are known.")
     heads = _size(name, config, "num_attention_heads")
@@ -369,7 +399,7 @@ class Plan:
     target_name: str
     drafter_name: str
     family: Family
-    block_size: int
+    block: BlockSize
     costs: CostModel
     profile: Profile
     batch_sizes: tuple[int, ...]
@@ -429,6 +459,10 @@ class Plan:
                 notes.append(f"{name} is quantised: its weights are not exact ({counted})")
             if shape.num_experts:
                 notes.append(f"{name}: experts are chosen evenly, as many as the tokens reach")
+        if self.block.doubt:
+            notes.append(
+                f"{self.drafter_name} drafts in blocks of {self.block.size}: {self.block.doubt}"
+            )
         if self.draft_tensor_parallel_size != self.tensor_parallel_size:
             notes.append(
                 "the drafter's heads do not divide so: set 'draft_tensor_parallel_size' to 1"
@@ -445,7 +479,7 @@ class Plan:
             "target": self.target_name,
             "drafter": self.drafter_name,
             "family": self.family.name,
-            "diffusion_block_size": self.block_size,
+            "diffusion_block_size": self.block.size,
             "gpu": self.costs.gpu._asdict(),
             "tensor_parallel_size": self.tensor_parallel_size,
             "draft_tensor_parallel_size": self.draft_tensor_parallel_size,
@@ -469,6 +503,7 @@ def make_plan(
     target: str,
     drafter: str | None = None,
     *,
+    diffusion_block_size: int | None = None,
     gpu: str = "H200",
     concurrency: int | None = None,
     context_len: int = CONTEXT_LEN,
@@ -485,22 +520,25 @@ def make_plan(
         target_name, str(target_config.get("model_type")), whole.vocab_size
     )
     drafter_name, drafter_config = load_config(chosen, PUBLISHED_DRAFTERS)
-    family = check_drafter_config(drafter_name, drafter_config)
-    block_size = family.block_size(drafter_config)
-    draft_shape = shape_of(drafter_name, drafter_config)
-    draft_ranks = tensor_parallel_size
-    try:
-        draft_part = per_rank(drafter_name, draft_shape, draft_ranks)
-    except ValueError:  # 12 heads on 8 ranks, say: vLLM can then run it whole on each
-        draft_ranks, draft_part = 1, draft_shape
+    if diffusion_block_size not in (None, *DIFFUSION_BLOCK_SIZES):
+        sizes = ", ".join(map(str, DIFFUSION_BLOCK_SIZES))
+        raise ValueError(
+            f"--diffusion-block-size must be one of {sizes}; got {diffusion_block_size}."
+        )
+    family = check_drafter_config(drafter_name, drafter_config, diffusion_block_size)
+    block = find_block_size(drafter_name, family, drafter_config, diffusion_block_size)
+    # 12 heads on 8 ranks, say: each of them then holds the whole drafter
+    undivided = undivided_size(family.filled(drafter_config), tensor_parallel_size)
+    draft_ranks = 1 if undivided else tensor_parallel_size
+    draft_part = per_rank(drafter_name, shape_of(drafter_name, drafter_config), draft_ranks)
     costs = CostModel(GPUS[gpu], per_rank(target_name, whole, tensor_parallel_size), draft_part)
     return Plan(
         target_name,
         drafter_name,
         family,
-        block_size,
+        block,
         costs,
-        profile_of(block_size, acceptance_length, passes_per_round),
+        profile_of(block.size, acceptance_length, passes_per_round),
         (concurrency,) if concurrency else BATCH_SIZES,
         context_len,
         tensor_parallel_size,
@@ -541,7 +579,7 @@ def render(plan: Plan) -> str:
     rank = " per rank" if plan.tensor_parallel_size > 1 else ""
     text = [
         f"target    {plan.target_name}",
-        f"drafter   {plan.drafter_name} ({plan.family.name}, blocks of {plan.block_size})",
+        f"drafter   {plan.drafter_name} ({plan.family.name}, blocks of {plan.block.size})",
         f"weights   target {_size_text(target)}, drafter {_size_text(drafter)}{rank}",
         f"KV        target {kv_bytes_per_token(target) / 1024:g} KiB per token, drafter "
         f"{kv_bytes_per_token(drafter) / 1024:g} KiB{rank}: {plan.kv_share:.0%} of the pool",

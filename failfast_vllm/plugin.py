@@ -15,7 +15,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from failfast_vllm import config as user_config
@@ -407,8 +406,10 @@ def _creating_speculative_config(original: Any) -> Any:
             target_model_config.hf_config.model_type,
             target_model_config.get_vocab_size(),
         )
-        user_config.check_local_drafter(drafter, self.load_format)
-        _check_hub_config(drafter, given.get("revision"))
+        asked_size = given.get(user_config.BLOCK_SIZE)
+        published = user_config.check_local_drafter(drafter, self.load_format, asked_size)
+        if published is None:
+            published = _check_hub_config(drafter, given.get("revision"), asked_size)
         register_model()
         _install_worker_hook()
         _install_request_hooks()
@@ -434,16 +435,22 @@ def _creating_speculative_config(original: Any) -> Any:
         speculative.target_model_config = target_model_config
         assert speculative.method == "draft_model", speculative.method
         hf_config = speculative.draft_model_config.hf_config.to_dict()
-        family = user_config.check_drafter_config(drafter, hf_config)
-        knobs = knobs.for_block_size(family.block_size(hf_config), given)
+        family = user_config.check_drafter_config(drafter, hf_config, asked_size)
+        block = user_config.find_block_size(drafter, family, published or hf_config, asked_size)
+        if block.doubt:
+            _warn_once(f"failfast: {drafter!r} drafts in blocks of {block.size}: {block.doubt}")
+        knobs = knobs.for_block_size(block.size, given)
+        _check_balancing(family, drafter, self.enable_eplb)
         _spread_drafter(speculative, drafter, hf_config, given)
+        # cut like a dense MLP: ranks that hold different experts would wait for each other
+        speculative.draft_parallel_config.enable_expert_parallel = False
 
         self.async_scheduling = False  # lengths per sequence need the synchronous scheduler
         self.additional_config = {
             **(self.additional_config or {}),
             METHOD: {
                 **knobs.to_dict(),
-                "diffusion_block_size": family.block_size(hf_config),
+                "diffusion_block_size": block.size,
                 "logit_shift": family.logit_shift,
                 **_token_facts(
                     target_model_config, drafter, given.get("revision"), family, hf_config
@@ -455,15 +462,35 @@ def _creating_speculative_config(original: Any) -> Any:
     return create_speculative_config
 
 
-def _check_hub_config(drafter: str, revision: str | None) -> None:
-    """Refuse before vLLM would offer to run remote code, or fail on a size; raises ValueError."""
+def _check_hub_config(
+    drafter: str, revision: str | None, asked_size: int | None
+) -> dict[str, Any] | None:
+    """Refuse before vLLM would offer to run remote code, or fail on a size; raises ValueError.
+
+    Returns:
+        The config.json, or None where the hub cannot be reached: vLLM says so itself.
+    """
     from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
-    fields = (
-        None if Path(drafter).is_dir() else get_hf_file_to_dict("config.json", drafter, revision)
-    )
-    if isinstance(fields, dict):  # None: vLLM says what it could not reach
-        user_config.check_drafter_config(drafter, fields)
+    fields = get_hf_file_to_dict("config.json", drafter, revision)
+    if not isinstance(fields, dict):
+        return None
+    user_config.check_drafter_config(drafter, fields, asked_size)
+    return fields
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _check_balancing(family: Family, drafter: str, enable_eplb: bool) -> None:
+    if family.has_experts and enable_eplb:
+        raise ValueError(
+            "failfast: vLLM would balance the experts of the drafter like the target's, but every "
+            f"rank has them all; got --enable-eplb and the drafter {drafter!r}. "
+            "Leave --enable-eplb out, or use a drafter without experts."
+        )
 
 
 def _spread_drafter(

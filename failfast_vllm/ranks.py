@@ -2,7 +2,8 @@
 
 Tensor parallel: the drafter is sharded like the target, or every rank holds the whole of it and its
 passes need no communication. Data parallel: ranks take different numbers of draft passes, so no
-pass may enter a collective of the data-parallel group.
+pass may enter a collective of the data-parallel group; a drafter's experts are never spread over
+it, nor by expert parallelism.
 """
 
 import contextlib
@@ -28,21 +29,22 @@ def is_replicated(vllm_config: VllmConfig) -> bool:
 def drafter_group(vllm_config: VllmConfig) -> Iterator[None]:
     """Inside, vLLM's tensor-parallel group is the drafter's: the target's, or this rank alone.
 
-    Layers are built inside, and keep its size. Passes run inside too: compilation reads the group,
-    and no layer that reads it late can make a rank wait for others.
+    The data-parallel and the expert-parallel group are this rank alone: vLLM would spread the
+    experts of a drafter over the first, and has no second beside a target without experts.
+    Layers are built inside, and keep these sizes. Passes run inside too: compilation reads the
+    groups, and no layer that reads them late can make a rank wait for others.
     """
-    if not is_replicated(vllm_config):
-        yield
-        return
     alone = parallel_state.get_pp_group()  # its only rank is this one: nothing is pipelined
     assert alone.world_size == 1, "pipeline parallelism is refused at start-up"
-    target_group = parallel_state.get_tp_group()
-    parallel_state._TP = alone
+    theirs = parallel_state._TP, parallel_state._DP, parallel_state._EP
+    parallel_state._DP = parallel_state._EP = alone
+    if is_replicated(vllm_config):
+        parallel_state._TP = alone
     try:
-        assert parallel_state.get_tp_group() is alone, "vLLM keeps its group elsewhere"
+        assert parallel_state.get_dp_group() is alone, "vLLM keeps its groups elsewhere"
         yield
     finally:
-        parallel_state._TP = target_group
+        parallel_state._TP, parallel_state._DP, parallel_state._EP = theirs
 
 
 def draft_context(attn_metadata: Any, vllm_config: VllmConfig) -> AbstractContextManager[None]:

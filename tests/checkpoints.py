@@ -1,4 +1,4 @@
-"""Write small random checkpoints of both drafter families, as they are published.
+"""Write small random checkpoints of the drafter families, as they are published.
 
 The layout is spelt out here a second time, so that `failfast_vllm.checkpoint` is not its own judge.
 """
@@ -35,6 +35,16 @@ TINY = {
 }
 
 
+TINY_EXPERTS = {
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+}
+
+
 def tiny_config(family, **changes):
     """A `config.json` of `family`: 2 layers, KV pages of the shipped target's shape.
 
@@ -42,6 +52,7 @@ def tiny_config(family, **changes):
     published checkpoints of other sizes.
     """
     own = {"head_dim": 64} if family.qk_norm else {"hidden_size": 256}
+    own |= TINY_EXPERTS if family.has_experts else {}
     config = {
         "architectures": [family.architecture],
         "model_type": family.model_types[0],
@@ -74,9 +85,19 @@ def published_shapes(family, config):
         if family.qk_norm:
             shapes[f"{layer}.self_attn.q_norm.weight"] = [head_dim]
             shapes[f"{layer}.self_attn.k_norm.weight"] = [head_dim]
-        shapes[f"{layer}.mlp.gate_proj.weight"] = [mlp, hidden]
-        shapes[f"{layer}.mlp.up_proj.weight"] = [mlp, hidden]
-        shapes[f"{layer}.mlp.down_proj.weight"] = [hidden, mlp]
+        has_experts = i not in config.get("mlp_only_layers", []) and (
+            i % config.get("decoder_sparse_step", 1) == config.get("decoder_sparse_step", 1) - 1
+        )
+        if config.get("num_experts") and has_experts:
+            shapes[f"{layer}.mlp.gate.weight"] = [config["num_experts"], hidden]
+            width = config["moe_intermediate_size"]
+            experts = [f"{layer}.mlp.experts.{e}" for e in range(config["num_experts"])]
+        else:
+            width, experts = mlp, [f"{layer}.mlp"]
+        for name in experts:
+            shapes[f"{name}.gate_proj.weight"] = [width, hidden]
+            shapes[f"{name}.up_proj.weight"] = [width, hidden]
+            shapes[f"{name}.down_proj.weight"] = [hidden, width]
         shapes[f"{layer}.input_layernorm.weight"] = [hidden]
         shapes[f"{layer}.post_attention_layernorm.weight"] = [hidden]
     shapes["model.norm.weight"] = [hidden]
@@ -97,6 +118,27 @@ def random_tensors(family, config, dtype=torch.float32, seed=0):
             tensor = 0.1 * noise + (0.0 if name.endswith("bias") else 1.0)
         tensors[name] = tensor.to(dtype)
     return tensors
+
+
+def fuse_experts(tensors):
+    """The experts of a layer in one tensor, as transformers 5 keeps them."""
+    fused, experts = {}, {}
+    for name, tensor in tensors.items():
+        block, found, rest = name.partition(".mlp.experts.")
+        if found:
+            number, projection, _ = rest.split(".")
+            experts.setdefault((block, projection), {})[int(number)] = tensor
+        else:
+            fused[name] = tensor
+    for (block, projection), parts in experts.items():
+        parts = [parts[i] for i in range(len(parts))]
+        if projection == "up_proj":
+            gates = experts[block, "gate_proj"]
+            parts = [torch.cat((gates[i], part)) for i, part in enumerate(parts)]
+            fused[f"{block}.mlp.experts.gate_up_proj"] = torch.stack(parts)
+        elif projection == "down_proj":
+            fused[f"{block}.mlp.experts.down_proj"] = torch.stack(parts)
+    return fused
 
 
 def write_checkpoint(path, family, config, shards=1, dtype=torch.float32, seed=0):

@@ -1,4 +1,4 @@
-"""Both drafter families in plain PyTorch, after their papers: a dense mask, no cache, no batch.
+"""The drafter families in plain PyTorch, after their papers: a dense mask, no cache, no batch.
 
 Shares no code with the product or with vLLM. `test_parity.py` compares it with transformers under
 the same mask, and the product with it.
@@ -13,6 +13,7 @@ from torch.nn import functional
 LAYOUTS = {  # architecture: key of the block size, logit shift
     "Fast_dLLM_QwenForCausalLM": ("bd_size", 1),  # arXiv 2509.26328
     "SDARForCausalLM": ("block_size", 0),  # arXiv 2510.06303
+    "SDARMoeForCausalLM": ("block_size", 0),
 }
 
 
@@ -39,6 +40,8 @@ class IndependentDrafter:
         self.num_heads = config["num_attention_heads"]
         self.num_kv_heads = config["num_key_value_heads"]
         self.head_dim = config.get("head_dim") or config["hidden_size"] // self.num_heads
+        self.num_active_experts = config.get("num_experts_per_tok")
+        self.norm_topk_prob = config.get("norm_topk_prob")
         self.eps = config["rms_norm_eps"]
         self.theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
         self.weights = {}
@@ -117,5 +120,18 @@ class IndependentDrafter:
 
     def _feed_forward(self, name, stream):
         x = self._norm(stream, name + "post_attention_layernorm")
-        gate = functional.silu(self._linear(x, name + "mlp.gate_proj"))
-        return self._linear(gate * self._linear(x, name + "mlp.up_proj"), name + "mlp.down_proj")
+        if f"{name}mlp.gate.weight" not in self.weights:
+            return self._mlp(x, name + "mlp")
+        router = self._linear(x, name + "mlp.gate").float().softmax(-1)
+        shares, chosen = router.topk(self.num_active_experts)
+        if self.norm_topk_prob:
+            shares = shares / shares.sum(-1, keepdim=True)
+        mixed = torch.zeros_like(x)
+        for row in range(len(x)):
+            for share, expert in zip(shares[row], chosen[row].tolist(), strict=True):
+                mixed[row] += share.to(x.dtype) * self._mlp(x[row], f"{name}mlp.experts.{expert}")
+        return mixed
+
+    def _mlp(self, x, name):
+        gate = functional.silu(self._linear(x, f"{name}.gate_proj"))
+        return self._linear(gate * self._linear(x, f"{name}.up_proj"), f"{name}.down_proj")

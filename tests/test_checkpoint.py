@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import (
+    fuse_experts,
     published_shapes,
     random_tensors,
     tiny_config,
@@ -23,16 +24,30 @@ from engine import engine, generate, proposer
 from failfast_vllm import config as user_config
 from failfast_vllm.checkpoint import INDEX, expected_shapes
 from failfast_vllm.config import METHOD, MODELS_DIR
-from failfast_vllm.families import FAST_DLLM_V2, SDAR
-from published import FAST_DLLM_1_5B, FAST_DLLM_7B, SDAR_1_7B, SDAR_1_7B_B32
+from failfast_vllm.families import FAMILIES, FAST_DLLM_V2, SDAR, SDAR_MOE
+from published import (
+    FAST_DLLM_1_5B,
+    FAST_DLLM_7B,
+    SDAR_1_7B,
+    SDAR_4B,
+    SDAR_30B_A3B,
+    TRADO_4B,
+    TRADO_8B,
+)
 from test_config import build, edit
 
-# family, config.json, parameters (as for Qwen2.5-1.5B, Qwen2.5-7B, Qwen3-1.7B untied), block, MASK
+# name on the hub: family, config.json, parameters, block, MASK; with those of the models that they
+# were trained from: Qwen2.5-1.5B and -7B; Qwen3-1.7B and -4B untied, -8B, -30B-A3B
 PUBLISHED = {
-    "fast-dllm-1.5b": (FAST_DLLM_V2, FAST_DLLM_1_5B, 1_543_714_304, 32, 151665),
-    "fast-dllm-7b": (FAST_DLLM_V2, FAST_DLLM_7B, 7_615_616_512, 32, 151665),
-    "sdar-1.7b": (SDAR, SDAR_1_7B, 2_031_739_904, 4, 151669),
-    "sdar-1.7b-b32": (SDAR, SDAR_1_7B_B32, 2_031_739_904, 32, 151669),
+    "Fast_dLLM_v2_1.5B": (FAST_DLLM_V2, FAST_DLLM_1_5B, 1_543_714_304, 32, 151665),
+    "Fast_dLLM_v2_7B": (FAST_DLLM_V2, FAST_DLLM_7B, 7_615_616_512, 32, 151665),
+    "SDAR-1.7B-Chat": (SDAR, SDAR_1_7B, 2_031_739_904, 4, 151669),
+    "SDAR-1.7B-Chat-b32": (SDAR, SDAR_1_7B, 2_031_739_904, 32, 151669),
+    "SDAR-4B-Chat-b8": (SDAR, SDAR_4B, 4_411_424_256, 8, 151669),
+    "TraDo-4B-Instruct": (SDAR, TRADO_4B, 4_411_424_256, 4, 151669),
+    "TraDo-8B-Instruct": (SDAR, TRADO_8B, 8_190_735_360, 4, 151669),
+    "TraDo-8B-Thinking": (SDAR, TRADO_8B, 8_190_735_360, 4, 151669),
+    "SDAR-30B-A3B-Chat-b16": (SDAR_MOE, SDAR_30B_A3B, 30_532_122_624, 16, 151669),
 }
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -41,9 +56,10 @@ def asking(path):
     return {"method": METHOD, "model": str(path)}
 
 
-def published(path, name):
-    """A directory with the published config.json and headers; the weights are a hole."""
+def published(parent, name):
+    """The directory of a published checkpoint: config.json and headers; the weights are a hole."""
     family, fields, *_ = PUBLISHED[name]
+    path = parent / name
     path.mkdir()
     (path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     write_headers(path, family)
@@ -58,8 +74,11 @@ def test_published_sizes(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_configs_are_accepted(tmp_path, monkeypatch, name):
-    """Catches a published field that a check refuses, and a config class from remote code."""
+def test_published_configs_are_accepted(tmp_path, monkeypatch, caplog, name):
+    """Catches a published field that a check refuses, and a config class from remote code.
+
+    And SDAR in blocks of 4 where only its name says 32, or a warning where the name says it all.
+    """
     from failfast_vllm.hf_config import CONFIGS
     from failfast_vllm.hosting import stop_token_ids
 
@@ -75,11 +94,13 @@ def test_published_configs_are_accepted(tmp_path, monkeypatch, name):
     target_fields |= {"vocab_size": other_padding, "eos_token_id": 151644}
     (target / "config.json").write_text(json.dumps(target_fields), encoding="utf-8")
 
-    drafter = published(tmp_path / "drafter", name)
+    drafter = published(tmp_path, name)
     built = build(asking(drafter), model=target, skip_tokenizer_init=True)
     facts = built.additional_config[METHOD]
     assert facts["mask_token_id"] == mask
     assert facts["diffusion_block_size"] == block_size
+    assert facts["draft_increment"] == min(block_size, 10)
+    assert "failfast: " not in caplog.text
     assert facts["num_draftable_tokens"] == 151936  # what both padded vocabularies hold
     assert stop_token_ids(built.model_config) == [151644]  # the target ends answers
     loaded = built.speculative_config.draft_model_config
@@ -96,7 +117,7 @@ def test_only_headers_are_read(tmp_path):
         with open("/proc/self/io") as file:
             return int(file.readline().split()[1])
 
-    drafter = published(tmp_path / "drafter", "fast-dllm-1.5b")
+    drafter = published(tmp_path, "Fast_dLLM_v2_1.5B")
     size = (drafter / "model.safetensors").stat().st_size
     before = num_bytes_read()
     user_config.check_local_drafter(str(drafter))
@@ -104,10 +125,19 @@ def test_only_headers_are_read(tmp_path):
     assert num_bytes_read() - before < 200_000
 
 
-@pytest.mark.parametrize("family", [FAST_DLLM_V2, SDAR], ids=lambda family: family.name)
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"attention_bias": True}])
-def test_layout_of_both_families(family, changes):
-    """Catches a bias, a head norm or an output head that is asked of the wrong family."""
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"attention_bias": True},
+        {"mlp_only_layers": [1], "num_hidden_layers": 3},
+        {"decoder_sparse_step": 2, "num_hidden_layers": 3},
+    ],
+)
+def test_layout_of_all_families(family, changes):
+    """Catches a bias, a head norm, experts or an output head asked of the wrong family or layer."""
     fields = tiny_config(family, **changes)
     expected = {name: tuple(shape) for name, shape in published_shapes(family, fields).items()}
     assert expected_shapes(family, fields) == expected
@@ -488,6 +518,7 @@ def bad(key, value, *fragments, family=FAST_DLLM_V2):
     return pytest.param(family, {key: value}, [repr(key), *fragments], id=label)
 
 
+LLAMA3 = {"type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -499,7 +530,10 @@ SIZES = (
 )
 BAD_CONFIGS = [
     *(bad(key, value, "integer") for key in SIZES for value in (0, -1, "many", True, 2.5, 1 << 30)),
-    *(bad(key, "absent", "got None") for key in (*SIZES, "rope_theta")),
+    *(bad(key, "absent", "got None") for key in SIZES if key not in SDAR.defaults),
+    *(bad(key, "absent", "got None", family=SDAR_MOE) for key in SIZES),
+    bad("rope_theta", "absent", "got None", family=SDAR_MOE),
+    bad("head_dim", "absent", "got None", family=SDAR_MOE),
     *(bad("head_dim", value, "integer", family=SDAR) for value in (0, None, "64", 64.0, 1 << 20)),
     bad("head_dim", 63, "even", family=SDAR),
     bad("head_dim", 128, "(64)"),
@@ -520,6 +554,20 @@ BAD_CONFIGS = [
     bad("num_experts", 128, "null", family=SDAR),
     bad("num_local_experts", 8, "null"),
     bad("n_routed_experts", 8, "null"),
+    bad("shared_expert_intermediate_size", 64, "null", family=SDAR_MOE),
+    *(
+        bad(key, value, "integer", family=SDAR_MOE)
+        for key in ("num_experts", "moe_intermediate_size", "num_experts_per_tok")
+        for value in (0, "absent", True, 1 << 20)
+    ),
+    bad("num_experts_per_tok", 9, "from 1 to 8", family=SDAR_MOE),
+    bad("norm_topk_prob", "absent", "got None", family=SDAR_MOE),
+    bad("norm_topk_prob", 1, "true", family=SDAR_MOE),
+    bad("decoder_sparse_step", 0, "integer", family=SDAR_MOE),
+    bad("decoder_sparse_step", 3, "leave a layer", family=SDAR_MOE),
+    bad("mlp_only_layers", [0, 1], "leave a layer", family=SDAR_MOE),
+    bad("mlp_only_layers", 1, "a list", family=SDAR_MOE),
+    bad("mlp_only_layers", ["0"], "a list", family=SDAR_MOE),
     bad("quantization_config", {"quant_method": "gptq"}, "gptq", "unquantised"),
     bad("compression_config", {"format": "int-quantized"}, "unquantised"),
     bad("rms_norm_eps", 0, "between 0 and 1"),
@@ -536,7 +584,15 @@ BAD_CONFIGS = [
     bad("rope_scaling", {"rope_type": "default", "mrope_section": [8, 12, 12]}, "mrope"),
     bad("rope_scaling", {"rope_type": "linear"}, "'factor'"),
     bad("rope_scaling", {"rope_type": "linear", "factor": 0}, "'factor'"),
-    bad("rope_scaling", {"type": "yarn", "factor": 4.0}, "'original_max_position_embeddings'"),
+    bad("rope_scaling", {"type": "yarn"}, "'factor'"),
+    *(
+        bad("rope_scaling", {"type": "yarn", "factor": 4.0, key: value}, repr(key))
+        for key in ("original_max_position_embeddings", "beta_fast", "beta_slow")
+        for value in (None, 0)
+    ),
+    bad("rope_scaling", {"type": "llama3", "factor": 4.0}, "'low_freq_factor'"),
+    bad("rope_scaling", LLAMA3 | {"low_freq_factor": 4.0}, "above"),
+    bad("rope_scaling", {"rope_type": "longrope", "factor": 4.0}, "linear, dynamic, yarn, llama3"),
     bad("rope_parameters", {"full_attention": {"rope_theta": 1e4}, "rope_theta": None}),
 ]
 
@@ -553,7 +609,7 @@ def test_bad_config(tmp_path, family, changes, fragments):
     assert all(fragment in message for fragment in [str(tmp_path), *fragments]), message
 
 
-@pytest.mark.parametrize("family", [FAST_DLLM_V2, SDAR], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_no_config_value_escapes(family):
     """Catches a TypeError or KeyError from a value that nobody thought of, under any key."""
     values = (None, True, 0, -1, 7, 10**400, 0.5, math.nan, "", "a\nb", [], [None], {}, {"a": []})
@@ -576,6 +632,8 @@ def test_no_config_value_escapes(family):
     [
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_scaling": LLAMA3},
         {
             "rope_scaling": {
                 "rope_type": "yarn",
@@ -591,6 +649,37 @@ def test_what_vllm_does_follow_is_accepted(tmp_path, changes):
     """Catches checks that refuse every checkpoint but the published ones."""
     write_checkpoint(tmp_path / "ck", SDAR, tiny_config(SDAR, **changes))
     user_config.check_local_drafter(str(tmp_path / "ck"))
+
+
+@pytest.mark.parametrize("family", [FAST_DLLM_V2, SDAR], ids=lambda family: family.name)
+def test_a_silent_config_means_the_published_classes_defaults(tmp_path, family):
+    """Catches a refusal of what transformers loads, and checks of other sizes than vLLM builds."""
+    stated = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "rope_theta": 10000.0}
+    stated |= {"head_dim": 128} if family is SDAR else {}
+    fields = tiny_config(family, num_attention_heads=32, vocab_size=151936, **stated)
+    del fields["mask_token_id"]
+    path = tmp_path / "SDAR-4B-Chat"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    write_headers(path, family)
+    edit(path / "config.json", **dict.fromkeys(stated))
+    built = build(asking(path), skip_tokenizer_init=True)
+    loaded = built.speculative_config.draft_model_config
+    head_dim = stated.get("head_dim", fields["hidden_size"] // 32)
+    assert (loaded.get_total_num_kv_heads(), loaded.get_head_size()) == (32, head_dim)
+    assert loaded.hf_config.max_position_embeddings == 32768
+    assert loaded.hf_config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_null_kv_heads_are_as_many_as_heads(tmp_path):
+    """As in the published classes; catches the default of 32, which an absent key means."""
+    fields = tiny_config(SDAR, num_attention_heads=6, num_key_value_heads=6)
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    write_headers(tmp_path, SDAR)
+    fields["num_key_value_heads"] = None
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    built = build(asking(tmp_path), skip_tokenizer_init=True)
+    assert built.speculative_config.draft_model_config.get_total_num_kv_heads() == 6
 
 
 def test_a_config_that_needs_remote_code(checkpoint):
@@ -623,6 +712,7 @@ LOADED = {  # family, config.json, shards, whether the file has an output head i
     "fast-dllm-tied": (FAST_DLLM_V2, tiny_config(FAST_DLLM_V2), 3, False),
     "sdar-untied": (SDAR, tiny_config(SDAR, tie_word_embeddings=False), 2, False),
     "sdar-tied-with-a-head": (SDAR, tiny_config(SDAR), 1, True),
+    "sdar-moe": (SDAR_MOE, tiny_config(SDAR_MOE, mlp_only_layers=[0]), 2, False),
 }
 
 
@@ -703,7 +793,7 @@ def loading(request, tmp_path_factory):
 def test_every_parameter_is_the_files(loading):
     """Catches fused parts in the wrong order, a tensor left random, a tied head overwritten."""
     _, tensors, held, _, _ = loading
-    expected = dict(tensors)
+    expected = fuse_experts(tensors)
     for layer in {name.split(".self_attn")[0] for name in tensors if ".self_attn" in name}:
         for kind in ("weight", "bias"):
             fused = {
@@ -714,6 +804,10 @@ def test_every_parameter_is_the_files(loading):
                 names = [f"{layer}.{part}.{kind}" for part in parts]
                 if names[0] in tensors:
                     expected[f"{layer}.{name}.{kind}"] = torch.cat([expected.pop(n) for n in names])
+    for ours, theirs in (("gate_up_proj", "w13_weight"), ("down_proj", "w2_weight")):
+        for name in [name for name in expected if name.endswith(f"experts.{ours}")]:
+            renamed = name.removesuffix(ours) + f"routed_experts.{theirs}"
+            expected[renamed] = expected.pop(name)
     assert held.keys() == expected.keys()
     different = [name for name in held if not torch.equal(held[name], expected[name])]
     assert not different

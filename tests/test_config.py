@@ -13,11 +13,12 @@ import pytest
 from transformers import AutoTokenizer
 from vllm.engine.arg_utils import EngineArgs
 
-from checkpoints import write_headers
-from failfast_vllm import config
+from checkpoints import tiny_config, write_checkpoint, write_headers
+from failfast_vllm import config, plan
 from failfast_vllm.config import METHOD, MODELS_DIR, FailFastConfig
 from failfast_vllm.families import FAST_DLLM_V2, SDAR
 from failfast_vllm.learned_policy import make_policy
+from published import SDAR_1_7B
 
 TARGET = MODELS_DIR / "target"
 DRAFTER = MODELS_DIR / "drafter"
@@ -80,6 +81,7 @@ BAD_VALUES = [
     ("model", ["", "  ", None, True, 3, ["drafter"]]),
     ("revision", ["", None, 5]),
     ("draft_tensor_parallel_size", ["2", True, None, 1.0, 0]),
+    ("diffusion_block_size", ["32", True, None, 4.0, 0, 5, 64, [4]]),
 ]
 
 
@@ -104,6 +106,7 @@ def test_bad_value_is_named(key, value):
         ("reuse-rejectd", "did you mean 'reuse_rejected'?"),
         ("survival_treshold", "did you mean 'survival_threshold'?"),
         ("draft-increments", "did you mean 'draft_increment'?"),
+        ("diffusion_blocksize", "did you mean 'diffusion_block_size'?"),
         ("tau", "use one of method, model, revision"),
         ("disable_padded_drafter_batch", "use one of method, model, revision"),  # ours to set
         ("", "use one of method, model, revision"),
@@ -419,6 +422,145 @@ def test_hyphens_and_underscores_are_one_key():
     """vLLM's own flags have hyphens, and people write keys the same way."""
     built = build({"method": METHOD, "num-speculative-tokens": 20, "confidence-threshold": 0.25})
     assert knobs(built) == {**DEFAULTS, "num_speculative_tokens": 20, "confidence_threshold": 0.25}
+
+
+NAMED_SIZES = {  # the names of a directory or a hub id -> the size of SDAR's blocks, a doubt
+    "JetLM/SDAR-1.7B-Chat-b32": (32, False),  # the default drafter of Qwen3
+    "/models/SDAR-1.7B-Chat-b8": (8, False),
+    "/models/SDAR-1.7B-Chat-b16/": (16, False),
+    "./sdar-1.7b-chat-b16": (16, False),
+    "/c/hub/models--JetLM--SDAR-1.7B-Chat-b32/snapshots/2c83c05": (32, False),
+    "/c/hub/models--JetLM--SDAR-8B-Chat/snapshots/2c83c05": (4, False),
+    "yuezhouhu/RCD-SDAR-4B-b32-Thinking": (32, False),
+    "JetLM/SDAR-1.7B-Chat": (4, False),
+    "models/sdar-4b-chat": (4, False),
+    "Gen-Verse/TraDo-8B-Thinking": (4, False),
+    "/models/drafter": (4, True),
+    "somebody/SDAR-4B-Chat-distill-search": (4, True),
+    "somebody/SDAR-1.7B-Chat-bf16": (4, True),
+}
+SILENT = {"architectures": ["SDARForCausalLM"], "model_type": "sdar"}
+
+
+@pytest.mark.parametrize(("name", "expected"), NAMED_SIZES.items())
+def test_the_block_size_of_a_silent_config_is_in_the_name(name, expected):
+    """Catches SDAR-1.7B-Chat-b32 in blocks of 4: its config.json does not state the size."""
+    size, doubt = config.find_block_size(name, SDAR, SILENT)
+    assert (size, doubt is not None) == expected
+    if doubt:
+        assert "the default of SDAR" in doubt
+        assert "set 'diffusion_block_size'" in doubt
+
+
+def test_what_says_the_block_size():
+    """Catches an order of config, user, name and origin in which a hint beats a statement."""
+
+    def find(name, asked=None, family=SDAR, **fields):
+        return config.find_block_size(name, family, SILENT | fields, asked)
+
+    assert find("x/SDAR-b32", block_size=8) == (8, None)
+    assert find("x/SDAR-b32", block_size=8, asked=8) == (8, None)
+    assert find("x/drafter", asked=16) == (16, None)
+    assert find("x/SDAR-b16", asked=16) == (16, None)
+    size, doubt = find("x/SDAR-b32", asked=16)
+    assert size == 16
+    assert doubt == "as 'diffusion_block_size' says, though 'SDAR-b32' stands for 32"
+    assert find("x/drafter", _name_or_path="JetLM/SDAR-1.7B-Chat-b32") == (32, None)
+    assert find("x/SDAR-b8", _name_or_path="JetLM/SDAR-1.7B-Chat-b32") == (8, None)
+    assert find("x/Fast_dLLM-b8", family=FAST_DLLM_V2) == (32, None)  # its class has a default
+    assert find("x/Fast_dLLM-b8", family=FAST_DLLM_V2, bd_size=16) == (16, None)
+
+
+def test_a_link_or_a_dot_has_the_name_of_its_directory(tmp_path, monkeypatch):
+    """Catches a renamed link that turns blocks of 32 into blocks of 4."""
+    (tmp_path / "SDAR-1.7B-Chat-b32").mkdir()
+    (tmp_path / "drafter").symlink_to("SDAR-1.7B-Chat-b32")
+    monkeypatch.chdir(tmp_path / "drafter")
+    for name in (str(tmp_path / "drafter"), ".", "../drafter"):
+        assert config.find_block_size(name, SDAR, SILENT) == (32, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "asked", "fragments"),
+    [
+        ("x/SDAR-8B-Chat-b64", {}, None, ["4, 8, 16, 32", "got 64", "'SDAR-8B-Chat-b64'"]),
+        ("x/SDAR-8B-Chat-b64", {"block_size": 64}, None, ["'block_size' of 4", "got 64"]),
+        ("x/SDAR-8B-Chat", {"block_size": None}, None, ["'block_size' of 4", "got None"]),
+        ("x/SDAR-8B-Chat", {"block_size": 8}, 16, ["'diffusion_block_size'", "8; got 16", "Leave"]),
+        ("x/SDAR-8B-Chat-b16", {"block_size": 8}, 16, ["'block_size'", "8; got 16", "Leave"]),
+    ],
+)
+def test_block_size_that_cannot_be(name, fields, asked, fragments):
+    """Catches blocks that no kernel has, and a user who contradicts the checkpoint unheard."""
+    with pytest.raises(ValueError, match=r"\Afailfast: [^\n]*\Z") as caught:
+        config.find_block_size(name, SDAR, SILENT | fields, asked)
+    assert all(fragment in str(caught.value) for fragment in [repr(name), *fragments])
+
+
+def silent_drafter(path):
+    """SDAR as published: nothing but its name says the block size."""
+    write_checkpoint(path, SDAR, tiny_config(SDAR))
+    edit(path / "config.json", block_size=None)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "size", "warning"),
+    [
+        ("SDAR-x-b32", {}, 32, None),
+        ("SDAR-4B-Chat", {}, 4, None),
+        ("a-drafter", {}, 4, "in blocks of 4: the default of SDAR, as neither"),
+        ("b-drafter", {"diffusion_block_size": 8}, 8, None),
+        ("b-drafter-b32", {"diffusion_block_size": 8}, 8, "'b-drafter-b32' stands for 32"),
+    ],
+)
+def test_the_engine_drafts_in_the_blocks_that_the_plan_counts(
+    tmp_path, caplog, name, given, size, warning
+):
+    """Catches a size that `failfast plan` sees and the server does not, or a second warning."""
+    path = silent_drafter(tmp_path / name)
+    for _ in range(2):
+        facts = build(asking(model=path, **given)).additional_config[METHOD]
+    assert facts["diffusion_block_size"] == size
+    assert facts["draft_increment"] == min(size, 10)
+    lines = [line for line in caplog.messages if line.startswith("failfast: ")]
+    assert len(lines) == (warning is not None)
+    planned = plan.make_plan("Qwen3-8B", str(path), **given)
+    assert planned.block.size == size
+    if warning:
+        assert warning in lines[0]
+        assert "\n" not in lines[0]
+        assert lines[0].removeprefix(f"failfast: {str(path)!r}") in str(planned.notes)
+
+
+def test_the_engine_refuses_to_contradict_the_config(tmp_path):
+    """Catches a key that is checked by a function which the engine does not call."""
+    write_checkpoint(tmp_path / "drafter", SDAR, tiny_config(SDAR))
+    message = refusal(asking(model=tmp_path / "drafter", diffusion_block_size=32))
+    assert "'diffusion_block_size' must be the 'block_size'" in message
+    assert "4; got 32. Leave it out." in message
+
+
+def test_the_default_drafter_of_qwen3_has_blocks_of_32(monkeypatch, tmp_path):
+    """From a hub cache, where no user names anything; catches a default that drafts in 4."""
+    snapshot = (
+        tmp_path / "hub" / f"models--{SDAR.drafter.replace('/', '--')}" / "snapshots" / "2c83"
+    )
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(SDAR_1_7B), encoding="utf-8")
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("2c83")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    target = tmp_path / "target"
+    target.mkdir()
+    fields = plan.PUBLISHED_TARGETS["Qwen/Qwen3-4B"]
+    (target / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+
+    for chosen in ("failfast", asking(model=snapshot)):
+        built = build(chosen, model=target, skip_tokenizer_init=True, load_format="dummy")
+        facts = built.additional_config[METHOD]
+        assert (facts["diffusion_block_size"], facts["draft_increment"]) == (32, 10)
+        assert facts["mask_token_id"] == 151669
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,21 @@
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
-from checkpoints import tiny_config, write_checkpoint, write_weights
+from checkpoints import fuse_experts, tiny_config, write_checkpoint, write_weights
 from engine import engine, proposer
+from failfast_vllm.config import check_local_drafter
 from failfast_vllm.drafter import DraftBatch
-from failfast_vllm.families import FAST_DLLM_V2, SDAR
+from failfast_vllm.families import FAST_DLLM_V2, SDAR, SDAR_MOE
+from failfast_vllm.plugin import register_model
 from independent import IndependentDrafter
 
 LENGTHS = (1, 2, 3, 4, 5, 8, 31, 32, 33, 64, 95, 127, 128, 129, 200, 256, 257, 300)
@@ -15,10 +24,15 @@ NUM_DRAFTABLE = 1900
 MIN_COSINE = 0.9999
 MIN_SAME_ARGMAX = {torch.float32: 1.0, torch.bfloat16: 0.995}
 CASES = [
-    pytest.param((FAST_DLLM_V2, 32, torch.float32), id="Fast-dLLM v2, float32"),
-    pytest.param((FAST_DLLM_V2, 32, torch.bfloat16), id="Fast-dLLM v2, bfloat16"),
-    pytest.param((SDAR, 4, torch.float32), id="SDAR, blocks of 4, float32"),
-    pytest.param((SDAR, 32, torch.bfloat16), id="SDAR, blocks of 32, bfloat16"),
+    pytest.param((FAST_DLLM_V2, 32, torch.float32, {}), id="Fast-dLLM v2, float32"),
+    pytest.param((FAST_DLLM_V2, 32, torch.bfloat16, {}), id="Fast-dLLM v2, bfloat16"),
+    pytest.param((SDAR, 4, torch.float32, {}), id="SDAR, blocks of 4, float32"),
+    pytest.param((SDAR, 32, torch.bfloat16, {}), id="SDAR, blocks of 32, bfloat16"),
+    pytest.param((SDAR_MOE, 4, torch.float32, {}), id="SDAR MoE, blocks of 4, float32"),
+    pytest.param(
+        (SDAR_MOE, 32, torch.float32, {"norm_topk_prob": False, "mlp_only_layers": [0]}),
+        id="SDAR MoE, blocks of 32, first layer dense, float32",
+    ),
 ]
 
 
@@ -84,9 +98,10 @@ class Hosted:
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory):
     """A hosted random drafter, and the independent one on the same files."""
-    family, size, dtype = request.param
+    family, size, dtype, changes = request.param
     path = tmp_path_factory.mktemp("parity") / "drafter"
-    config = tiny_config(family, **{family.block_size_key: size}, tie_word_embeddings=False)
+    changes = {**changes, family.block_size_key: size, "tie_word_embeddings": False}
+    config = tiny_config(family, **changes)
     tensors = write_checkpoint(path, family, config, shards=2, dtype=dtype)
     if dtype == torch.bfloat16:
         sharpen(tensors)
@@ -152,8 +167,12 @@ def test_any_place_in_a_batch(pair):
 
 @pytest.mark.parametrize(
     ("family", "config_class", "model_class"),
-    [(FAST_DLLM_V2, Qwen2Config, Qwen2ForCausalLM), (SDAR, Qwen3Config, Qwen3ForCausalLM)],
-    ids=["Fast-dLLM v2", "SDAR"],
+    [
+        (FAST_DLLM_V2, Qwen2Config, Qwen2ForCausalLM),
+        (SDAR, Qwen3Config, Qwen3ForCausalLM),
+        (SDAR_MOE, Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    ],
+    ids=["Fast-dLLM v2", "SDAR", "SDAR MoE"],
 )
 def test_the_independent_model_is_transformers_own(family, config_class, model_class, tmp_path):
     """Under the block mask; otherwise the parity tests would prove a shared error."""
@@ -162,7 +181,9 @@ def test_the_independent_model_is_transformers_own(family, config_class, model_c
     independent = IndependentDrafter(tmp_path / "drafter", NUM_DRAFTABLE)
     fields = {k: v for k, v in fields.items() if k not in ("model_type", "architectures")}
     model = model_class(config_class(**fields)).eval()
-    model.load_state_dict(tensors, strict=False)
+    missing, unexpected = model.load_state_dict(fuse_experts(tensors), strict=False)
+    assert missing in ([], ["lm_head.weight"])
+    assert not unexpected
     model.tie_weights()
     ids = prompts()[-1]
     blocks = torch.arange(len(ids)) // family.default_block_size
@@ -170,3 +191,53 @@ def test_the_independent_model_is_transformers_own(family, config_class, model_c
     with torch.inference_mode():
         expected = model(input_ids=torch.tensor([ids]), attention_mask=mask[None, None]).logits[0]
     torch.testing.assert_close(independent.logits(ids), expected, rtol=1e-4, atol=1e-4)
+
+
+SCALINGS = {
+    "default": None,
+    "linear": {"type": "linear", "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "yarn": {"type": "yarn", "factor": 4.0},
+    "yarn-original": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+    "yarn-tuned": {"type": "yarn", "factor": 2.0, "beta_fast": 16, "attention_factor": 1.3},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+    "llama3-original": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 512,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_positions_are_rotated_as_by_transformers(name, tmp_path):
+    """Catches a scaling that the checks accept and vLLM reads otherwise, or not at all."""
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+    from vllm.transformers_utils.config import get_config
+
+    fields = tiny_config(SDAR, rope_scaling=SCALINGS[name])
+    write_checkpoint(tmp_path / "drafter", SDAR, fields)
+    check_local_drafter(str(tmp_path / "drafter"))
+    register_model()
+    loaded = get_config(str(tmp_path / "drafter"), trust_remote_code=False)
+    with set_current_vllm_config(VllmConfig()):
+        rope = get_rope(64, max_position=4096, rope_parameters=loaded.rope_parameters)
+    ours = rope.cos_sin_cache[:4096].float()
+
+    fields = {k: v for k, v in fields.items() if k not in ("model_type", "architectures")}
+    theirs = Qwen3RotaryEmbedding(Qwen3Config(**fields))
+    cos, sin = theirs(torch.zeros(1), torch.arange(4096)[None])
+    expected = torch.cat((cos[0, :, :32], sin[0, :, :32]), dim=-1)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-3)  # of angles up to 4096
+    plain = (10000.0 ** (-torch.arange(32) / 32) * 4095).cos()
+    is_scaled = bool((ours[4095, :32] - plain).abs().max() > 0.1)
+    assert is_scaled == (name not in ("default", "dynamic"))  # dynamic: only beyond 4096 tokens

@@ -44,9 +44,8 @@ def num_parameters(config):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind = {"Fast_dLLM_Qwen": "qwen2", "sdar": "qwen3"}.get(
-        config["model_type"], config["model_type"]
-    )
+    kinds = {"Fast_dLLM_Qwen": "qwen2", "sdar": "qwen3", "sdar_moe": "qwen3_moe"}
+    kind = kinds.get(config["model_type"], config["model_type"])
     fields = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
@@ -62,8 +61,9 @@ def num_parameters(config):
         MODELS["JetLM/SDAR-1.7B-Chat-b32"],
         {**MODELS["Qwen/Qwen3-4B"], "attention_bias": True, "num_hidden_layers": 2},
         {**MOE, "num_hidden_layers": 2},
+        {**MODELS["JetLM/SDAR-30B-A3B-Chat"], "num_hidden_layers": 2},
     ],
-    ids=["qwen2", "qwen3-tied", "fast-dllm", "sdar", "qwen3-bias", "moe"],
+    ids=["qwen2", "qwen3-tied", "fast-dllm", "sdar", "qwen3-bias", "moe", "sdar-moe"],
 )
 def test_weights_are_those_of_the_model(config):
     """Catches a forgotten bias, norm, router, or a tied head counted twice."""
@@ -79,6 +79,10 @@ def test_weights_are_those_of_the_model(config):
         ("Qwen/Qwen3-8B", 8191),
         ("Qwen/Qwen3-14B", 14768),
         ("Qwen/Qwen3-32B", 32762),
+        ("JetLM/SDAR-4B-Chat", 4411),
+        ("JetLM/SDAR-8B-Chat-b16", 8191),
+        ("Gen-Verse/TraDo-8B-Instruct", 8191),
+        ("JetLM/SDAR-30B-A3B-Chat-b32", 30532),
     ],
 )
 def test_published_sizes(name, millions):
@@ -169,6 +173,55 @@ def test_tensor_parallel_ranks():
         plan.make_plan(name, tensor_parallel_size=3)
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("SDAR-1.7B-Chat-b32", 32),
+        ("JetLM/SDAR-4B-Chat-b8", 8),
+        ("sdar-8b-chat", 4),
+        ("TraDo-8B-Thinking", 4),
+        ("SDAR-30B-A3B-Chat-b16", 16),
+        ("Fast_dLLM_v2_7B", 32),
+    ],
+)
+def test_published_drafters_have_the_blocks_of_their_names(name, size):
+    """Catches a size that only our table states: the published files of SDAR do not."""
+    result = plan.make_plan("Qwen3-8B", name)
+    assert result.block == (size, None)
+    assert ("block_size" in MODELS[result.drafter_name]) is False
+
+
+def test_the_block_size_can_be_given(tmp_path, capsys):
+    """Catches a plan that cannot be made for what `diffusion_block_size` serves."""
+    config = MODELS["JetLM/SDAR-1.7B-Chat"]
+    argv = ["plan", "Qwen3-8B", "--drafter", write(tmp_path / "mine", config)]
+    assert cli.main([*argv, "--diffusion-block-size", "16"]) == 0
+    text = capsys.readouterr().out
+    assert "blocks of 16)" in text
+    assert "neither its config.json nor its name" not in text
+    assert cli.main(argv) == 0
+    text = capsys.readouterr().out
+    assert "blocks of 4)" in text
+    assert "drafts in blocks of 4: the default of SDAR, as neither its config.json nor" in text
+
+
+def test_a_silent_drafter_is_counted_with_the_defaults_of_its_class(tmp_path):
+    """Catches a plan that refuses, or counts otherwise, what the server loads."""
+    config = {**MODELS["JetLM/SDAR-4B-Chat"], "num_key_value_heads": 32, "rope_theta": 10000.0}
+    defaults = ("head_dim", "num_key_value_heads", "rope_theta", "max_position_embeddings")
+    silent = {key: value for key, value in config.items() if key not in defaults}
+    assert plan.shape_of("it", silent) == plan.shape_of("it", config)
+    assert plan.make_plan("Qwen3-8B", write(tmp_path / "it", silent)).costs.drafter.head_dim == 128
+
+
+def test_a_drafter_is_shared_by_the_ranks_that_share_it_when_served(tmp_path):
+    """Catches a plan that cuts experts which the server leaves whole, or the other way round."""
+    config = {**MODELS["JetLM/SDAR-30B-A3B-Chat"], "moe_intermediate_size": 770}
+    path = write(tmp_path / "SDAR-30B-A3B-Chat", config)
+    assert plan.make_plan("Qwen3-8B", path, tensor_parallel_size=2).draft_tensor_parallel_size == 2
+    assert plan.make_plan("Qwen3-8B", path, tensor_parallel_size=4).draft_tensor_parallel_size == 1
+
+
 def test_a_small_block_takes_more_passes(tmp_path):
     """Catches a plan for SDAR of block 4 with increments of 10."""
     config = {**MODELS["JetLM/SDAR-1.7B-Chat-b32"], "block_size": 4}
@@ -238,6 +291,7 @@ def test_the_shipped_pair_is_planned(capsys):
         (["Qwen3-8B", "--drafter", "some/drafter"], "JetLM/SDAR-1.7B-Chat-b32"),
         (["Qwen3-8B", "--acceptance-length", "30"], "--acceptance-length must be"),
         (["Qwen3-8B", "--tensor-parallel-size", "7"], "--tensor-parallel-size must divide"),
+        (["Qwen3-8B", "--diffusion-block-size", "64"], "must be one of 4, 8, 16, 32; got 64"),
         ([str(Path(__file__))], "give a config.json"),
     ],
 )

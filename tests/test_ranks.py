@@ -10,11 +10,13 @@ from vllm import SamplingParams
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
+from checkpoints import tiny_config, write_checkpoint
 from engine import TARGET, engine, generate, mixed_prompts, watch
 from failfast_vllm import config as user_config
 from failfast_vllm import hosting, plugin, ranks
 from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.drafter import DraftBatch
+from failfast_vllm.families import SDAR, SDAR_MOE
 from rank_worker import EXTENSION
 from wide_models import equal_experts, four_heads, rewrite
 
@@ -33,6 +35,14 @@ def limits(count):
 def shared_drafter(tmp_path_factory):
     """The shipped drafter has three heads; this one computes the same with four."""
     return rewrite("drafter", tmp_path_factory.mktemp("models") / "four-heads", four_heads)
+
+
+@pytest.fixture(scope="module")
+def expert_drafter(tmp_path_factory):
+    """Random weights: it drafts, and little of it is accepted."""
+    path = tmp_path_factory.mktemp("models") / "with-experts"
+    write_checkpoint(path, SDAR_MOE, tiny_config(SDAR_MOE))
+    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +123,35 @@ def test_ranks_that_plan_for_the_load_take_the_same_decisions(two_plain_ranks, s
 
 
 @pytest.mark.slow
-def test_data_parallel_experts_never_wait_for_a_draft_pass(tmp_path):
+def test_two_ranks_share_the_experts_of_a_drafter(two_plain_ranks, expert_drafter):
+    """Catches experts that are summed over the wrong ranks, or not at all."""
+    prompts, expected = two_plain_ranks
+    method = {"method": "failfast", "model": expert_drafter}
+    with engine(method) as llm, watch(llm) as record:
+        generate(llm, prompts, limits(NUM_PROMPTS))
+    answers, records, shapes = on_two_ranks(method, prompts)
+    assert answers == expected
+    assert decisions(records[0]) == decisions(records[1])
+    assert records[0].num_drafted > 0
+    assert shapes[0] == shapes[1] == {"num_heads": 2, "num_kv_heads": 1, "vocab_rows": 992}
+    found, alone = (
+        Counter((tuple(p.known), p.max_draft, tuple(p.draft), p.num_passes) for p in proposals)
+        for proposals in (records[0].proposals, record.proposals)
+    )
+    assert (found & alone).total() >= SHARED_DRAFTS * alone.total()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafter", ["dense", "experts"])
+def test_data_parallel_experts_never_wait_for_a_draft_pass(tmp_path, expert_drafter, drafter):
     """Two ranks step together through the experts, each with its own number of draft passes.
 
     Catches a draft pass that enters a collective of the data-parallel group: the ranks would hang.
     """
     target = rewrite("target", tmp_path / "experts", equal_experts)
     method = {"method": "failfast", "model": str(MODELS_DIR / "drafter")}
+    if drafter == "experts":
+        method |= {"model": expert_drafter, "load_aware": False}
     with engine(model=target) as llm:
         prompts = mixed_prompts(llm.get_tokenizer(), NUM_REQUESTS)
         sample = slice(0, NUM_REQUESTS, 5)
@@ -179,6 +211,8 @@ def groups(monkeypatch):
     """The target's group of two ranks, and the group of this rank alone."""
     shared, alone = (types.SimpleNamespace(world_size=n, rank_in_group=n - 1) for n in (2, 1))
     monkeypatch.setattr(parallel_state, "_TP", shared)
+    monkeypatch.setattr(parallel_state, "_DP", shared)
+    monkeypatch.setattr(parallel_state, "_EP", None)  # the target is dense
     monkeypatch.setattr(parallel_state, "_PP", alone)
     return shared, alone
 
@@ -202,6 +236,37 @@ def test_a_shared_drafter_stays_in_the_targets_group(groups):
     shared, _ = groups
     with ranks.drafter_group(a_config(2, 2)):
         assert parallel_state.get_tp_group() is shared
+
+
+def test_a_drafters_experts_are_spread_over_no_group(groups):
+    """Catches layers cut over data-parallel ranks, and a group that dense targets lack."""
+    shared, alone = groups
+    with ranks.drafter_group(a_config(2, 2)):
+        assert parallel_state.get_dp_group() is alone
+        assert parallel_state.get_ep_group() is alone
+    assert parallel_state.get_dp_group() is shared
+    assert parallel_state._EP is None
+
+
+def test_expert_parallelism_ends_at_the_target(expert_drafter, tmp_path):
+    """Catches a drafter that inherits it; vLLM gives it to every drafter with experts."""
+    target = rewrite("target", tmp_path / "experts", equal_experts)
+    for num_ranks in (1, 2):
+        given = {"model": expert_drafter}
+        built = build(given, num_ranks, target, enable_expert_parallel=True)
+        assert built.parallel_config.enable_expert_parallel
+        assert num_drafter_ranks(built) == num_ranks
+        assert not built.speculative_config.draft_parallel_config.enable_expert_parallel
+
+
+def test_experts_of_a_drafter_are_not_balanced():
+    """Catches vLLM's balancer (no CPU has it) on a drafter whose experts are all on each rank."""
+    plugin._check_balancing(SDAR_MOE, "a-drafter", enable_eplb=False)
+    plugin._check_balancing(SDAR, "a-drafter", enable_eplb=True)
+    with pytest.raises(ValueError, match=r"\Afailfast: [^\n]*got --enable-eplb") as caught:
+        plugin._check_balancing(SDAR_MOE, "a-drafter", enable_eplb=True)
+    assert "'a-drafter'" in str(caught.value)
+    assert "use a drafter without experts" in str(caught.value)
 
 
 def test_no_draft_pass_asks_other_data_parallel_ranks(groups, monkeypatch):
@@ -243,14 +308,23 @@ def test_which_ranks_can_share_the_published_drafter(num_ranks, problem):
     assert user_config.undivided_size(QWEN_1_5B, num_ranks) == problem
 
 
+def test_experts_that_ranks_cannot_share():
+    """Each expert is cut, so their number does not matter and their width does."""
+    experts = {**QWEN_1_5B, "num_experts": 3, "moe_intermediate_size": 770}
+    assert user_config.undivided_size(experts, 2) is None
+    assert user_config.undivided_size(experts, 4) == "'moe_intermediate_size': 770"
+
+
 def test_a_vocabulary_that_ranks_cannot_share():
     even = {**QWEN_1_5B, "num_key_value_heads": 12, "intermediate_size": 8961}
     assert user_config.undivided_size(even, 3) == "'vocab_size': 151936"
 
 
-def build(given, num_ranks=2, model=TARGET):
+def build(given, num_ranks=2, model=TARGET, **settings):
     asked = {"method": "failfast", **given}
-    args = EngineArgs(model=model, speculative_config=asked, tensor_parallel_size=num_ranks)
+    args = EngineArgs(
+        model=model, speculative_config=asked, tensor_parallel_size=num_ranks, **settings
+    )
     return args.create_engine_config()
 
 
