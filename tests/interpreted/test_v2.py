@@ -4,11 +4,24 @@ import contextlib
 
 import pytest
 
-from engine import core, engine, generate, greedy_params, mixed_prompts, policy, proposer, watch
+from engine import (
+    around_the_drafters_end,
+    assert_drafts_end_there,
+    core,
+    engine,
+    generate,
+    greedy_params,
+    lower_max_model_len,
+    mixed_prompts,
+    policy,
+    proposer,
+    watch,
+)
 from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.trace import read
 from independent import IndependentDrafter
 from state_check import TOLERANCE, largest_error
+from wide_models import FEW_POSITIONS, few_positions, rewrite
 
 NUM_PROMPTS = 42
 NUM_ROUNDS = 50
@@ -194,8 +207,27 @@ def test_the_longest_context(plain):
         expected = generate(llm, prompts, params)
     with v2_engine(max_model_len=320) as llm, watch(llm) as record:
         assert generate(llm, prompts, params) == expected
+        assert lower_max_model_len(llm, 200) == proposer(llm).position_limit
     assert record.num_accepted > 0
     assert {len(p) + len(a) for p, a in zip(prompts, expected, strict=True)} == {320}
+
+
+def test_a_target_that_is_longer_than_its_drafter(plain, tmp_path):
+    """vLLM 0.33 would cut the target to the drafter's length; ours keeps it, as on V1."""
+    from vllm import SamplingParams
+
+    prompts = around_the_drafters_end(plain[0], FEW_POSITIONS)
+    params = SamplingParams(temperature=0.0, max_tokens=230, ignore_eos=True)
+    given = {"method": "failfast", "model": rewrite("drafter", tmp_path / "short", few_positions)}
+    with v1_engine() as llm:
+        expected = generate(llm, prompts, params)
+    with v2_engine(given) as llm, watch(llm) as record:
+        assert llm.llm_engine.model_config.max_model_len == 2048
+        assert proposer(llm).position_limit == FEW_POSITIONS
+        assert generate(llm, prompts, params) == expected
+    assert len(prompts) == 6
+    assert all(len(p) + len(a) > FEW_POSITIONS for p, a in zip(prompts, expected, strict=True))
+    assert_drafts_end_there(record, FEW_POSITIONS)
 
 
 def test_aborted_requests_leave_the_others_alone(plain):
