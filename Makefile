@@ -2,7 +2,7 @@
 #   make demo     a batch-1 comparison of the shipped pair, with and without failfast
 #   make test     check, then the whole test suite (what .ci/run does)
 #   make check    formatting, lint, types, import direction
-#   make test-next  the part of the suite that depends on vLLM, on vLLM 0.33 (docs/architecture.md), in .venv-next
+#   make test-next  the part of the suite that meets vLLM, on vLLM 0.33 in .venv-next (CONTRIBUTING.md)
 #   make models   train the shipped models again (two cores, about an hour)
 #   make bench    offline benchmark
 #   make clean    remove what the targets above left behind, except trained states (build/small_pair)
@@ -33,6 +33,15 @@ demo: .venv/.ready
 test: check
 	$(PY) -m pytest --numprocesses 2 --dist loadfile
 	TRITON_INTERPRET=1 $(PY) -m pytest --numprocesses 2 --dist loadfile tests/interpreted
+
+# What meets vLLM's configuration, front end, scheduler and runners. Left out: what is the same on any
+# vLLM (the algorithm, kernels, plans, traces), and several ranks, which take too long.
+NEXT_TESTS := $(addprefix tests/test_,$(addsuffix .py,imports plugin hook_bodies config cli lossless \
+	features http parity sampling drafter_state metrics))
+
+test-next: .venv-next/.ready
+	$(NEXT) -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(NEXT_TESTS)
+	TRITON_INTERPRET=1 $(NEXT) -m pytest --numprocesses 2 --dist loadfile tests/interpreted
 
 check: .venv/.ready
 	$(PY) -m ruff check
