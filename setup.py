@@ -15,7 +15,7 @@ setup(
     python_requires=">=3.10",
     packages=["failfast_vllm", "failfast_kernels"],
     package_dir={"failfast_kernels": "kernels/failfast_kernels"},
-    package_data={"failfast_vllm": ["py.typed", "models/*", "models/*/*"]},
+    package_data={"failfast_vllm": ["py.typed", "hook_bodies.json", "models/*", "models/*/*"]},
     install_requires=["vllm>=0.32,<0.34", "torch", "transformers", "triton", "safetensors"],
     extras_require={"bench": ["matplotlib"]},
     entry_points={

@@ -33,6 +33,7 @@ PROMPTS = "prompts.jsonl"
 PLUGIN_GROUP = "vllm.general_plugins"
 REINSTALL = "Reinstall failfast-vllm, or run `make models` in a checkout."
 INSTALL_VLLM = "Install a version of 'vllm>=0.32,<0.34'."
+RUN_TESTS = "Install a version that it was tested with, or run its tests on this one."
 ENGINE_ENVIRONMENT = {  # one process, a small cache, no hub; what the user has set stays
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -54,6 +55,7 @@ class Check(NamedTuple):
     found: str
     problem: str = ""
     remedy: str = ""
+    warning: str = ""  # worth knowing, and no reason to fail
 
     def to_dict(self) -> dict[str, Any]:
         return {"ok": not self.problem, **self._asdict()}
@@ -228,9 +230,10 @@ def _doctor(args: argparse.Namespace) -> int:
         return 0 if healthy else 1
     width = max(len(check.name) for check in checks)
     for check in checks:
-        verdict = "PROBLEM" if check.problem else "ok"
-        print(f"{verdict:<9}{check.name:<{width + 2}}{check.problem or check.found}".rstrip())
-        if check.problem:
+        verdict = "PROBLEM" if check.problem else "warning" if check.warning else "ok"
+        what = check.problem or check.warning or check.found
+        print(f"{verdict:<9}{check.name:<{width + 2}}{what}".rstrip())
+        if check.remedy:
             print(f"{'':<9}{'':<{width + 2}}-> {check.remedy}")
     settings = ", ".join(f"{key} {value}" for key, value in config.items())
     print(f"{'':<9}{'default config':<{width + 2}}{settings}")
@@ -305,13 +308,17 @@ def _plugin_check() -> Check:
 
 
 def _hook_checks() -> list[Check]:
-    from failfast_vllm import plugin
+    from failfast_vllm import hook_bodies, plugin
 
-    checks = []
+    checks, bodies = [], hook_bodies.installed()
     for hook in plugin.ALL_HOOKS:
         problem = plugin.hook_problem(hook) or ""
+        warning = "" if problem else hook_bodies.change(hook, bodies)
+        remedy = INSTALL_VLLM if problem else RUN_TESTS if warning else ""
         name = "hook " + ".".join(filter(None, (hook.owner, hook.function)))
-        checks.append(Check(name, hook.module, problem, INSTALL_VLLM if problem else ""))
+        since = ".".join(map(str, hook.since))
+        found = hook.module if plugin.is_due(hook) else f"not needed before vLLM {since}"
+        checks.append(Check(name, found, problem, remedy, warning))
     return checks
 
 

@@ -35,6 +35,7 @@ class Hook(NamedTuple):
     owner: str  # a class, or empty
     function: str
     parameters: tuple[str, ...]
+    since: tuple[int, int] = SUPPORTED_VLLM[0]  # older versions lack it, and do not need the hook
 
     @property
     def name(self) -> str:
@@ -54,6 +55,13 @@ CONFIG_HOOKS = (
         "SpeculativeConfig",
         "verify_equal_vocab_size_if_draft_model",
         ("self",),
+    ),
+    Hook(
+        "vllm.config.vllm",
+        "VllmConfig",
+        "_limit_max_model_len_to_draft",
+        ("self",),
+        since=(0, 33),
     ),
 )
 REQUEST_HOOKS = (
@@ -187,16 +195,27 @@ def asked_for(vllm_config: Any) -> bool:
     return METHOD in (vllm_config.additional_config or {})
 
 
-def version_problem() -> str | None:
-    """Why this vLLM version is not supported, or None."""
+def vllm_version() -> str:
+    """Of the vLLM that is installed."""
     try:
-        version = importlib.metadata.version("vllm")
+        return importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
         import vllm
 
-        version = vllm.__version__
+        version: str = vllm.__version__
+        return version
+
+
+def minor(version: str) -> tuple[int, int] | None:
+    """`0.33.0+cpu` -> (0, 33); None where there are no such numbers."""
     found = re.match(r"(\d+)\.(\d+)", version)
-    if found and (int(found[1]), int(found[2])) in SUPPORTED_VLLM:
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def version_problem() -> str | None:
+    """Why this vLLM version is not supported, or None."""
+    version = vllm_version()
+    if minor(version) in SUPPORTED_VLLM:
         return None
     return f"vLLM {version} is not supported; install a version of 'vllm>=0.32,<0.34'."
 
@@ -210,12 +229,25 @@ def missing_hooks(hooks: tuple[Hook, ...]) -> str | None:
     return None
 
 
+def is_due(hook: Hook) -> bool:
+    """Whether this vLLM is new enough to need the hook."""
+    version = minor(vllm_version())
+    return version is None or version >= hook.since
+
+
+def hooked(hook: Hook) -> Any:
+    """vLLM's own function, also where we have wrapped it; ImportError, AttributeError: none."""
+    module = importlib.import_module(hook.module)
+    owner = getattr(module, hook.owner) if hook.owner else module
+    return inspect.unwrap(getattr(owner, hook.function))
+
+
 def hook_problem(hook: Hook) -> str | None:
     """Why one hook cannot be installed, or None."""
+    if not is_due(hook):
+        return None
     try:
-        module = importlib.import_module(hook.module)
-        owner = getattr(module, hook.owner) if hook.owner else module
-        function = inspect.unwrap(getattr(owner, hook.function))
+        function = hooked(hook)
     except (ImportError, AttributeError):
         return f"vLLM has no {hook.name}"
     found = tuple(inspect.signature(function).parameters)[: len(hook.parameters)]
@@ -254,11 +286,14 @@ def _install_config_hooks(problem: str | None) -> None:
             _wrap(EngineArgs, "add_cli_args", _adding_cli_args)
         return
 
+    from vllm.config import VllmConfig
     from vllm.config.speculative import SpeculativeConfig
 
     _wrap(EngineArgs, "create_speculative_config", _creating_speculative_config)
     _wrap(EngineArgs, "add_cli_args", _adding_cli_args)
     _wrap(SpeculativeConfig, "verify_equal_vocab_size_if_draft_model", _verifying_vocab_sizes)
+    if hasattr(VllmConfig, "_limit_max_model_len_to_draft"):  # 0.32 has none
+        _wrap(VllmConfig, "_limit_max_model_len_to_draft", _limiting_max_model_len)
     if WORKER_HOOK.module in sys.modules:  # an engine or worker process, whose config is pickled
         _install_worker_hook()
     if REQUEST_HOOKS[0].module in sys.modules and not missing_hooks(REQUEST_HOOKS):
@@ -641,6 +676,16 @@ def _verifying_vocab_sizes(original: Any) -> Any:
         original(self)
 
     return verify_equal_vocab_size_if_draft_model
+
+
+def _limiting_max_model_len(original: Any) -> Any:
+    """vLLM's own V2 drafters cannot skip a long sequence; ours stops at its last position."""
+
+    def _limit_max_model_len_to_draft(self: Any) -> None:
+        if not asked_for(self):
+            original(self)
+
+    return _limit_max_model_len_to_draft
 
 
 def _initializing_worker(original: Any) -> Any:

@@ -44,13 +44,17 @@ class FailFastProposer(DraftModelProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
         self.runner = runner
-        self.max_positions = max_positions(vllm_config)
         self.eos_token_ids = frozenset(stop_token_ids(vllm_config.model_config))
         # a KV connector fills pages that our commits know nothing of: what it brings is not trusted
         self.foreign_kv = vllm_config.kv_transfer_config is not None
         self.stats = DraftStats()
         self.drafter: Drafter | None = None  # these two set by `initialize_attn_backend`
         self.rounds: Rounds | None = None
+
+    @property
+    def position_limit(self) -> int:
+        """Not kept: vLLM may lower the target's limit to what its KV cache holds (auto-fit)."""
+        return max_positions(self.vllm_config)
 
     def _raise_if_padded_drafter_batch_disabled(self) -> None:
         """Ragged drafts on the CPU are the point of this proposer."""
@@ -93,7 +97,7 @@ class FailFastProposer(DraftModelProposer):
             self.stats,
             kv_block_size,
             kv_cache_config.num_blocks * (self.block_size // kv_block_size),
-            -(-self.max_positions // kv_block_size),
+            -(-self.position_limit // kv_block_size),
             self.device,
         )
         self.rounds = Rounds(self.drafter, self.stats.counts)
@@ -120,7 +124,7 @@ class FailFastProposer(DraftModelProposer):
         if planner is not None and not planner.step_began(req_ids, num_tokens):
             return [[]] * num_reqs
         table = common_attn_metadata.block_table_tensor[:num_reqs]
-        computed = np.minimum(batch.num_computed_tokens_cpu[:num_reqs], self.max_positions)
+        computed = np.minimum(batch.num_computed_tokens_cpu[:num_reqs], self.position_limit)
         computed_lens = to_device(computed, self.device)
         committed = self.drafter.blocks.committed_lens(table, computed_lens).cpu().numpy()
         step = self._gather(scheduler_output, sampled_token_ids, table, committed)
@@ -140,7 +144,7 @@ class FailFastProposer(DraftModelProposer):
         """A step of the target, without attention, over a number of tokens."""
 
         def step(num_tokens: int) -> torch.Tensor:
-            positions = torch.arange(num_tokens, device=self.device) % self.max_positions
+            positions = torch.arange(num_tokens, device=self.device) % self.position_limit
             ids = torch.zeros_like(positions).int()
             with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
                 hidden_states = runner.model(input_ids=ids, positions=positions)
@@ -178,7 +182,7 @@ class FailFastProposer(DraftModelProposer):
         sampled = np.array([bool(ids) for ids in sampled_token_ids], dtype=bool)
         now_computed = np.where(sampled, known - 1, computed + scheduled)
 
-        limit = self.max_positions
+        limit = self.position_limit
         size = self.drafter.diffusion_block_size
         final = np.maximum(np.minimum(now_computed, limit) // size * size, committed)
 

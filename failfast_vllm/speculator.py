@@ -48,7 +48,6 @@ class FailFastSpeculator(DraftModelSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any) -> None:
         super().__init__(vllm_config, device)
         self.req_states = req_states
-        self.max_positions = max_positions(vllm_config)
         self.eos_token_ids = frozenset(stop_token_ids(vllm_config.model_config))
         self.params: list[Any] = [None] * self.max_num_reqs  # SamplingParams by state slot
         # a KV connector fills pages that our commits know nothing of: what it brings is not trusted
@@ -57,6 +56,11 @@ class FailFastSpeculator(DraftModelSpeculator):
         self.drafter: Drafter | None = None  # these two set by `set_attn`
         self.rounds: Rounds | None = None
         self._lens: dict[str, int] = {}  # request -> length of its current draft
+
+    @property
+    def position_limit(self) -> int:
+        """Not kept: vLLM may lower the target's limit to what its KV cache holds (auto-fit)."""
+        return max_positions(self.vllm_config)
 
     def load_draft_model(
         self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
@@ -253,7 +257,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         assert self.drafter is not None
         states, rows = self.req_states, input_batch.idx_mapping
         num_reqs = input_batch.num_reqs
-        computed_lens = states.num_computed_tokens.gpu[rows].long().clamp(max=self.max_positions)
+        computed_lens = states.num_computed_tokens.gpu[rows].long().clamp(max=self.position_limit)
         table = self.block_tables.input_block_tables[self.kv_group][:num_reqs]
         verdict = torch.stack(
             (
@@ -274,7 +278,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         )
 
         request_end = states.max_seq_len[input_batch.idx_mapping_np]  # prompt + max_tokens
-        room = np.minimum(request_end, self.max_positions) - known - 1
+        room = np.minimum(request_end, self.position_limit) - known - 1
         wanted = asked(
             [self.params[slot] for slot in input_batch.idx_mapping_np],
             last_token_ids.tolist(),

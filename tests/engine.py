@@ -45,6 +45,14 @@ def proposer(llm):
     return offline.adapter(llm)
 
 
+def lower_max_model_len(llm, max_model_len):
+    """As vLLM does once it knows how much KV cache there is (auto-fit); returns the runner's."""
+    llm.collective_rpc("update_max_model_len", args=(max_model_len,))
+    runner = core(llm).model_executor.driver_worker.worker.model_runner
+    assert runner.max_model_len == max_model_len
+    return runner.max_model_len
+
+
 class Proposal(NamedTuple):
     """One draft, with what it was made from."""
 
@@ -168,6 +176,22 @@ def mixed_prompts(tokenizer, count):
         else:
             prompts.append(questions[i // 2 % len(questions)])
     return prompts
+
+
+def around_the_drafters_end(prompts, num_positions):
+    """Prompts that begin behind the drafter's last position, before it, and far before it."""
+    behind = [p for p in prompts if num_positions <= len(p) <= 300][:2]
+    before = [p[: num_positions - n] for p, n in zip(behind, (30, 50), strict=True)]
+    return behind + before + [p for p in prompts if len(p) < 60][:2]
+
+
+def assert_drafts_end_there(record, num_positions):
+    """Drafts came close to the drafter's end, none went past it, and others were made meanwhile."""
+    drafted = [p for p in record.proposals if p.draft]
+    ends = [len(p.known) + len(p.draft) for p in drafted]
+    assert num_positions - 10 < max(ends) < num_positions
+    assert all(len(r.drafted) == 0 for r in record.rounds if r.known_len >= num_positions)
+    assert record.num_accepted > 0
 
 
 def greedy_params(prompts):

@@ -90,6 +90,7 @@ ALLOWED = {  # module -> our modules it may import
         "failfast_vllm.ranks",
         "failfast_vllm.request",
     },
+    "failfast_vllm/hook_bodies.py": {"failfast_vllm", "failfast_vllm.plugin"},
     "failfast_vllm/plugin.py": {
         "failfast_vllm",
         "failfast_vllm.config",
@@ -104,6 +105,7 @@ ALLOWED = {  # module -> our modules it may import
     },
 }
 WITHOUT_VLLM = {
+    "failfast_vllm/hook_bodies.py",
     "failfast_vllm/trace.py",
     "failfast_vllm/simulate.py",
     "failfast_vllm/graphs.py",

@@ -2,7 +2,19 @@
 
 import pytest
 
-from engine import core, engine, generate, greedy_params, mixed_prompts, watch
+from engine import (
+    around_the_drafters_end,
+    assert_drafts_end_there,
+    core,
+    engine,
+    generate,
+    greedy_params,
+    lower_max_model_len,
+    mixed_prompts,
+    proposer,
+    watch,
+)
+from wide_models import FEW_POSITIONS, few_positions, rewrite
 
 NUM_PROMPTS = 204
 
@@ -113,8 +125,27 @@ def test_the_longest_context(plain):
         expected = generate(llm, long + short, params)
     with engine("failfast", max_model_len=320) as llm, watch(llm) as record:
         assert_equal(generate(llm, long + short, params), expected)
+        assert lower_max_model_len(llm, 200) == proposer(llm).position_limit
         record.assert_not_vacuous()
     assert all(
         len(prompt) + len(answer) == 320
         for prompt, answer in zip(long + short, expected, strict=True)
     )
+
+
+def test_a_target_that_is_longer_than_its_drafter(plain, tmp_path):
+    """Behind the drafter's last position nothing is drafted, and nobody else is stopped."""
+    from vllm import SamplingParams
+
+    prompts = around_the_drafters_end(plain[0], FEW_POSITIONS)
+    params = SamplingParams(temperature=0.0, max_tokens=230, ignore_eos=True)
+    given = {"method": "failfast", "model": rewrite("drafter", tmp_path / "short", few_positions)}
+    with engine() as llm:
+        expected = generate(llm, prompts, params)
+    with engine(given) as llm, watch(llm) as record:
+        assert llm.llm_engine.model_config.max_model_len == 2048
+        assert proposer(llm).position_limit == FEW_POSITIONS
+        assert generate(llm, prompts, params) == expected
+    assert len(prompts) == 6
+    assert all(len(p) + len(a) > FEW_POSITIONS for p, a in zip(prompts, expected, strict=True))
+    assert_drafts_end_there(record, FEW_POSITIONS)

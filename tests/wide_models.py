@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from failfast_vllm.config import MODELS_DIR
 
 NUM_EXPERTS = 4
+FEW_POSITIONS = 192
 
 
 def rewrite(name, path, change):
@@ -19,6 +20,12 @@ def rewrite(name, path, change):
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return str(path)
+
+
+def few_positions(config, weights):
+    """The drafter of a target that goes on for longer."""
+    config.update(max_position_embeddings=FEW_POSITIONS)
+    return weights
 
 
 def four_heads(config, weights):

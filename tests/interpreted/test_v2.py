@@ -3,12 +3,16 @@
 import contextlib
 
 import pytest
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from engine import (
+    around_the_drafters_end,
+    assert_drafts_end_there,
     core,
     engine,
     generate,
     greedy_params,
+    lower_max_model_len,
     mixed_prompts,
     policy,
     proposer,
@@ -19,6 +23,7 @@ from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.trace import read
 from independent import IndependentDrafter
 from state_check import TOLERANCE, largest_error
+from wide_models import FEW_POSITIONS, few_positions, rewrite
 
 NUM_PROMPTS = 42
 NUM_ROUNDS = 50
@@ -67,6 +72,20 @@ def v1_record(plain):
     with v1_engine("failfast") as llm, watch(llm) as record:
         assert in_batches(llm, prompts, params) == expected
     return record
+
+
+def test_scheduling_is_synchronous(monkeypatch):
+    """vLLM 0.33 turns it off for ragged drafts on V1 only; on V2 the plugin does, by itself."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    target = str(MODELS_DIR / "target")
+    args = EngineArgs(model=target, speculative_config="failfast")
+    config = args.create_engine_config()
+    assert args.async_scheduling is False  # said outright: left open, only a CPU turns it off
+    assert config.use_v2_model_runner
+    assert config.scheduler_config.async_scheduling is False
+    assert config.scheduler_config.get_scheduler_cls() is Scheduler
 
 
 def test_v2_equals_v1_round_by_round(plain, v1_record, tmp_path):
@@ -203,8 +222,27 @@ def test_the_longest_context(plain):
         expected = generate(llm, prompts, params)
     with v2_engine(max_model_len=320) as llm, watch(llm) as record:
         assert generate(llm, prompts, params) == expected
+        assert lower_max_model_len(llm, 200) == proposer(llm).position_limit
     assert record.num_accepted > 0
     assert {len(p) + len(a) for p, a in zip(prompts, expected, strict=True)} == {320}
+
+
+def test_a_target_that_is_longer_than_its_drafter(plain, tmp_path):
+    """vLLM 0.33 would cut the target to the drafter's length; ours keeps it, as on V1."""
+    from vllm import SamplingParams
+
+    prompts = around_the_drafters_end(plain[0], FEW_POSITIONS)
+    params = SamplingParams(temperature=0.0, max_tokens=230, ignore_eos=True)
+    given = {"method": "failfast", "model": rewrite("drafter", tmp_path / "short", few_positions)}
+    with v1_engine() as llm:
+        expected = generate(llm, prompts, params)
+    with v2_engine(given) as llm, watch(llm) as record:
+        assert llm.llm_engine.model_config.max_model_len == 2048
+        assert proposer(llm).position_limit == FEW_POSITIONS
+        assert generate(llm, prompts, params) == expected
+    assert len(prompts) == 6
+    assert all(len(p) + len(a) > FEW_POSITIONS for p, a in zip(prompts, expected, strict=True))
+    assert_drafts_end_there(record, FEW_POSITIONS)
 
 
 def test_aborted_requests_leave_the_others_alone(plain):
