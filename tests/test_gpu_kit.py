@@ -1,5 +1,6 @@
 """`benchmarks/gpu` as far as a machine without a GPU can tell: what runs, is kept, and fails."""
 
+import ast
 import importlib.metadata
 import importlib.util
 import itertools
@@ -202,20 +203,20 @@ def test_the_benchmarks_take_the_arguments_of_the_kit(phase, tmp_path):
 
 def test_the_kernel_phase_finds_its_tests():
     """A test that is renamed must not leave the phase without any."""
-    commands = [c for s in phases.steps_of("kernels", 190)[:2] for c in s.commands]
-    chosen = {c[c.index("-k") + 1]: c for c in commands}
-    assert set(chosen) == {"cuda", "drawn", "not drawn"}
-    environment = phases.environment() | {"TRITON_INTERPRET": "0"}
-    for words, least in (("cuda", 1), ("drawn", 3), ("not drawn", 20)):
-        result = subprocess.run(
-            [*chosen[words], "--collect-only", "-q"],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stdout[-500:]
-        assert result.stdout.count("<Function ") >= least
+    found = {}
+    for step in phases.steps_of("kernels", 170):
+        for command in step.commands:
+            if "-k" in command:
+                path, words = (command[command.index("-k") + i] for i in (-1, 1))
+                tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+                names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+                tests = [name for name in names if name.startswith("test_")]
+                word = words.removeprefix("not ")
+                found[words] = sum((word in name) == (word == words) for name in tests)
+    assert set(found) == {"cuda", "drawn", "not drawn"}
+    assert found["cuda"] >= 1
+    assert found["drawn"] == 3
+    assert found["not drawn"] >= 10
 
 
 def test_every_kernel_equals_its_reference_under_the_interpreter():
@@ -334,6 +335,19 @@ def test_what_is_wrong_with_an_engine(spec, result, plain, problem):
         assert result["same_answers"].endswith(f"of {len(plain)}")
 
 
+def test_the_shipped_pair_is_compared_in_every_way():
+    specs = list(engine.small_runs(False))
+    for how in ("float32, eager", "float32, full graphs", "bfloat16, default"):
+        plain, *ours = [spec for spec in specs if spec["pair"] == how]
+        assert plain["speculative"] is None
+        assert ours
+        assert all(s["must_agree"] == ("float32" in how) and not s["if_time"] for s in ours)
+        same = ("prompts", "loads", "engine")
+        assert all(spec[key] == plain[key] for spec in ours for key in same)
+    names = [spec["name"] for spec in specs]
+    assert len(set(names)) == len(names) == 14
+
+
 def test_every_line_of_the_real_shapes_says_what_is_made_up(tmp_path):
     specs = list(engine.real_runs(False, tmp_path))
     for spec in specs:
@@ -367,7 +381,10 @@ def test_engines_that_fail_or_have_no_time_are_lines_of_their_own(monkeypatch, t
         "only 0 of 1 answers are the same",
     ]
     assert engine.run_all([plain], tmp_path, time.monotonic(), lines.append) == 1
-    assert lines[-1] == {"name": "plain", "problem": "not run: no time left"}
+    assert lines[-1] == {"name": "plain", "problem": "no time left"}
+    late = {**plain, "if_time": True}
+    assert engine.run_all([late], tmp_path, time.monotonic(), lines.append) == 0
+    assert lines[-1] == {"name": "plain", "left out": "no time left"}
 
 
 def test_synthetic_acceptance_reaches_the_sampler(monkeypatch):
