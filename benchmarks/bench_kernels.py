@@ -224,7 +224,7 @@ class Attention:
         "vllm_unified_attention",
     )
 
-    def candidates(self):
+    def candidates(self, rivals=RIVALS):
         """{name: call} of those that can be built and agree with the reference."""
         from failfast_kernels.reference import block_diffusion_attention
 
@@ -234,7 +234,7 @@ class Attention:
         expected = block_diffusion_attention(*exact, SCALE, BLOCK)
         calls = {"ours": self.ours()}
         assert_agrees(calls["ours"](0), expected)
-        for name in self.RIVALS:
+        for name in rivals:
             try:
                 call = getattr(self, name)()
                 assert_agrees(call(0), expected)
@@ -255,7 +255,7 @@ def bench_attention(args, bandwidth):
         for prefix in args.prefixes:
             for num_rows in args.rows:
                 case = Attention(batch, prefix, num_rows)
-                for name, us in interleaved_us(case.candidates(), case.copies).items():
+                for name, us in interleaved_us(case.candidates(args.rivals), case.copies).items():
                     rate = (case.kv_bytes + case.row_bytes) / us * 1e6
                     rows.append(
                         {
@@ -341,6 +341,8 @@ def main():
     parser.add_argument("--prefixes", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--rows", type=int, nargs="+", default=[10, 32, 42])
     parser.add_argument("--confidence-rows", type=int, nargs="+", default=[10, 64, 320, 1024])
+    rivals = Attention.RIVALS
+    parser.add_argument("--rivals", nargs="*", choices=rivals, default=rivals, help="default: all")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()

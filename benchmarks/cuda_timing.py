@@ -3,6 +3,8 @@
 Nothing here has been run on a GPU yet.
 """
 
+import hashlib
+import importlib.metadata
 import platform
 import shlex
 import statistics
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
 L2_MULTIPLE = 3  # inputs rotate through this many times the L2 cache, as the layers of a model do
 
 
@@ -22,28 +25,64 @@ def require_cuda():
         sys.exit("this benchmark measures a CUDA device, and torch sees none; nothing was run")
 
 
-def provenance():
-    import triton
-
+def provenance(command=None):
+    """What a figure depends on; without a GPU its entries are None."""
     from failfast_kernels import launch_table
 
-    sha = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
+    has_gpu = torch.cuda.is_available()
     return {
-        "command": shlex.join(["python", *sys.argv]),
-        "git": sha,
-        "device": torch.cuda.get_device_name(),
+        "command": command or shlex.join(["python", *sys.argv]),
+        "git": revision(),
+        "sources": sources_digest(),
+        "device": torch.cuda.get_device_name() if has_gpu else None,
+        "driver": driver_version(),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": installed_version("triton"),
+        "vllm": installed_version("vllm"),
         "python": platform.python_version(),
         "launch_table": launch_table.PROVENANCE,
-        "date": time.strftime("%Y-%m-%d"),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
     }
+
+
+def output_of(*command):
+    """What a program prints, None where it is missing or fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip() or None
+
+
+def driver_version():
+    found = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found and found.splitlines()[0]
+
+
+def installed_version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def revision():
+    """Of the checkout; where it was copied without its history, of the one that it came from."""
+    found = output_of("git", "describe", "--always", "--dirty", "--abbrev=12")
+    noted = ROOT / ".gpu" / "revision"  # by benchmarks/gpu/prepare.sh
+    if found is None and noted.exists():
+        return noted.read_text(encoding="utf-8").strip() + " when prepared"
+    return found
+
+
+def sources_digest():
+    """12 digits that change with any of our source files, also where there is no git."""
+    digest = hashlib.sha256()
+    for folder in ("failfast_vllm", "kernels", "benchmarks", "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def num_copies(num_bytes):
