@@ -5,6 +5,7 @@ and a configuration need. What a model runner needs is hooked by the worker that
 docs/architecture.md lists the hooks; `failfast doctor` checks them.
 """
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -14,7 +15,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from failfast_vllm import config as user_config
@@ -710,7 +711,7 @@ def _initializing_worker(original: Any) -> Any:
 
 
 def _warming_up(worker: Any) -> Any:
-    """The worker's last step before it serves; from its end on, vLLM may object to compilation."""
+    """The worker's last step before it serves."""
     warm_up = worker.compile_or_warm_up_model
 
     def compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
@@ -718,11 +719,26 @@ def _warming_up(worker: Any) -> Any:
 
         drafter = adapter_of(worker.model_runner).drafter
         drafter.model.warm_up_kernels(details=drafter.policy.needs_entropy)
-        result = warm_up(*args, **kwargs)
-        start_serving(worker.model_runner)
+        with _compiling_unmonitored(worker):
+            result = warm_up(*args, **kwargs)
+            start_serving(worker.model_runner)
         return result
 
     return compile_or_warm_up_model
+
+
+@contextlib.contextmanager
+def _compiling_unmonitored(worker: Any) -> Iterator[None]:
+    """vLLM's monitor of compilation starts at the end of its warm-up: let it wait for ours."""
+    activate = worker._maybe_activate_jit_monitor
+    wanted: list[None] = []
+    worker._maybe_activate_jit_monitor = lambda: wanted.append(None)
+    try:
+        yield
+    finally:
+        del worker._maybe_activate_jit_monitor
+    if wanted:
+        activate()
 
 
 def _closing_the_trace(worker: Any) -> Any:

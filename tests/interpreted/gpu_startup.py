@@ -21,6 +21,7 @@ class Startup:
     least_ids: list[int] = field(default_factory=list)  # of each step of the target
     graphs: list[Any] = field(default_factory=list)  # of each step; None: it ran as it is
     num_draft_replays: int = 0
+    watched_with_planner: list[bool] = field(default_factory=list)  # when vLLM began to watch
     on_profiled: Any = None  # called with the runner when its graphs' memory has been profiled
 
 
@@ -78,6 +79,9 @@ def gpu_startup():
             seen.on_profiled(self.model_runner)
         return original(self)
 
+    def activate_jit_monitor(original, self):
+        seen.watched_with_planner.append(self.model_runner.speculator.drafter.planner is not None)
+
     def capture_model(original, self, model, model_state, input_buffers, *args, **kwargs):
         latest["model"], latest["buffers"] = model, input_buffers
         return original(self, model, model_state, input_buffers, *args, **kwargs)
@@ -127,6 +131,7 @@ def gpu_startup():
         patch.setattr(
             CPUWorker, "compile_or_warm_up_model", gpu_worker.Worker.compile_or_warm_up_model
         )
+        around(gpu_worker.Worker, "_maybe_activate_jit_monitor", activate_jit_monitor)
         patch.setattr(gpu_worker, "kernel_warmup", lambda worker: None)
         patch.setattr(gpu_worker, "warmup_kernels", warmup_kernels)
         patch.setattr(gpu_worker, "enable_gpu_sync_check", lambda: None)

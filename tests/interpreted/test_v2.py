@@ -1,8 +1,11 @@
 """The V2 model runner: V2 with failfast = V1 with failfast = no speculation."""
 
 import contextlib
+import types
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from engine import (
@@ -369,3 +372,57 @@ def test_a_step_without_drafts_reports_nothing():
     speculator.stats, speculator._lens = DraftStats(), {"a": 0, "b": 0}
     drafts = speculator.take_drafts(lambda: pytest.fail("vLLM's report was built"))
     assert (drafts.req_ids, drafts.draft_token_ids, drafts.failfast_counts) == ([], [], [])
+
+
+@pytest.mark.parametrize(("is_profile", "num_passes"), [(True, 1), (False, 0)])
+def test_dummy_runs_take_a_pass_only_to_profile(monkeypatch, is_profile, num_passes):
+    """Catches a pass over the whole drafter in each step of a data-parallel rank without work."""
+    from failfast_vllm import speculator
+
+    passes = []
+    monkeypatch.setattr(speculator, "profile_pass", lambda *args: passes.append(args))
+    idle = object.__new__(speculator.FailFastSpeculator)
+    idle.draft_tokens, idle.device = torch.full((4, 6), -1), torch.device("cpu")
+    idle.model = idle.vllm_config = None
+    batch = types.SimpleNamespace(num_reqs=2, num_tokens=2)
+    drafts = idle.propose(batch, *[None] * 10, dummy_run=True, is_profile=is_profile)
+    assert drafts.tolist() == [[0] * 6] * 2
+    assert len(passes) == num_passes
+
+
+def test_the_profile_copies_no_more_logits_than_vllm_does(monkeypatch):
+    """Catches gigabytes set aside for copies that vLLM makes in parts."""
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+    from failfast_vllm import hosting
+
+    class Model:
+        def __call__(self, input_ids, positions):
+            return torch.zeros(input_ids.numel(), 4, dtype=torch.bfloat16)
+
+        def compute_logits(self, hidden_states):
+            return hidden_states
+
+    copied = []
+    conversions = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in conversions and torch.float32 in (*args, *(kwargs or {}).values()):
+                copied.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(rejection_sampler, "get_max_chunk_logits", lambda vocab_size: 7)
+    for name in ("drafter_group", "draft_context"):
+        monkeypatch.setattr(hosting, name, lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(hosting, "max_positions", lambda config: 64)
+    config = types.SimpleNamespace(
+        additional_config={"failfast": {"draft_budget": 12}},
+        scheduler_config=types.SimpleNamespace(max_num_seqs=3),
+        model_config=types.SimpleNamespace(get_vocab_size=lambda: 4),
+    )
+    for config.use_v2_model_runner, expected in ((True, [7]), (False, [15] * 3)):
+        copied.clear()
+        with Copies():
+            hosting.profile_pass(Model(), config, 40, torch.device("cpu"))
+        assert copied == expected
