@@ -914,13 +914,19 @@ def install_v1_hooks() -> None:
         return take_draft_token_ids
 
     def sampling(original: Any) -> Any:
-        """vLLM verifies in every step of an engine that may speculate, with or without drafts."""
+        """vLLM verifies in every step of an engine that may speculate, with or without drafts.
+
+        A step without drafts takes the plain sampler, which is faster, unless a request has a
+        thinking budget: its state counts the rows that only verification tells it.
+        """
 
         def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
             drafter = getattr(self, "drafter", None)
             ours = isinstance(drafter, FailFastProposer) and spec_decode_metadata is not None
             if ours and not any(spec_decode_metadata.num_draft_tokens):
-                return original(self, logits, None)
+                budgets = self.input_batch.thinking_budget_state_holder
+                if budgets is None or not budgets.has_tracked_requests():
+                    return original(self, logits, None)
             return original(self, logits, spec_decode_metadata)
 
         return _sample

@@ -226,6 +226,8 @@ def _most_drafted(params: Any, num_output_tokens: int, max_positions: int) -> in
     """
     if params.min_p > MIN_P_EPSILON or params.logit_bias:
         return 0  # both are left out for drafted tokens
+    if params.thinking_token_budget is not None:
+        return 0  # vLLM may force a second end of thinking after one that was drafted
     num_left: int = (params.max_tokens or max_positions) - num_output_tokens
     if params.min_tokens > num_output_tokens:
         # the token after a draft may not be a stop token either, however long the draft

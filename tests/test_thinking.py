@@ -1,0 +1,54 @@
+"""Thinking budgets (V1) beside other requests: what an engine without speculation answers."""
+
+import pytest
+
+from engine import engine, generate, mixed_prompts
+
+REASONING = {"reasoning_start_str": "Here", "reasoning_end_str": "The answer"}
+BUDGETS = (None, 9, None, 0, 25, None, 40)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with engine(reasoning_config=REASONING) as llm:
+        prompts = mixed_prompts(llm.get_tokenizer(), 2 * len(BUDGETS))[::2]
+        return prompts, generate(llm, prompts, budgeted())
+
+
+def budgeted(**more):
+    from vllm import SamplingParams
+
+    return [
+        SamplingParams(temperature=0.0, max_tokens=60, thinking_token_budget=budget, **more)
+        for budget in BUDGETS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        pytest.param({}, {}, id="the paper's rule"),
+        pytest.param({"load_aware": True}, {}, id="default"),
+        pytest.param({"policy": "fixed"}, {}, id="fixed"),
+        pytest.param({}, {"extra_args": {"failfast_max_len": 0}}, id="undrafted"),
+    ],
+)
+def test_budgets_in_a_mixed_batch(expected, method, more):
+    """Catches steps without drafts that take another sampler: a budget's state would count no rows
+
+    and force the end of thinking upon the first request of the batch.
+    """
+    prompts, answers = expected
+    with engine({"method": "failfast", **method}, reasoning_config=REASONING) as llm:
+        for some in (slice(0, 2), slice(1, 3), slice(0, len(prompts))):
+            assert generate(llm, prompts[some], budgeted(**more)[some]) == answers[some]
+
+
+def test_the_budgets_bite(expected):
+    """Else the test above proves nothing: with a budget of 0 the answer is another."""
+    prompts, answers = expected
+    with engine(reasoning_config=REASONING) as llm:
+        unlimited = generate(llm, prompts, budgeted()[0])
+    changed = [a != b for a, b in zip(answers, unlimited, strict=True)]
+    assert any(changed)
+    assert not any(c for c, budget in zip(changed, BUDGETS, strict=True) if budget is None)
