@@ -61,7 +61,10 @@ def asked(
     eos_token_ids: frozenset[int],
     num_speculative_tokens: int,
 ) -> Asked:
-    """Read the checked parameters of a step's requests.
+    """Read the parameters of a step's requests.
+
+    Not every front end checks them (`check`), so a value that is out of range is brought into it,
+    and one of another kind is ignored: a request must not end the engine of all others.
 
     Args:
         params: [num_reqs] vLLM's SamplingParams.
@@ -82,7 +85,11 @@ def asked(
             not param.ignore_eos and token_id in eos_token_ids
         )
         if param.extra_args:
-            max_len = param.extra_args.get(MAX_LEN, num_speculative_tokens)
-            found.max_draft_lens[i] = min(max_len, num_speculative_tokens)
-            found.min_confidences[i] = param.extra_args.get(CONFIDENCE_THRESHOLD, 0.0)
+            max_len = param.extra_args.get(MAX_LEN)
+            if isinstance(max_len, int) and not isinstance(max_len, bool):
+                found.max_draft_lens[i] = min(max(max_len, 0), num_speculative_tokens)
+            threshold = param.extra_args.get(CONFIDENCE_THRESHOLD)
+            is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+            if is_number and threshold == threshold:  # no NaN
+                found.min_confidences[i] = min(max(threshold, 0.0), 1.0)
     return found

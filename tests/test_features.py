@@ -6,10 +6,13 @@ they were alone, and so must the requests with the feature.
 
 import itertools
 import json
+import math
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given, settings
 from vllm import SamplingParams
 from vllm.config.structured_outputs import StructuredOutputsConfig
 from vllm.exceptions import VLLMValidationError
@@ -363,6 +366,38 @@ def test_wrong_keys_are_refused(plain, drafting, extra_args, message):
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert core(drafting).scheduler.get_num_unfinished_requests() == 0
+
+
+HOSTILE = ("x", "3", math.nan, math.inf, -5, 2**62, None, [1], [0.5], {}, True, -0.1, 1e300)
+
+
+def test_unchecked_values_do_not_end_the_engine(plain, drafting, monkeypatch):
+    """A front end that checks nothing, as vLLM's Rust one: values of any kind reach the worker."""
+    monkeypatch.setattr(request, "check", lambda *args: None)
+    params = [
+        {**GREEDY, "extra_args": {key: HOSTILE[i % len(HOSTILE)]}}
+        for i, key in enumerate(request.KEYS * len(HOSTILE))
+    ]
+    prompts = (plain.prompts * len(params))[: len(params)]
+    expected = ([[answer] for answer in plain.greedy] * len(params))[: len(params)]
+    assert ask(drafting, prompts, params).answers == expected
+    assert core(drafting).scheduler.get_num_unfinished_requests() == 0
+
+
+@given(
+    max_len=st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(),
+    threshold=st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats()
+    | st.lists(st.floats()),
+)
+@settings(deadline=None, derandomize=True, database=None)
+def test_whatever_a_request_asks_stays_in_range(max_len, threshold):
+    extra = {request.MAX_LEN: max_len, request.CONFIDENCE_THRESHOLD: threshold}
+    found = request.asked([SamplingParams(extra_args=extra)], [1], frozenset(), 60)
+    assert 0 <= found.max_draft_lens[0] <= 60
+    assert 0.0 <= found.min_confidences[0] <= 1.0
 
 
 def test_logprob_token_ids_are_refused(plain, drafting):
