@@ -418,10 +418,13 @@ def adapter_of(runner: Any) -> Any:
 
 
 def start_serving(runner: Any) -> None:
-    """End a worker's start-up: forget what vLLM's warm-up drafted, and measure the models."""
+    """End a worker's start-up: measure the models, and forget what vLLM's warm-up drafted."""
     adapter = adapter_of(runner)
     vllm_config, drafter, stats = adapter.vllm_config, adapter.drafter, adapter.stats
     knobs = vllm_config.additional_config[METHOD]
+    if knobs["load_aware"]:
+        costs = measure_costs(adapter.target_step(runner), drafter.model, vllm_config)
+        drafter.planner = make_planner(costs, vllm_config)
     stats.reset()
     if stats.trace is None:  # may be open: some start-ups end twice
         stats.trace = _trace_writer(vllm_config, drafter.kv_block_size)
@@ -430,10 +433,6 @@ def start_serving(runner: Any) -> None:
     drafter.paths = PathSearch() if knobs["path_search"] else None
     drafter.blocks.bits.zero_()
     adapter.rounds = Rounds(drafter, stats.counts)
-    if knobs["load_aware"]:
-        costs = measure_costs(adapter.target_step(runner), drafter.model, vllm_config)
-        drafter.planner = make_planner(costs, vllm_config)
-        stats.reset()
 
 
 def _trace_writer(vllm_config: VllmConfig, kv_block_size: int) -> TraceWriter | None:

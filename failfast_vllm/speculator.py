@@ -273,9 +273,8 @@ class FailFastSpeculator(DraftModelSpeculator):
         )
         sampled = emitted_lens > 0
 
-        final = (
-            now_computed // self.drafter.diffusion_block_size * self.drafter.diffusion_block_size
-        )
+        size = self.drafter.diffusion_block_size
+        final = now_computed // size * size
 
         request_end = states.max_seq_len[input_batch.idx_mapping_np]  # prompt + max_tokens
         room = np.minimum(request_end, self.position_limit) - known - 1
