@@ -1,12 +1,13 @@
 """The `failfast` command: what is shipped, whether it can run here, and what it is worth.
 
 Nothing heavy is imported before a command needs it. Results go to stdout, all else to stderr.
-Exit codes: 0 fine, 1 a check failed, 2 cannot run (bad arguments, missing models).
+Exit codes: 0 fine, 1 a check failed, 2 cannot run (bad arguments, missing models), 130 interrupted.
 """
 
 import argparse
 import contextlib
 import ctypes
+import errno
 import importlib.metadata
 import json
 import math
@@ -66,10 +67,29 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         code: int = args.run(args)
+        sys.stdout.flush()
     except UsageError as error:
         print(f"failfast {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"failfast {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader has seen enough
+        _drop_output()
+        return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        reason = f"cannot write the output ({error.strerror})"
+        print(f"failfast {args.command}: {reason}", file=sys.stderr)
+        _drop_output()
+        return 1
     return code
+
+
+def _drop_output() -> None:
+    """What is still buffered would raise again while the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ Errors are one line: what is wrong, what was got, what to do.
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ MODELS_DIR = Path(__file__).parent / "models"
 # vLLM's SpeculativeConfig changes the method of a draft model whose path contains one of these
 METHOD_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
 MAX_DRAFT_BUDGET = 65536
+MAX_ECHO = 100  # characters of a user's value in an error
+HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 MAX_SPECULATIVE_TOKENS = 128  # MAX_SPEC_LEN of vLLM's rejection sampler
 
 
@@ -199,6 +202,12 @@ KNOWN_KEYS = (
 )
 
 
+def _echo(value: Any) -> str:
+    """A user's value in an error of one line, whatever its length."""
+    text = repr(value)
+    return text if len(text) <= MAX_ECHO else f"{text[:MAX_ECHO]}... ({len(text)} characters)"
+
+
 def is_bare_word(text: str) -> bool:
     """Whether the whole speculative config is the word `failfast`."""
     return text.strip().lower() == METHOD
@@ -212,18 +221,29 @@ def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any] 
     """
     if isinstance(speculative_config, str):
         return {} if is_bare_word(speculative_config) else None
-    if not isinstance(speculative_config, Mapping) or speculative_config.get("method") != METHOD:
+    if not isinstance(speculative_config, Mapping):
         return None
-    given = {str(key).replace("-", "_"): value for key, value in speculative_config.items()}
-    for key in given:
+    method = speculative_config.get("method")
+    if not isinstance(method, str) or not is_bare_word(method):
+        return None
+    given: dict[str, Any] = {}
+    for spelt, value in speculative_config.items():
+        key = str(spelt).replace("-", "_")
         if key not in KNOWN_KEYS:
-            near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
+            near = difflib.get_close_matches(key[:MAX_ECHO], KNOWN_KEYS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(KNOWN_KEYS)}."
-            raise ValueError(f"failfast: unknown key {key!r} in the speculative config; {hint}")
+            raise ValueError(
+                f"failfast: unknown key {_echo(key)} in the speculative config; {hint}"
+            )
+        if key in given:
+            raise ValueError(
+                f"failfast: {key!r} must be given once; got it with '-' and with '_'. Remove one."
+            )
+        given[key] = value
     for key in ("model", "revision"):
         value = given.get(key)
         if key in given and (not isinstance(value, str) or not value.strip()):
-            raise ValueError(f"failfast: {key!r} must be a non-empty string; got {value!r}.")
+            raise ValueError(f"failfast: {key!r} must be a non-empty string; got {_echo(value)}.")
     if "draft_tensor_parallel_size" in given:
         _integer(given, "draft_tensor_parallel_size", 1, 1, 1024)
     if BLOCK_SIZE in given and not _is_block_size(given[BLOCK_SIZE]):
@@ -265,18 +285,20 @@ def check_local_drafter(
         if word in model.lower():
             raise ValueError(
                 f"failfast: vLLM takes a drafter with {word!r} in its path for another method; "
-                f"got {model!r}. Rename the directory."
+                f"got {_echo(model)}. Rename the directory."
             )
-    path = Path(model)
-    if not path.is_dir():
-        if model.startswith(("/", ".", "~")) or model.count("/") > 1:  # no hub id looks so
+    if not os.path.isdir(model):  # where Path.is_dir raises on an impossible name, this is False
+        if model.startswith(("/", ".", "~")) or not HUB_ID.fullmatch(model):
             raise ValueError(
-                f"failfast: the drafter {model!r} is not a directory; "
+                f"failfast: the drafter {_echo(model)} is not a directory; "
                 "give a checkpoint directory or a hub id."
             )
         return None
+    path = Path(model)
     config_path = path / "config.json"
     try:
+        if config_path.exists() and not config_path.is_file():
+            raise ValueError("it is not a file")  # a pipe would be read for ever
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
@@ -459,19 +481,26 @@ def _trace_file(given: Mapping[str, Any]) -> str | None:
             )
         return None
     value = given["trace"]
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"failfast: 'trace' must be the name of a file; got {value!r}.")
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        raise ValueError(f"failfast: 'trace' must be the name of a file; got {_echo(value)}.")
     path = Path(value).expanduser().absolute()
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    try:
+        if not path.parent.is_dir():
+            raise OSError("no such folder")
+        is_new = not path.exists()
+        if not is_new and not is_trace(path):
+            raise ValueError(
+                f"failfast: 'trace' must be a new file, or a trace to go on with; got {value!r}. "
+                "Name another file."
+            )
+        path.open("ab").close()  # /proc lets nobody write, whatever its permissions say
+        if is_new:
+            path.unlink()
+    except OSError as error:
         raise ValueError(
-            f"failfast: 'trace' must be a file in an existing, writable folder; got {value!r}. "
-            "Create the folder."
-        )
-    if path.exists() and not is_trace(path):
-        raise ValueError(
-            f"failfast: 'trace' must be a new file, or a trace to go on with; got {value!r}. "
-            "Name another file."
-        )
+            "failfast: 'trace' must be a file in an existing, writable folder; "
+            f"got {_echo(value)} ({error.strerror or error}). Create the folder."
+        ) from None
     return str(path)
 
 

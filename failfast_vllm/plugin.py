@@ -26,6 +26,7 @@ from failfast_vllm.families import FAMILIES, MAX_DIFFUSION_BLOCK_SIZE, Family, f
 logger = logging.getLogger("vllm.failfast")  # vLLM's handlers and format
 
 ENGINE_MODULE = "vllm.v1.engine.core"
+VOCABULARIES = ("tokenizer.json", "vocab.json")
 SUPPORTED_VLLM = ((0, 32), (0, 33))
 
 
@@ -572,11 +573,14 @@ def _token_facts(
     from vllm.tokenizers.registry import cached_tokenizer_from_config
 
     try:
+        files = [os.path.join(drafter, name) for name in VOCABULARIES]
+        if os.path.isdir(drafter) and not any(map(os.path.isfile, files)):
+            raise OSError(f"it has no {' or '.join(VOCABULARIES)}")  # else an empty one is made
         drafter_tokenizer = AutoTokenizer.from_pretrained(
             drafter, revision=revision, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of a damaged file the libraries raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"failfast: cannot load the tokenizer of the drafter {drafter!r} ({reason}); "
             f"give a complete {family.name} checkpoint."

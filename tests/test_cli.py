@@ -234,3 +234,33 @@ def test_demo_fails_if_outputs_differ(capsys, monkeypatch):
     monkeypatch.setattr(demo, "compare", lambda *args: comparison([0, 1, 2, 4]))
     assert cli.main(["demo", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["outputs_identical"] is False
+
+
+@pytest.mark.parametrize("command", ["models", "doctor"])
+def test_a_reader_that_has_seen_enough(command):
+    """Catches a traceback behind `failfast models | head -c1`."""
+    done = subprocess.run(
+        f"{COMMAND} {command} | head -c1", shell=True, capture_output=True, text=True, check=False
+    )
+    assert len(done.stdout) == 1
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    done = subprocess.run(
+        f"{COMMAND} models > /dev/full", shell=True, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "failfast models: cannot write the output (No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interrupt_is_one_line_and_130(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_demo", interrupted)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "failfast demo: interrupted\n"

@@ -6,6 +6,7 @@ drafters here are headers with a hole behind them.
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -117,6 +118,38 @@ def test_unknown_key_gets_a_hint(key, hint):
     message = refusal({"method": METHOD, key: 5})
     assert f"unknown key {key.replace('-', '_')!r}" in message
     assert hint in message
+
+
+@pytest.mark.parametrize(
+    ("given", "fragments"),
+    [
+        ({"x" * 100_000: 1}, ["unknown key 'xxx", "(100002 characters)", "use one of method"]),
+        ({"model": "m" * 10_000}, ["the drafter 'mmm", "(10002 characters)", "hub id"]),
+        ({"model": "a\nb"}, ["the drafter 'a\\nb'", "give a checkpoint directory or a hub id"]),
+        ({"model": "a b/c"}, ["the drafter 'a b/c'", "give a checkpoint directory or a hub id"]),
+        ({"model": "a\0b"}, ["the drafter", "give a checkpoint directory or a hub id"]),
+        ({"trace": "t" * 300}, ["'trace' must be a file", "name too long"]),
+        ({"trace": "a\0b"}, ["'trace' must be the name of a file", "a\\x00b"]),
+        ({"trace": "/proc/trace.jsonl"}, ["'trace' must be a file", "writable folder"]),
+        ({"draft-budget": 5, "draft_budget": 6}, ["'draft_budget' must be given once"]),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_odd_values_are_one_short_line(given, fragments):
+    """Catches raw exceptions of the libraries, and values that are echoed whole."""
+    message = refusal({"method": METHOD, **given})
+    assert all(fragment.lower() in message.lower() for fragment in fragments), message
+    assert len(message) < 1000
+
+
+def test_a_check_leaves_no_trace_behind(tmp_path):
+    built = build({"method": METHOD, "trace": str(tmp_path / "t.jsonl")})
+    assert built.additional_config[METHOD]["trace"] == str(tmp_path / "t.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_method_is_known_in_capitals():
+    assert knobs(build({"method": "FAILFAST"})) == DEFAULTS
 
 
 BAD_PARAMETERS = [
@@ -313,6 +346,20 @@ def lose_tokenizer(path):
         file.unlink()
 
 
+def lose_one_tokenizer_file(path):
+    """Its settings stay: transformers then makes an empty tokenizer."""
+    (path / "tokenizer.json").unlink()
+
+
+def empty_tokenizer(path):
+    (path / "tokenizer.json").write_text("{}", encoding="utf-8")
+
+
+def pipe_config(path):
+    (path / "config.json").unlink()
+    os.mkfifo(path / "config.json")
+
+
 def swap_tokens(path):
     """Two ids change places: the size of the vocabulary says nothing."""
     fields = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
@@ -369,6 +416,9 @@ def turn_mask_boolean(path):
         (lose_weights, ["no .safetensors", "got no weights", "convert it"]),
         (pickle_weights, ["no .safetensors", "got pytorch_model.bin", "convert it"]),
         (lose_tokenizer, ["cannot load the tokenizer", "complete Fast-dLLM v2 checkpoint"]),
+        (lose_one_tokenizer_file, ["cannot load the tokenizer", "it has no tokenizer.json or"]),
+        (empty_tokenizer, ["cannot load the tokenizer", "complete Fast-dLLM v2 checkpoint"]),
+        (pipe_config, ["cannot read", "config.json", "it is not a file"]),
         (swap_tokens, ["another tokenizer", "' there)", "of the target's family"]),
         (shrink_vocabulary, ["another tokenizer", "unknown to the drafter", "target's family"]),
         (lose_mask, ["MASK token is unknown", "'|<MASK>|'", "set 'mask_token_id'"]),
