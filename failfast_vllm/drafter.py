@@ -206,8 +206,12 @@ class Drafter:
         self.device = stop_token_ids.device
 
     def draft_budget(self, num_seqs: int) -> int:
-        """Tokens that a step of `num_seqs` may draft: verification has one row more for each."""
-        return max(0, min(self.max_draft_budget, self.max_num_rows - num_seqs))
+        """Tokens that a step of `num_seqs` may draft.
+
+        Verification has one row more for each, and half of the rest is left to prompts: vLLM
+        schedules what runs, drafts included, before what waits, which would starve.
+        """
+        return max(0, min(self.max_draft_budget, (self.max_num_rows - num_seqs) // 2))
 
     def propose(self, step: DraftStep) -> Drafts:
         """Commit every newly complete block and draft for the sequences that may have a draft.
