@@ -65,7 +65,6 @@ class FailFastSpeculator(DraftModelSpeculator):
     def load_draft_model(
         self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
     ) -> torch.nn.Module:
-        self.target_model = target_model
         draft_config = replace(
             self.vllm_config,
             model_config=self.draft_model_config,
