@@ -546,8 +546,7 @@ def test_points_are_written_as_they_are_measured(fake, tmp_path, monkeypatch):
         return point(*args)
 
     monkeypatch.setattr(bench, "measure_point", measure_point)
-    with pytest.raises(KeyboardInterrupt):
-        cli.main(argv)
+    assert cli.main(argv) == 130
     first = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert [row["concurrency"] for row in first] == [1, 1]
     monkeypatch.setattr(bench, "measure_point", point)
