@@ -795,10 +795,9 @@ def install_v2_hooks() -> None:
 
     def taking_drafts(original: Any) -> Any:
         def take_draft_token_ids(self: Any) -> Any:
-            take = functools.partial(original, self)
             if isinstance(self.speculator, FailFastSpeculator):
-                return self.speculator.take_drafts(take)
-            return take()
+                return self.speculator.take_drafts()
+            return original(self)
 
         return take_draft_token_ids
 
@@ -839,7 +838,6 @@ def install_v1_hooks() -> None:
     if problem:
         raise RuntimeError(f"failfast cannot run: {problem}")
     from vllm.triton_utils import HAS_TRITON
-    from vllm.v1.outputs import DraftTokenIds
     from vllm.v1.sample import rejection_sampler
     from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
@@ -880,7 +878,9 @@ def install_v1_hooks() -> None:
             slot_mappings: Any,
         ) -> Any:
             if isinstance(self.drafter, FailFastProposer):
-                return self.drafter.draft(scheduler_output, sampled_token_ids, common_attn_metadata)
+                return self.drafter.postpone(
+                    scheduler_output, sampled_token_ids, common_attn_metadata
+                )
             return original(
                 self,
                 scheduler_output,
@@ -907,13 +907,10 @@ def install_v1_hooks() -> None:
 
     def taking_drafts(original: Any) -> Any:
         def take_draft_token_ids(self: Any) -> Any:
-            drafts = original(self)
-            drafter = getattr(self, "drafter", None)
-            if drafts is not None and isinstance(drafter, FailFastProposer):
-                if not any(drafts.draft_token_ids):
-                    drafts = DraftTokenIds([], [])  # nothing for the scheduler to go through
-                drafts.failfast_counts = drafter.stats.counts.take()
-            return drafts
+            drafter = getattr(self, "drafter", None)  # only a runner that speculates has one
+            return (
+                drafter.take_drafts() if isinstance(drafter, FailFastProposer) else original(self)
+            )
 
         return take_draft_token_ids
 

@@ -2,21 +2,19 @@
 
 vLLM builds it where it would build its own `DraftModelProposer`, so loading, KV allocation and
 memory profiling are vLLM's. Once per engine step, after the accepted tokens are booked, the runner
-calls `draft` and schedules the lists that it returns.
-
-What is committed needs no state: every step commits all blocks that the target has completed, so
-the cache holds exactly the blocks below the step's first computed position - also after a prefix
-hit or a preemption.
+offers the step to `postpone`. Once its tokens have gone out, vLLM's engine asks for drafts:
+`take_drafts`.
 """
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from failfast_vllm.blocks import to_device
@@ -38,6 +36,14 @@ from failfast_vllm.request import asked
 MIN_P_EPSILON = 1e-5  # below it vLLM takes min_p for 0
 
 
+class _Step(NamedTuple):
+    """An engine step as the runner describes it; its own state stays as it is until the next."""
+
+    scheduler_output: Any
+    sampled_token_ids: list[list[int]]  # [num_reqs][0 or more]
+    common_attn_metadata: Any
+
+
 class FailFastProposer(DraftModelProposer):
     """vLLM's proposer interface over `drafter.Drafter`."""
 
@@ -50,6 +56,7 @@ class FailFastProposer(DraftModelProposer):
         self.stats = DraftStats()
         self.drafter: Drafter | None = None  # these two set by `initialize_attn_backend`
         self.rounds: Rounds | None = None
+        self._postponed: _Step | None = None  # set by `postpone`
 
     @property
     def position_limit(self) -> int:
@@ -102,7 +109,28 @@ class FailFastProposer(DraftModelProposer):
         )
         self.rounds = Rounds(self.drafter, self.stats.counts)
 
-    def draft(
+    def postpone(
+        self, scheduler_output: Any, sampled_token_ids: list[list[int]], common_attn_metadata: Any
+    ) -> list[list[int]]:
+        """The runner has booked a step's tokens, which nobody has seen yet: no drafts so far."""
+        emitted = [list(ids) for ids in sampled_token_ids]  # a scheduler in this process cuts them
+        self._postponed = _Step(scheduler_output, emitted, common_attn_metadata)
+        return [[]] * len(emitted)
+
+    def take_drafts(self) -> DraftTokenIds | None:
+        """What the scheduler is told of the postponed step; None where there is none."""
+        step, self._postponed = self._postponed, None
+        if step is None:
+            return None
+        lists = self._draft(*step)
+        drafts = DraftTokenIds([], [])  # nothing for the scheduler to go through
+        if any(lists):
+            drafts = DraftTokenIds(self.runner.input_batch.req_ids, lists)
+        drafts.failfast_counts = self.stats.counts.take()  # type: ignore[attr-defined]
+        return drafts
+
+    @torch.inference_mode()
+    def _draft(
         self, scheduler_output: Any, sampled_token_ids: list[list[int]], common_attn_metadata: Any
     ) -> list[list[int]]:
         """One engine step: commit, draft, and return a list per request (`[]` = no draft)."""
@@ -155,6 +183,7 @@ class FailFastProposer(DraftModelProposer):
 
     def begin(self, scheduler_output: Any) -> None:
         """Called by the runner before each step, also in steps without any request."""
+        self._postponed = None  # nobody has asked for its drafts
         if self.drafter is None or self.rounds is None:
             return
         self.rounds.forget(scheduler_output.finished_req_ids)
@@ -189,7 +218,7 @@ class FailFastProposer(DraftModelProposer):
         requests = [self.runner.requests[req_id] for req_id in req_ids]
         wanted = asked(
             [request.sampling_params for request in requests],
-            [ids[-1] if ids else -1 for ids in sampled_token_ids],
+            sampled_token_ids,
             self.eos_token_ids,
             scheduler_output.num_spec_tokens_to_schedule,
         )
@@ -200,6 +229,7 @@ class FailFastProposer(DraftModelProposer):
                 _most_drafted(request.sampling_params, num_output, limit), limit - known[i] - 1
             )
         max_draft_lens = np.minimum(wanted.max_draft_lens, np.maximum(room, 0))
+        ended = sampled & (wanted.ended | (room < 0))
 
         width = int(known.max(initial=0))
         tokens = torch.from_numpy(batch.token_ids_cpu[:num_reqs, :width])
@@ -210,8 +240,8 @@ class FailFastProposer(DraftModelProposer):
             block_table=table,
             known_lens=np.where(sampled, known, final),
             committed_lens=committed,
-            final_lens=final,
-            max_draft_lens=np.where(sampled & ~wanted.ended, max_draft_lens, 0),
+            final_lens=np.where(ended, committed, final),
+            max_draft_lens=np.where(sampled & ~ended, max_draft_lens, 0),
             draft_budget=self.drafter.draft_budget(num_reqs),
             stops_at_eos=wanted.stops_at_eos,
             min_confidences=wanted.min_confidences,

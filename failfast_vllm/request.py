@@ -22,7 +22,7 @@ class Asked(NamedTuple):
     max_draft_lens: npt.NDArray[np.int64]  # most tokens per draft, whatever the engine allows
     min_confidences: npt.NDArray[np.float32]  # an increment with a token below it is the last
     stops_at_eos: npt.NDArray[np.bool_]
-    ended: npt.NDArray[np.bool_]  # the scheduler is about to finish it at its last token
+    ended: npt.NDArray[np.bool_]  # a stop token came: the scheduler finishes it there
 
 
 def check(params: Any, num_speculative_tokens: int, confidence_threshold: float) -> None:
@@ -57,7 +57,7 @@ def check(params: Any, num_speculative_tokens: int, confidence_threshold: float)
 
 def asked(
     params: Sequence[Any],
-    last_token_ids: Sequence[int],
+    emitted: Sequence[Sequence[int]],
     eos_token_ids: frozenset[int],
     num_speculative_tokens: int,
 ) -> Asked:
@@ -68,7 +68,7 @@ def asked(
 
     Args:
         params: [num_reqs] vLLM's SamplingParams.
-        last_token_ids: [num_reqs] the last token of each request, -1 for none.
+        emitted: [num_reqs] tokens of this step, with those behind a stop token.
         eos_token_ids: the target's.
         num_speculative_tokens: most tokens per draft in this step.
     """
@@ -79,11 +79,12 @@ def asked(
         stops_at_eos=np.empty(num_reqs, dtype=bool),
         ended=np.empty(num_reqs, dtype=bool),
     )
-    for i, (param, token_id) in enumerate(zip(params, last_token_ids, strict=True)):
+    for i, (param, token_ids) in enumerate(zip(params, emitted, strict=True)):
         found.stops_at_eos[i] = not param.ignore_eos
-        found.ended[i] = token_id in (param.stop_token_ids or ()) or (
-            not param.ignore_eos and token_id in eos_token_ids
-        )
+        stops = frozenset(param.stop_token_ids or ())
+        if not param.ignore_eos:
+            stops |= eos_token_ids
+        found.ended[i] = not stops.isdisjoint(token_ids)
         if param.extra_args:
             max_len = param.extra_args.get(MAX_LEN)
             if isinstance(max_len, int) and not isinstance(max_len, bool):

@@ -1,16 +1,15 @@
 """The drafter on vLLM's V2 model runner: an adapter that owns no algorithm.
 
-vLLM builds it in `init_speculator`; the runner calls `propose` once per step, after the accepted
-tokens are booked on the device, and hands the drafts to the next step. The runner reports one
-length for all requests; `trim` cuts its report to the length that each request was drafted.
-
-As with V1 no state says what is committed: see `proposer.py`.
+vLLM builds it in `init_speculator`. Once per engine step, after the accepted tokens are booked on
+the device, the runner offers the step to `propose`. Once its tokens have gone out, vLLM's engine
+asks for drafts: `take_drafts`. vLLM's own report has one length for all requests; ours has each
+request's.
 """
 
 import functools
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from failfast_vllm.blocks import to_device
-from failfast_vllm.drafter import Drafter, DraftStep
+from failfast_vllm.drafter import Drafter, Drafts, DraftStep
 from failfast_vllm.graphs import cuda_graph
 from failfast_vllm.hosting import (
     DraftStats,
@@ -42,6 +41,14 @@ from failfast_vllm.ranks import drafter_group, keep_apart
 from failfast_vllm.request import asked
 
 
+class _Step(NamedTuple):
+    """An engine step as the runner describes it; its own state stays as it is until the next."""
+
+    input_batch: Any
+    num_sampled: torch.Tensor  # [num_reqs] int32
+    num_speculative_tokens: int
+
+
 class FailFastSpeculator(DraftModelSpeculator):
     """vLLM's speculator interface over `drafter.Drafter`. Synchronous scheduling only."""
 
@@ -55,7 +62,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         self.stats = DraftStats()
         self.drafter: Drafter | None = None  # these two set by `set_attn`
         self.rounds: Rounds | None = None
-        self._lens: dict[str, int] = {}  # request -> length of its current draft
+        self._postponed: _Step | None = None  # set by `propose`
 
     @property
     def position_limit(self) -> int:
@@ -132,6 +139,7 @@ class FailFastSpeculator(DraftModelSpeculator):
 
     def add_requests(self, scheduler_output: Any) -> None:
         """Called after the runner has put new and resumed requests into their state slots."""
+        self._postponed = None  # nobody has asked for its drafts
         if self.drafter is not None:
             pages = new_pages(
                 scheduler_output, self.kv_group, self.page_size, trusts_hits=not self.foreign_kv
@@ -141,7 +149,6 @@ class FailFastSpeculator(DraftModelSpeculator):
             slot = self.req_states.req_id_to_index[request.req_id]
             self.params[slot] = request.sampling_params
 
-    @torch.inference_mode()
     def propose(
         self,
         input_batch: Any,
@@ -162,53 +169,81 @@ class FailFastSpeculator(DraftModelSpeculator):
         is_profile: bool = False,
         num_speculative_tokens: int | None = None,
     ) -> torch.Tensor:
-        """One engine step: commit and draft.
+        """The runner has booked a step's tokens, which nobody has seen yet: no drafts so far.
 
         Returns:
-            [num_reqs, num_speculative_steps] int64. Beyond each request's draft 0: vLLM's warm-up
-            schedules all columns, so that each must be an id.
+            [num_reqs, num_speculative_steps] zeros: vLLM's warm-up schedules all columns, so that
+            each must be an id.
         """
-        num_reqs = input_batch.num_reqs
-        draft_tokens: torch.Tensor = self.draft_tokens[:num_reqs].fill_(0)
         if dummy_run:  # also on a data-parallel rank without work: our passes wait for no other
             if is_profile:
                 profile_pass(self.model, self.vllm_config, input_batch.num_tokens, self.device)
-            return draft_tokens
+        else:
+            if num_speculative_tokens is None:
+                num_speculative_tokens = self.num_speculative_steps
+            self._postponed = _Step(input_batch, num_sampled, num_speculative_tokens)
+        no_drafts: torch.Tensor = self.draft_tokens[: input_batch.num_reqs].fill_(0)
+        return no_drafts
+
+    def take_drafts(self) -> DraftTokenIds | None:
+        """What the scheduler is told of the postponed step; None where there is none.
+
+        The ids stay on the device, where the runner finds them; a grammar has to see them, too.
+        """
+        step, self._postponed = self._postponed, None
+        if step is None:
+            return None
+        drafts = self._draft(*step)
+        report = DraftTokenIds([], [])  # nothing for the scheduler to go through
+        if drafts is not None and drafts.lens.any():
+            if step.input_batch.has_structured_output_reqs:
+                lists = drafts.to_lists()
+            else:
+                lists = [[-1] * length for length in drafts.lens.tolist()]
+            report = DraftTokenIds(step.input_batch.req_ids, lists)
+        report.failfast_counts = self.stats.counts.take()  # type: ignore[attr-defined]
+        return report
+
+    @torch.inference_mode()
+    def _draft(
+        self,
+        input_batch: Any,
+        num_sampled: torch.Tensor,
+        num_speculative_tokens: int,
+    ) -> Drafts | None:
+        """One engine step: commit and draft; None while the planner rests."""
         assert self.drafter is not None
         assert self.rounds is not None
         began = time.perf_counter()
         self.stats.step_began()
-        if num_speculative_tokens is None:
-            num_speculative_tokens = self.num_speculative_steps
         planner, req_ids = self.drafter.planner, input_batch.req_ids
-        self._lens = {}
         rests = planner is not None and not planner.step_began(req_ids, input_batch.num_tokens)
         if rests and not self.stats.wants_plain_rounds:
-            return draft_tokens
-        step, emitted_lens = self._gather(
-            input_batch, num_sampled, last_sampled, num_speculative_tokens
-        )
+            return None
         num_verified = input_batch.num_draft_tokens_per_req
         if num_verified is None:
-            num_verified = np.zeros(num_reqs, dtype=np.int64)
+            num_verified = np.zeros(input_batch.num_reqs, dtype=np.int64)
+        step, emitted = self._gather(
+            input_batch, num_sampled, 1 + int(num_verified.max(initial=0)), num_speculative_tokens
+        )
         if self.stats.wants_rounds:
-            self._report_rounds(step, num_verified, emitted_lens)
+            self._report_rounds(step, num_verified.tolist(), emitted)
         if rests:
-            return draft_tokens
-        self.rounds.verified(step.req_ids, num_verified.tolist(), emitted_lens.tolist())
+            return None
+        self.rounds.verified(req_ids, num_verified.tolist(), [len(ids) for ids in emitted])
         drafts = self.drafter.propose(step)
-        self.rounds.drafted(step.req_ids, drafts)
+        self.rounds.drafted(req_ids, drafts)
         longest = drafts.token_ids.shape[1]
         lens = to_device(drafts.lens, self.device)
         drafted = torch.arange(longest, device=self.device) < lens[:, None]
-        draft_tokens[:, :longest] = torch.where(drafted, drafts.token_ids, 0)
-        self._lens = dict(zip(input_batch.req_ids, drafts.lens.tolist(), strict=True))
+        ids = torch.where(drafted, drafts.token_ids, 0)
+        self.req_states.draft_tokens[input_batch.idx_mapping, :longest] = ids
         self.stats.count(drafts, (time.perf_counter() - began) * 1e3)
         if self.stats.wants_rounds:
-            self.stats.remember(step.req_ids, drafts)
+            self.stats.remember(req_ids, drafts)
         if planner is not None:
-            planner.step_ended(step.req_ids)
-        return draft_tokens
+            planner.step_ended(req_ids)
+        return drafts
 
     def target_step(self, runner: Any) -> Callable[[int], torch.Tensor]:
         """A step of the target over a number of tokens, as vLLM runs it: in a graph if one fits."""
@@ -220,25 +255,6 @@ class FailFastSpeculator(DraftModelSpeculator):
 
         return step
 
-    def take_drafts(self, take: Callable[[], DraftTokenIds | None]) -> DraftTokenIds | None:
-        """What the scheduler is told: each request's list cut to its draft.
-
-        Args:
-            take: vLLM's own report, as long for each request as the longest draft may be.
-        """
-        drafts: DraftTokenIds | None = DraftTokenIds([], [])
-        if any(self._lens.values()):  # else nothing for the scheduler to go through
-            drafts = take()
-            if drafts is None:
-                return None
-            lists = [
-                ids[: self._lens.get(req_id, 0)]
-                for req_id, ids in zip(drafts.req_ids, drafts.draft_token_ids, strict=True)
-            ]
-            drafts = DraftTokenIds(drafts.req_ids, lists)
-        drafts.failfast_counts = self.stats.counts.take()  # type: ignore[union-attr]
-        return drafts
-
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended; also called in steps without any other."""
         if self.rounds is not None:
@@ -249,27 +265,34 @@ class FailFastSpeculator(DraftModelSpeculator):
         self,
         input_batch: Any,
         num_sampled: torch.Tensor,
-        last_sampled: torch.Tensor,
+        most_emitted: int,
         num_speculative_tokens: int,
-    ) -> tuple[DraftStep, np.ndarray[Any, Any]]:
-        """The runner's state after verification; also how many tokens each request emitted."""
+    ) -> tuple[DraftStep, list[list[int]]]:
+        """The runner's state after verification; also the tokens that each request emitted."""
         assert self.drafter is not None
         states, rows = self.req_states, input_batch.idx_mapping
         num_reqs = input_batch.num_reqs
+        known_lens = states.total_len.gpu[rows].long()
         computed_lens = states.num_computed_tokens.gpu[rows].long().clamp(max=self.position_limit)
         table = self.block_tables.input_block_tables[self.kv_group][:num_reqs]
-        verdict = torch.stack(
+        columns = known_lens[:, None] + torch.arange(-most_emitted, 0, device=self.device)
+        columns = columns.clamp(0, states.all_token_ids.gpu.shape[1] - 1)
+        verdict = torch.cat(
             (
-                states.total_len.gpu[rows].long(),
-                self.drafter.blocks.committed_lens(table, computed_lens),
-                computed_lens,
-                num_sampled[:num_reqs].long(),
-                last_sampled[rows].flatten().long(),
-            )
+                known_lens[:, None],
+                self.drafter.blocks.committed_lens(table, computed_lens)[:, None],
+                computed_lens[:, None],
+                num_sampled[:num_reqs, None].long(),
+                states.all_token_ids.gpu[rows[:, None], columns].long(),
+            ),
+            dim=1,
         )
-        known, committed, now_computed, emitted_lens, last_token_ids = (
-            verdict.cpu().numpy()  # the copy back
-        )
+        on_host = verdict.cpu().numpy()  # the copy back
+        known, committed, now_computed, emitted_lens = on_host[:, :4].T
+        emitted = [
+            ids[most_emitted - length :]
+            for ids, length in zip(on_host[:, 4:].tolist(), emitted_lens.tolist(), strict=True)
+        ]
         sampled = emitted_lens > 0
 
         size = self.drafter.diffusion_block_size
@@ -279,11 +302,12 @@ class FailFastSpeculator(DraftModelSpeculator):
         room = np.minimum(request_end, self.position_limit) - known - 1
         wanted = asked(
             [self.params[slot] for slot in input_batch.idx_mapping_np],
-            last_token_ids.tolist(),
+            emitted,
             self.eos_token_ids,
             num_speculative_tokens,
         )
         max_draft_lens = np.minimum(wanted.max_draft_lens, np.maximum(room, 0))
+        ended = sampled & (wanted.ended | (room < 0))
         step = DraftStep(
             req_ids=input_batch.req_ids,
             token_ids=states.all_token_ids.gpu,
@@ -291,29 +315,20 @@ class FailFastSpeculator(DraftModelSpeculator):
             block_table=table,
             known_lens=np.where(sampled, known, final),
             committed_lens=committed,
-            final_lens=final,
-            max_draft_lens=np.where(sampled & ~wanted.ended, max_draft_lens, 0),
+            final_lens=np.where(ended, committed, final),
+            max_draft_lens=np.where(sampled & ~ended, max_draft_lens, 0),
             draft_budget=self.drafter.draft_budget(num_reqs),
             stops_at_eos=wanted.stops_at_eos,
             min_confidences=wanted.min_confidences,
         )
-        return step, emitted_lens
+        return step, emitted
 
     def _report_rounds(
-        self,
-        step: DraftStep,
-        num_verified: np.ndarray[Any, Any],
-        emitted_lens: np.ndarray[Any, Any],
+        self, step: DraftStep, num_verified: list[int], emitted: list[list[int]]
     ) -> None:
-        before = np.where(emitted_lens > 0, step.known_lens - emitted_lens, 0)
-        columns = before[:, None] + np.arange(emitted_lens.max(initial=0))
-        columns = np.minimum(columns, step.token_ids.shape[1] - 1)
-        slots = to_device(step.slots[:, None], self.device)
-        rows = step.token_ids[slots, to_device(columns, self.device)]
-        emitted = rows.tolist()  # the copy back
-        num_seqs = len(step.req_ids)
-        wanted = (emitted_lens > 0) & (self.stats.wants_plain_rounds | (num_verified > 0))
-        for i in wanted.nonzero()[0].tolist():
-            ids = emitted[i][: emitted_lens[i]]
-            verified, known_len = int(num_verified[i]), int(before[i])
-            self.stats.report(step.req_ids[i], verified, ids, known_len, num_seqs)
+        known_lens, num_seqs = step.known_lens.tolist(), len(emitted)
+        for req_id, num, ids, known in zip(
+            step.req_ids, num_verified, emitted, known_lens, strict=True
+        ):
+            if ids and (num or self.stats.wants_plain_rounds):
+                self.stats.report(req_id, num, ids, known - len(ids), num_seqs)

@@ -395,7 +395,7 @@ def test_unchecked_values_do_not_end_the_engine(plain, drafting, monkeypatch):
 @settings(deadline=None, derandomize=True, database=None)
 def test_whatever_a_request_asks_stays_in_range(max_len, threshold):
     extra = {request.MAX_LEN: max_len, request.CONFIDENCE_THRESHOLD: threshold}
-    found = request.asked([SamplingParams(extra_args=extra)], [1], frozenset(), 60)
+    found = request.asked([SamplingParams(extra_args=extra)], [[1]], frozenset(), 60)
     assert 0 <= found.max_draft_lens[0] <= 60
     assert 0.0 <= found.min_confidences[0] <= 1.0
 
@@ -443,9 +443,11 @@ def test_limits_are_read_per_request():
     plain_params = SamplingParams()
     strict = SamplingParams(stop_token_ids=[9], **asked_for(max_len=3, confidence_threshold=0.5))
     endless = SamplingParams(ignore_eos=True)
-    found = request.asked([plain_params, strict, endless, strict], [2, 9, 2, 5], frozenset([2]), 7)
+    found = request.asked(
+        [plain_params, strict, endless, strict], [[2, 4], [9], [2], [5]], frozenset([2]), 7
+    )
     assert found.max_draft_lens.tolist() == [7, 3, 7, 3]
     assert found.min_confidences.tolist() == [0.0, 0.5, 0.0, 0.5]
     assert found.stops_at_eos.tolist() == [True, True, False, True]
     assert found.ended.tolist() == [True, True, False, False]
-    assert request.asked([strict], [5], frozenset([2]), 2).max_draft_lens.tolist() == [2]
+    assert request.asked([strict], [[5]], frozenset([2]), 2).max_draft_lens.tolist() == [2]

@@ -84,7 +84,7 @@ def test_a_step_waits_for_its_verdict_and_each_increment():
     steps = []
     with v2_engine() as llm:
         adapter = proposer(llm)
-        propose, add_requests = adapter.propose, adapter.add_requests
+        propose, add_requests, take = adapter.propose, adapter.add_requests, adapter.take_drafts
         draft, hosted = adapter.drafter.propose, adapter.drafter.model
         drafts = []
 
@@ -116,15 +116,16 @@ def test_a_step_waits_for_its_verdict_and_each_increment():
             return run
 
         adapter.propose, adapter.add_requests = counting(propose), counting(add_requests)
+        adapter.take_drafts = counting(take)
         adapter.drafter.propose = drafting
         prompts = [chat_ids(llm.get_tokenizer(), p) for p in shipped_prompts()[:3]]
         generate(llm, prompts, SamplingParams(temperature=0.0, max_tokens=40))
-    assert {tuple(waits) for name, waits in steps if name == "add_requests"} == {()}
-    proposed = [waits for name, waits in steps if name == "propose"]
+    assert {tuple(waits) for name, waits in steps if name != "take_drafts"} == {()}
+    taken = [waits for name, waits in steps if name == "take_drafts"]
     increments = [int(d.num_passes.max(initial=0)) for d in drafts]
     assert max(increments) >= 2
-    assert [len(waits) for waits in proposed] == [1 + n for n in increments]
-    assert {wait for waits in proposed for wait in waits} == {"cpu"}
+    assert [len(waits) for waits in taken] == [1 + n for n in increments]
+    assert {wait for waits in taken for wait in waits} == {"cpu"}
 
 
 def test_a_replay_does_not_wait():

@@ -1,0 +1,16 @@
+"""The same on the V2 runner: drafts are made after a step's tokens have gone out."""
+
+import pytest
+
+from interpreted.test_v2 import v2_engine
+from test_first_token import (  # noqa: F401
+    test_an_ended_request_is_not_drafted_for,
+    test_steps_whose_drafts_nobody_asks_for,
+    test_tokens_go_out_before_their_drafts,
+)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with v2_engine() as running:
+        yield running
