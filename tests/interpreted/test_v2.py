@@ -8,6 +8,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from embedded import (
+    EMBEDS,
+    answers,
+    as_requests,
+    assert_ids_stay_with_their_request,
+    checked_views,
+)
 from engine import (
     around_the_drafters_end,
     assert_drafts_end_there,
@@ -426,3 +433,25 @@ def test_the_profile_copies_no_more_logits_than_vllm_does(monkeypatch):
         with Copies():
             hosting.profile_pass(Model(), config, 40, torch.device("cpu"))
         assert copied == expected
+
+
+def test_embedded_positions_are_masked():
+    """Catches the ids 0 that vLLM has for them; whole and mixed prompts, resumed requests."""
+    from vllm import SamplingParams
+
+    with v1_engine(**EMBEDS) as llm:
+        prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 40) if 8 < len(p) < 300]
+        requests, params = as_requests(prompts), greedy_params(prompts)
+        expected = answers(llm, requests, params)
+    tight = {"num_gpu_blocks_override": 18, "block_size": 64, "max_model_len": 512}
+    with v2_engine({"method": "failfast", "path_search": True}, **EMBEDS, **tight) as llm:
+        assert_ids_stay_with_their_request(
+            llm, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+        )
+        preempted = count_preemptions(llm)
+        with watch(llm) as record, checked_views(llm) as hidden:
+            assert answers(llm, requests, params) == expected
+        record.assert_not_vacuous()
+        assert sum(n > 0 for n in hidden) > 50
+        assert preempted
+        assert not proposer(llm).embedded, "what has ended is forgotten"
