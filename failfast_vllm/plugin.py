@@ -97,6 +97,9 @@ METRICS_HOOKS = (
         ("self", "vllm_config", "executor_class", "log_stats"),
     ),
 )
+ENGINE_HOOKS = (
+    Hook("vllm.v1.core.sched.scheduler", "Scheduler", "__init__", ("self", "vllm_config")),
+)
 WORKER_HOOK = Hook("vllm.v1.worker.worker_base", "WorkerBase", "__init__", ("self", "vllm_config"))
 V1_HOOKS = (
     Hook(
@@ -181,7 +184,15 @@ V2_HOOKS = (
         ("self", "scheduler_output"),
     ),
 )
-ALL_HOOKS = (*CONFIG_HOOKS, *REQUEST_HOOKS, *METRICS_HOOKS, WORKER_HOOK, *V1_HOOKS, *V2_HOOKS)
+ALL_HOOKS = (
+    *CONFIG_HOOKS,
+    *REQUEST_HOOKS,
+    *METRICS_HOOKS,
+    *ENGINE_HOOKS,
+    WORKER_HOOK,
+    *V1_HOOKS,
+    *V2_HOOKS,
+)
 
 
 def register() -> None:
@@ -302,6 +313,8 @@ def _install_config_hooks(problem: str | None) -> None:
         _install_request_hooks()  # a front end that may be handed a pickled config
     if ENGINE_MODULE in sys.modules:
         _install_metrics_hooks()  # an engine's process, or a front end
+        if not missing_hooks(ENGINE_HOOKS):
+            _install_engine_hooks()
 
 
 def _install_worker_hook() -> None:
@@ -324,6 +337,30 @@ def _install_request_hooks() -> None:
 
     _wrap(InputProcessor, "_validate_params", _validating_params)
     _wrap(SamplingParams, "_validate_spec_decode", _validating_spec_decode)
+
+
+def _install_engine_hooks() -> None:
+    """What the scheduler's process needs. Raises RuntimeError."""
+    problem = missing_hooks(ENGINE_HOOKS)
+    if problem:
+        raise RuntimeError(f"failfast cannot run: {problem}")
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    _wrap(Scheduler, "__init__", _initializing_scheduler)
+
+
+def _initializing_scheduler(original: Any) -> Any:
+    """vLLM pads a new request with one token left to compute by as many placeholders as a draft
+    may have, unless drafts have a length by batch size. So ours have one: the same for all sizes.
+    """
+
+    def __init__(self: Any, vllm_config: Any, *args: Any, **more: Any) -> None:  # noqa: N807
+        original(self, vllm_config, *args, **more)
+        if asked_for(vllm_config):
+            max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (max_num_seqs + 1)
+
+    return __init__
 
 
 def _install_metrics_hooks() -> None:
@@ -451,6 +488,7 @@ def _creating_speculative_config(original: Any) -> Any:
         _install_worker_hook()
         _install_request_hooks()
         _install_metrics_hooks()
+        _install_engine_hooks()
 
         # the drafter's config takes the target's flag; remote code is never run for a drafter
         guarded = copy.copy(target_model_config)

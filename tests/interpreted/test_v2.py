@@ -24,10 +24,12 @@ from engine import (
     greedy_params,
     lower_max_model_len,
     mixed_prompts,
+    only_drafts_are_verified,
     policy,
     proposer,
     shipped_prompts,
     watch,
+    whole_pages_and_a_token,
 )
 from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.trace import read
@@ -455,3 +457,21 @@ def test_embedded_positions_are_masked():
         assert sum(n > 0 for n in hidden) > 50
         assert preempted
         assert not proposer(llm).embedded, "what has ended is forgotten"
+
+
+def test_nothing_is_verified_that_nobody_drafted():
+    """Catches 60 placeholders beside the last token of a prompt that is in the prefix cache."""
+    few = {"block_size": 64, "max_model_len": 512, "num_gpu_blocks_override": 18}
+    with v1_engine() as llm:
+        prompts = whole_pages_and_a_token(llm.get_tokenizer(), 64, 10)
+        params = greedy_params(prompts)
+        expected = generate(llm, prompts, params)
+    with v2_engine(enable_prefix_caching=True, **few) as llm:
+        preempted = count_preemptions(llm)
+        with only_drafts_are_verified(llm) as record:
+            assert generate(llm, prompts, params) == expected
+            for prompt, param, answer in zip(prompts[:3], params, expected, strict=False):
+                for _ in range(2):
+                    assert generate(llm, [prompt], [param]) == [answer]
+        record.assert_not_vacuous()
+        assert preempted
