@@ -99,6 +99,12 @@ METRICS_HOOKS = (
 )
 ENGINE_HOOKS = (
     Hook("vllm.v1.core.sched.scheduler", "Scheduler", "__init__", ("self", "vllm_config")),
+    Hook(
+        "vllm.distributed.kv_transfer.kv_connector.factory",
+        "KVConnectorFactory",
+        "create_connector",
+        ("config", "role", "kv_cache_config"),
+    ),
 )
 WORKER_HOOK = Hook("vllm.v1.worker.worker_base", "WorkerBase", "__init__", ("self", "vllm_config"))
 V1_HOOKS = (
@@ -276,7 +282,8 @@ def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
         return
     wrapper: Any = functools.wraps(original)(make(original))
     wrapper._failfast = True
-    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    # `original` of a class method is bound already
+    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod | classmethod)
     setattr(owner, name, staticmethod(wrapper) if is_static else wrapper)
 
 
@@ -340,13 +347,15 @@ def _install_request_hooks() -> None:
 
 
 def _install_engine_hooks() -> None:
-    """What the scheduler's process needs. Raises RuntimeError."""
+    """What makes the scheduler, and its and the workers' KV connectors. Raises RuntimeError."""
     problem = missing_hooks(ENGINE_HOOKS)
     if problem:
         raise RuntimeError(f"failfast cannot run: {problem}")
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.v1.core.sched.scheduler import Scheduler
 
     _wrap(Scheduler, "__init__", _initializing_scheduler)
+    _wrap(KVConnectorFactory, "create_connector", _creating_connector)
 
 
 def _initializing_scheduler(original: Any) -> Any:
@@ -361,6 +370,24 @@ def _initializing_scheduler(original: Any) -> Any:
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (max_num_seqs + 1)
 
     return __init__
+
+
+def _creating_connector(original: Any) -> Any:
+    """Connectors move the target's layers only: see `kv_transfer`."""
+
+    def create_connector(config: Any, role: Any, kv_cache_config: Any) -> Any:
+        if not asked_for(config):
+            return original(config, role, kv_cache_config)
+        from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+        from failfast_vllm import kv_transfer
+
+        connector = original(config, role, kv_transfer.targets_only(kv_cache_config))
+        if role is KVConnectorRole.WORKER:
+            kv_transfer.hide_drafter(connector)
+        return connector
+
+    return create_connector
 
 
 def _install_metrics_hooks() -> None:
@@ -740,6 +767,7 @@ def _initializing_worker(original: Any) -> Any:
             # 1024 thrashes (a fifth of a draft pass). Read when the first matrix is multiplied.
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
             register_model()
+            _install_engine_hooks()
             if vllm_config.use_v2_model_runner:
                 install_v2_hooks()
             else:

@@ -36,6 +36,7 @@ ALLOWED = {  # module -> our modules it may import
     "failfast_vllm/request.py": set(),
     "failfast_vllm/hf_config.py": set(),
     "failfast_vllm/cpu_sampling.py": set(),
+    "failfast_vllm/kv_transfer.py": set(),
     "failfast_vllm/drafter.py": {
         "failfast_kernels",
         "failfast_vllm.blocks",
@@ -101,6 +102,7 @@ ALLOWED = {  # module -> our modules it may import
         "failfast_vllm.hf_config",
         "failfast_vllm.cpu_sampling",
         "failfast_vllm.hosting",
+        "failfast_vllm.kv_transfer",
         "failfast_vllm.metrics",
         "failfast_vllm.proposer",
         "failfast_vllm.request",

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from connectors import assert_stores_are_shared, prompts_of_pages
 from embedded import (
     EMBEDS,
     answers,
@@ -475,3 +476,16 @@ def test_nothing_is_verified_that_nobody_drafted():
                     assert generate(llm, [prompt], [param]) == [answer]
         record.assert_not_vacuous()
         assert preempted
+
+
+def test_stores_of_kv_connectors_are_shared(tmp_path):
+    """Catches an engine that ends because nobody has stored its drafter's layers."""
+    with v1_engine() as llm:
+        prompts = prompts_of_pages(llm.get_tokenizer(), 8)
+        params = greedy_params(prompts)
+        expected = generate(llm, prompts, params)
+    dense = IndependentDrafter(MODELS_DIR / "drafter", num_draftable_tokens=1)
+    asked = {"method": "failfast", "load_aware": True}
+    assert_stores_are_shared(
+        tmp_path, dense, asked, prompts, params, expected, v1_engine, v2_engine
+    )
