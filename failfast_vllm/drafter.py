@@ -46,7 +46,9 @@ class DraftStep:
     """All sequences of one engine step. Lengths are host arrays of [num_seqs]."""
 
     req_ids: Sequence[str]
-    token_ids: torch.Tensor  # [num_slots, max_len] int, known tokens; the rest is undefined
+    # [num_slots, max_len] int, known tokens, UNKNOWN where there is an embedding instead; the rest
+    # is undefined
+    token_ids: torch.Tensor
     slots: Lengths  # row of each sequence in `token_ids`
     block_table: torch.Tensor  # [num_seqs, max_pages] int
     known_lens: Lengths  # prompt and accepted tokens
@@ -156,7 +158,7 @@ class Drafter:
         max_draft_len: most tokens of a draft; steps may ask for less.
         max_num_rows: rows that one forward may have; more are split. Verification has as many.
         max_draft_budget: tokens that one step may draft over all sequences.
-        vocab_size: of the drafter; it reads MASK where the target has an id beyond it.
+        vocab_size: of the drafter; it reads MASK where the target has an id beyond it, or none.
         mask_token_id: the drafter's MASK.
         stop_token_ids: [num_ids] int64, tokens after which a draft ends.
         blocks: which blocks of the KV cache are committed.
@@ -495,7 +497,7 @@ class Drafter:
         slots, committed, known = plan[:, :, None]
         columns = torch.arange(width, device=self.device)
         tokens = step.token_ids[slots, (committed + columns).clamp(max=step.token_ids.shape[1] - 1)]
-        foreign = tokens >= self.vocab_size
+        foreign = (tokens >= self.vocab_size) | (tokens == UNKNOWN)
         return tokens.long().masked_fill_(foreign | (columns >= known), self.mask_token_id)
 
     def _rows(

@@ -97,6 +97,15 @@ METRICS_HOOKS = (
         ("self", "vllm_config", "executor_class", "log_stats"),
     ),
 )
+ENGINE_HOOKS = (
+    Hook("vllm.v1.core.sched.scheduler", "Scheduler", "__init__", ("self", "vllm_config")),
+    Hook(
+        "vllm.distributed.kv_transfer.kv_connector.factory",
+        "KVConnectorFactory",
+        "create_connector",
+        ("config", "role", "kv_cache_config"),
+    ),
+)
 WORKER_HOOK = Hook("vllm.v1.worker.worker_base", "WorkerBase", "__init__", ("self", "vllm_config"))
 V1_HOOKS = (
     Hook(
@@ -181,7 +190,15 @@ V2_HOOKS = (
         ("self", "scheduler_output"),
     ),
 )
-ALL_HOOKS = (*CONFIG_HOOKS, *REQUEST_HOOKS, *METRICS_HOOKS, WORKER_HOOK, *V1_HOOKS, *V2_HOOKS)
+ALL_HOOKS = (
+    *CONFIG_HOOKS,
+    *REQUEST_HOOKS,
+    *METRICS_HOOKS,
+    *ENGINE_HOOKS,
+    WORKER_HOOK,
+    *V1_HOOKS,
+    *V2_HOOKS,
+)
 
 
 def register() -> None:
@@ -265,7 +282,8 @@ def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
         return
     wrapper: Any = functools.wraps(original)(make(original))
     wrapper._failfast = True
-    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    # `original` of a class method is bound already
+    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod | classmethod)
     setattr(owner, name, staticmethod(wrapper) if is_static else wrapper)
 
 
@@ -302,6 +320,8 @@ def _install_config_hooks(problem: str | None) -> None:
         _install_request_hooks()  # a front end that may be handed a pickled config
     if ENGINE_MODULE in sys.modules:
         _install_metrics_hooks()  # an engine's process, or a front end
+        if not missing_hooks(ENGINE_HOOKS):
+            _install_engine_hooks()
 
 
 def _install_worker_hook() -> None:
@@ -324,6 +344,50 @@ def _install_request_hooks() -> None:
 
     _wrap(InputProcessor, "_validate_params", _validating_params)
     _wrap(SamplingParams, "_validate_spec_decode", _validating_spec_decode)
+
+
+def _install_engine_hooks() -> None:
+    """What makes the scheduler, and its and the workers' KV connectors. Raises RuntimeError."""
+    problem = missing_hooks(ENGINE_HOOKS)
+    if problem:
+        raise RuntimeError(f"failfast cannot run: {problem}")
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    _wrap(Scheduler, "__init__", _initializing_scheduler)
+    _wrap(KVConnectorFactory, "create_connector", _creating_connector)
+
+
+def _initializing_scheduler(original: Any) -> Any:
+    """vLLM pads a new request with one token left to compute by as many placeholders as a draft
+    may have, unless drafts have a length by batch size. So ours have one: the same for all sizes.
+    """
+
+    def __init__(self: Any, vllm_config: Any, *args: Any, **more: Any) -> None:  # noqa: N807
+        original(self, vllm_config, *args, **more)
+        if asked_for(vllm_config):
+            max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (max_num_seqs + 1)
+
+    return __init__
+
+
+def _creating_connector(original: Any) -> Any:
+    """Connectors move the target's layers only: see `kv_transfer`."""
+
+    def create_connector(config: Any, role: Any, kv_cache_config: Any) -> Any:
+        if not asked_for(config):
+            return original(config, role, kv_cache_config)
+        from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+        from failfast_vllm import kv_transfer
+
+        connector = original(config, role, kv_transfer.targets_only(kv_cache_config))
+        if role is KVConnectorRole.WORKER:
+            kv_transfer.hide_drafter(connector)
+        return connector
+
+    return create_connector
 
 
 def _install_metrics_hooks() -> None:
@@ -451,6 +515,7 @@ def _creating_speculative_config(original: Any) -> Any:
         _install_worker_hook()
         _install_request_hooks()
         _install_metrics_hooks()
+        _install_engine_hooks()
 
         # the drafter's config takes the target's flag; remote code is never run for a drafter
         guarded = copy.copy(target_model_config)
@@ -702,6 +767,7 @@ def _initializing_worker(original: Any) -> Any:
             # 1024 thrashes (a fifth of a draft pass). Read when the first matrix is multiplied.
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
             register_model()
+            _install_engine_hooks()
             if vllm_config.use_v2_model_runner:
                 install_v2_hooks()
             else:

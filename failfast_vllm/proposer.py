@@ -29,6 +29,7 @@ from failfast_vllm.hosting import (
     safetensors_only,
     stop_token_ids,
 )
+from failfast_vllm.paths import UNKNOWN
 from failfast_vllm.policy import Lengths
 from failfast_vllm.ranks import drafter_group, keep_apart
 from failfast_vllm.request import asked
@@ -233,6 +234,9 @@ class FailFastProposer(DraftModelProposer):
 
         width = int(known.max(initial=0))
         tokens = torch.from_numpy(batch.token_ids_cpu[:num_reqs, :width])
+        if batch.req_prompt_embeds:  # behind them are ids of whoever had the row before
+            is_id = torch.from_numpy(batch.is_token_ids[:num_reqs, :width])
+            tokens = tokens.where(is_id, UNKNOWN)
         return DraftStep(
             req_ids=req_ids,
             token_ids=tokens.to(self.device),

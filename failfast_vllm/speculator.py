@@ -37,6 +37,8 @@ from failfast_vllm.hosting import (
     safetensors_only,
     stop_token_ids,
 )
+from failfast_vllm.paths import UNKNOWN
+from failfast_vllm.policy import Lengths
 from failfast_vllm.ranks import drafter_group, keep_apart
 from failfast_vllm.request import asked
 
@@ -57,6 +59,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         self.req_states = req_states
         self.eos_token_ids = frozenset(stop_token_ids(vllm_config.model_config))
         self.params: list[Any] = [None] * self.max_num_reqs  # SamplingParams by state slot
+        self.embedded: dict[str, torch.Tensor] = {}  # request -> [prompt_len] bool: no id there
         # a KV connector fills pages that our commits know nothing of: what it brings is not trusted
         self.foreign_kv = vllm_config.kv_transfer_config is not None
         self.stats = DraftStats()
@@ -148,6 +151,9 @@ class FailFastSpeculator(DraftModelSpeculator):
         for request in scheduler_output.scheduled_new_reqs:
             slot = self.req_states.req_id_to_index[request.req_id]
             self.params[slot] = request.sampling_params
+            if request.prompt_embeds is not None:
+                is_id = request.prompt_is_token_ids or [False] * request.prompt_len
+                self.embedded[request.req_id] = to_device(~np.array(is_id), self.device)
 
     def propose(
         self,
@@ -257,6 +263,8 @@ class FailFastSpeculator(DraftModelSpeculator):
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended; also called in steps without any other."""
+        for req_id in req_ids:
+            self.embedded.pop(req_id, None)
         if self.rounds is not None:
             self.rounds.forget(req_ids)
             self.stats.forget(req_ids)
@@ -308,10 +316,11 @@ class FailFastSpeculator(DraftModelSpeculator):
         )
         max_draft_lens = np.minimum(wanted.max_draft_lens, np.maximum(room, 0))
         ended = sampled & (wanted.ended | (room < 0))
+        token_ids, slots = self._token_ids(input_batch, int(known.max(initial=0)))
         step = DraftStep(
             req_ids=input_batch.req_ids,
-            token_ids=states.all_token_ids.gpu,
-            slots=input_batch.idx_mapping_np.astype(np.int64),
+            token_ids=token_ids,
+            slots=slots,
             block_table=table,
             known_lens=np.where(sampled, known, final),
             committed_lens=committed,
@@ -322,6 +331,18 @@ class FailFastSpeculator(DraftModelSpeculator):
             min_confidences=wanted.min_confidences,
         )
         return step, emitted
+
+    def _token_ids(self, input_batch: Any, width: int) -> tuple[torch.Tensor, Lengths]:
+        """Tokens up to the longest request's end, and each request's row among them."""
+        table = self.req_states.all_token_ids.gpu
+        if self.embedded.keys().isdisjoint(input_batch.req_ids):
+            return table, input_batch.idx_mapping_np.astype(np.int64)
+        token_ids = table[input_batch.idx_mapping, :width]  # a copy: in the table vLLM reads 0
+        for row, req_id in enumerate(input_batch.req_ids):
+            if req_id in self.embedded:
+                hidden = self.embedded[req_id]
+                token_ids[row, : len(hidden)].masked_fill_(hidden, UNKNOWN)
+        return token_ids, np.arange(input_batch.num_reqs)
 
     def _report_rounds(
         self, step: DraftStep, num_verified: list[int], emitted: list[list[int]]

@@ -120,6 +120,47 @@ def start_watching(adapter):
 
 
 @contextlib.contextmanager
+def scheduled_drafts(llm):
+    """Yields the drafts that the scheduler lets the target verify, by step."""
+    scheduler = core(llm).scheduler
+    schedule, steps = scheduler.schedule, []
+
+    def recording_schedule(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        steps.append(dict(output.scheduled_spec_decode_tokens))
+        return output
+
+    scheduler.schedule = recording_schedule
+    try:
+        yield steps
+    finally:
+        scheduler.schedule = schedule
+
+
+@contextlib.contextmanager
+def only_drafts_are_verified(llm):
+    """Whatever the target verifies and vLLM counts, a drafter has drafted; yields the watch."""
+    with watch(llm) as record, scheduled_drafts(llm) as steps:
+        before = num_draft_tokens(llm)
+        yield record
+    verified = [ids for step in steps for ids in step.values()]
+    assert sum(map(len, verified)) == record.num_drafted > 0
+    assert num_draft_tokens(llm) - before == record.num_drafted
+
+
+def whole_pages_and_a_token(tokenizer, page, count):
+    """Prompts of which a second run finds all but the last token in the prefix cache."""
+    text = [i for prompt in mixed_prompts(tokenizer, 60) for i in prompt]
+    return [text[37 * i : 37 * i + (1 + i % 2) * page + 1] for i in range(count)]
+
+
+def num_draft_tokens(llm):
+    """As `/metrics` has it, over all engines of this process."""
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
+    return metrics["vllm:spec_decode_num_draft_tokens"].value
+
+
+@contextlib.contextmanager
 def policy(llm, variant, **given):
     """Exchange the policy of a running engine; behind its name "+reuse" and "+paths"."""
     from failfast_vllm.hosting import Rounds

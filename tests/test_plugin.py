@@ -292,9 +292,10 @@ def test_changed_runner_stops_the_worker_before_it_drafts(version, monkeypatch, 
         getattr(plugin, f"install_{version}_hooks")()
 
 
-def test_changed_admission_stops_failfast_and_nobody_else(monkeypatch, hook):
-    """Catches a plugin that breaks every server of a vLLM whose front end has changed."""
-    monkeypatch.setattr(plugin, "REQUEST_HOOKS", (hook("renamed"),))
+@pytest.mark.parametrize("hooks", ["REQUEST_HOOKS", "ENGINE_HOOKS"])
+def test_changed_process_stops_failfast_and_nobody_else(monkeypatch, hook, hooks):
+    """Catches a plugin that breaks every server of a vLLM whose front end or core has changed."""
+    monkeypatch.setattr(plugin, hooks, (hook("renamed"),))
     plugin.register()
     with pytest.raises(RuntimeError, match=r"failfast cannot run: vllm_of_tomorrow\.Runner"):
         EngineArgs(model=TARGET, speculative_config=METHOD).create_engine_config()

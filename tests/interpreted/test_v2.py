@@ -8,6 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from connectors import assert_stores_are_shared, prompts_of_pages
+from embedded import (
+    EMBEDS,
+    answers,
+    as_requests,
+    assert_ids_stay_with_their_request,
+    checked_views,
+)
 from engine import (
     around_the_drafters_end,
     assert_drafts_end_there,
@@ -17,10 +25,12 @@ from engine import (
     greedy_params,
     lower_max_model_len,
     mixed_prompts,
+    only_drafts_are_verified,
     policy,
     proposer,
     shipped_prompts,
     watch,
+    whole_pages_and_a_token,
 )
 from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.trace import read
@@ -428,3 +438,56 @@ def test_the_profile_copies_no_more_logits_than_vllm_does(monkeypatch):
         with Copies():
             hosting.profile_pass(Model(), config, 40, torch.device("cpu"))
         assert copied == expected
+
+
+def test_embedded_positions_are_masked():
+    """Catches the ids 0 that vLLM has for them; whole and mixed prompts, resumed requests."""
+    from vllm import SamplingParams
+
+    with v1_engine(**EMBEDS) as llm:
+        prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 40) if 8 < len(p) < 300]
+        requests, params = as_requests(prompts), greedy_params(prompts)
+        expected = answers(llm, requests, params)
+    tight = {"num_gpu_blocks_override": 18, "block_size": 64, "max_model_len": 512}
+    with v2_engine({"method": "failfast", "path_search": True}, **EMBEDS, **tight) as llm:
+        assert_ids_stay_with_their_request(
+            llm, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+        )
+        preempted = count_preemptions(llm)
+        with watch(llm) as record, checked_views(llm) as hidden:
+            assert answers(llm, requests, params) == expected
+        record.assert_not_vacuous()
+        assert sum(n > 0 for n in hidden) > 50
+        assert preempted
+        assert not proposer(llm).embedded, "what has ended is forgotten"
+
+
+def test_nothing_is_verified_that_nobody_drafted():
+    """Catches 60 placeholders beside the last token of a prompt that is in the prefix cache."""
+    few = {"block_size": 64, "max_model_len": 512, "num_gpu_blocks_override": 18}
+    with v1_engine() as llm:
+        prompts = whole_pages_and_a_token(llm.get_tokenizer(), 64, 10)
+        params = greedy_params(prompts)
+        expected = generate(llm, prompts, params)
+    with v2_engine(enable_prefix_caching=True, **few) as llm:
+        preempted = count_preemptions(llm)
+        with only_drafts_are_verified(llm) as record:
+            assert generate(llm, prompts, params) == expected
+            for prompt, param, answer in zip(prompts[:3], params, expected, strict=False):
+                for _ in range(2):
+                    assert generate(llm, [prompt], [param]) == [answer]
+        record.assert_not_vacuous()
+        assert preempted
+
+
+def test_stores_of_kv_connectors_are_shared(tmp_path):
+    """Catches an engine that ends because nobody has stored its drafter's layers."""
+    with v1_engine() as llm:
+        prompts = prompts_of_pages(llm.get_tokenizer(), 8)
+        params = greedy_params(prompts)
+        expected = generate(llm, prompts, params)
+    dense = IndependentDrafter(MODELS_DIR / "drafter", num_draftable_tokens=1)
+    asked = {"method": "failfast", "load_aware": True}
+    assert_stores_are_shared(
+        tmp_path, dense, asked, prompts, params, expected, v1_engine, v2_engine
+    )
