@@ -31,7 +31,7 @@ from failfast_vllm.ranks import draft_context, drafter_group
 from failfast_vllm.reuse import RejectedDrafts
 from failfast_vllm.trace import TraceWriter
 
-WARM_UP_SECONDS = 3.0  # of each model, on a CPU
+WARM_UP_MS = 3000.0  # of each model, on a CPU
 MAX_WARM_ROWS = 128  # of the target: with the drafter's they fit into oneDNN's cache of 1024
 
 
@@ -546,22 +546,24 @@ def measure_costs(
         return (time.perf_counter() - began) * 1e3
 
     def table(
-        run: Callable[[int], torch.Tensor], sizes: list[int], warm_sizes: Iterable[int]
+        run: Callable[[int], torch.Tensor], sizes: list[int], warm_sizes: list[int]
     ) -> CostTable:
         timed: list[float] = []
         for size in sizes:  # the first of three warms up
             timed.append(min(milliseconds(run, size) for _ in range(3)))
             if timed[-1] > 500 and not in_lockstep:
                 break  # wider passes are extrapolated
+        costs = CostTable(sizes[: len(timed)], timed)
         if drafter.device.type == "cpu" and not in_lockstep:  # it compiles kernels per row count
-            ends = time.perf_counter() + WARM_UP_SECONDS
-            for size in warm_sizes:
-                if time.perf_counter() < ends:
-                    milliseconds(run, size)
-        return CostTable(sizes[: len(timed)], timed)
+            num = int((costs(warm_sizes).cumsum() < WARM_UP_MS).sum())
+            # widest first: else the kernels of each size take a part of what the size before has
+            # freed, and glibc searches all the gaps in between whenever a step allocates
+            for size in reversed(warm_sizes[:num]):
+                milliseconds(run, size)
+        return costs
 
     sizes = [2**i for i in range(widest.bit_length())]
-    verify = table(target_step, sizes, range(1, min(widest, MAX_WARM_ROWS) + 1))
+    verify = table(target_step, sizes, list(range(1, min(widest, MAX_WARM_ROWS) + 1)))
     classes = sorted({row_class(size) for size in range(1, widest + 1)})
     return Costs(table(draft_pass, sizes[3:] or sizes, classes), verify)
 
