@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from vllm.config import VllmConfig
 from vllm.config.utils import replace
 
@@ -30,8 +31,17 @@ from failfast_vllm.ranks import draft_context, drafter_group
 from failfast_vllm.reuse import RejectedDrafts
 from failfast_vllm.trace import TraceWriter
 
-WARM_UP_SECONDS = 3.0  # of each model, on a CPU
-MAX_WARM_ROWS = 256
+WARM_UP_MS = 3000.0  # of each model, on a CPU
+MAX_WARM_ROWS = 128  # of the target: with the drafter's they fit into oneDNN's cache of 1024
+
+
+def row_class(num_rows: int) -> int:
+    """The next of a few row counts, at most an eighth more than `num_rows` from 32 on.
+
+    oneDNN compiles a quarter of a megabyte for each row count and shape of weights that it meets.
+    """
+    step = 1 << max(2, (num_rows - 1).bit_length() - 4)
+    return -(-num_rows // step) * step
 
 
 class Round(NamedTuple):
@@ -313,9 +323,30 @@ class HostedDraftModel:
         began = time.perf_counter()
         hidden_states = None if self.graphs is None else self.graphs.replay(batch)
         if hidden_states is None:
-            hidden_states = self._run(batch)
+            num_rows = batch.input_ids.numel()
+            hidden_states = self._run(self._widened(batch))[:num_rows]
         self.stats.forward_ms += (time.perf_counter() - began) * 1e3
         return hidden_states
+
+    def _num_padding(self, num_rows: int) -> int:
+        """Rows that a CPU adds, whose kernels are made for one row count."""
+        if self.device.type != "cpu":
+            return 0
+        # a compiled model takes no more
+        most: int = self.vllm_config.scheduler_config.max_num_batched_tokens
+        return max(0, min(row_class(num_rows), most) - num_rows)
+
+    def _widened(self, batch: DraftBatch) -> DraftBatch:
+        """The pass with rows that belong to no sequence and commit nothing."""
+        num = self._num_padding(batch.input_ids.numel())
+        if not num:
+            return batch
+        slots = batch.slot_mapping
+        return batch._replace(
+            input_ids=F.pad(batch.input_ids, (0, num)),
+            positions=F.pad(batch.positions, (0, num)),
+            slot_mapping=slots if slots is None else F.pad(slots, (0, num), value=-1),
+        )
 
     def _run(self, batch: DraftBatch) -> torch.Tensor:
         meta = BlockDiffusionMetadata(
@@ -359,9 +390,11 @@ class HostedDraftModel:
         return confidence, Candidates(token_ids, probabilities)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        num_rows = len(hidden_states)
+        hidden_states = F.pad(hidden_states, (0, 0, 0, self._num_padding(num_rows)))
         with drafter_group(self.vllm_config):
             logits: torch.Tensor = self.model.compute_logits(hidden_states)
-        return logits
+        return logits[:num_rows]
 
     def _confidence(self, logits: torch.Tensor, details: bool) -> TokenConfidence:
         forbidden = (self.mask_token_id,)
@@ -512,22 +545,27 @@ def measure_costs(
         run(size).amax().item()  # waits for the device
         return (time.perf_counter() - began) * 1e3
 
-    def table(run: Callable[[int], torch.Tensor], sizes: list[int]) -> CostTable:
+    def table(
+        run: Callable[[int], torch.Tensor], sizes: list[int], warm_sizes: list[int]
+    ) -> CostTable:
         timed: list[float] = []
         for size in sizes:  # the first of three warms up
             timed.append(min(milliseconds(run, size) for _ in range(3)))
             if timed[-1] > 500 and not in_lockstep:
                 break  # wider passes are extrapolated
+        costs = CostTable(sizes[: len(timed)], timed)
         if drafter.device.type == "cpu" and not in_lockstep:  # it compiles kernels per row count
-            ends = time.perf_counter() + WARM_UP_SECONDS
-            for size in range(1, min(sizes[-1], MAX_WARM_ROWS) + 1):
-                if time.perf_counter() < ends:
-                    milliseconds(run, size)
-        return CostTable(sizes[: len(timed)], timed)
+            num = int((costs(warm_sizes).cumsum() < WARM_UP_MS).sum())
+            # widest first: else the kernels of each size take a part of what the size before has
+            # freed, and glibc searches all the gaps in between whenever a step allocates
+            for size in reversed(warm_sizes[:num]):
+                milliseconds(run, size)
+        return costs
 
     sizes = [2**i for i in range(widest.bit_length())]
-    verify = table(target_step, sizes)
-    return Costs(table(draft_pass, sizes[3:] or sizes), verify)
+    verify = table(target_step, sizes, list(range(1, min(widest, MAX_WARM_ROWS) + 1)))
+    classes = sorted({row_class(size) for size in range(1, widest + 1)})
+    return Costs(table(draft_pass, sizes[3:] or sizes, classes), verify)
 
 
 def make_planner(costs: Costs, vllm_config: VllmConfig) -> LoadPlanner:

@@ -763,9 +763,6 @@ def _initializing_worker(original: Any) -> Any:
 
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         if asked_for(vllm_config):
-            # passes have any number of rows, and oneDNN compiles a kernel for each: its cache of
-            # 1024 thrashes (a fifth of a draft pass). Read when the first matrix is multiplied.
-            os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
             register_model()
             _install_engine_hooks()
             if vllm_config.use_v2_model_runner:

@@ -1,0 +1,209 @@
+"""Whether a server's memory stops growing: thousands of requests, without and with failfast.
+
+Each method has a process of its own; they take turns over the same requests, each turn at another
+concurrency, with prompts and answers of other lengths. After every turn a process says what memory
+it has; drift is what came on top in the second half.
+"""
+
+import argparse
+import ctypes
+import gc
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from failfast_vllm.bench import PROMPTS, SHIPPED_PAIR, provenance, read_prompts
+from failfast_vllm.cli import ENGINE_ENVIRONMENT
+from failfast_vllm.closed_loop import Watch, closed_loop
+from failfast_vllm.offline import encode, engine
+
+METHODS = {"none": None, "failfast": {"method": "failfast"}}
+CONCURRENCIES = (1, 32, 8, 64, 2, 16, 48, 4)
+MAX_TOKENS = (20, 200, 100)
+MAX_PROMPT_LEN = 1000
+MIB = 2**20
+
+
+class Turn(NamedTuple):
+    """Requests that are answered before the other engine goes on."""
+
+    concurrency: int
+    num_requests: int
+    max_tokens: int
+
+
+class MallInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`, in bytes."""
+
+    _fields_ = [
+        *((f"unused_{i}", ctypes.c_size_t) for i in range(4)),
+        ("mapped", ctypes.c_size_t),
+        ("unused_5", ctypes.c_size_t),
+        ("unused_6", ctypes.c_size_t),
+        ("in_use", ctypes.c_size_t),
+        ("free", ctypes.c_size_t),
+        ("unused_9", ctypes.c_size_t),
+    ]
+
+
+def memory() -> dict[str, float]:
+    """Of this process, in MiB; the heap is glibc's, 0 under another allocator."""
+    gc.collect()
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = MallInfo
+    heap = mallinfo()
+    _, resident, *_ = Path("/proc/self/statm").read_text().split()
+    found = {
+        "rss": int(resident) * os.sysconf("SC_PAGE_SIZE"),
+        "heap_in_use": heap.in_use + heap.mapped,
+        "heap_free": heap.free,
+    }
+    return {f"{name}_mib": round(size / MIB, 1) for name, size in found.items()}
+
+
+def turns(num_requests: int) -> Iterator[Turn]:
+    """A closed loop of at least 8 requests at each concurrency, again and again."""
+    for concurrency, max_tokens in zip(
+        itertools.cycle(CONCURRENCIES), itertools.cycle(MAX_TOKENS), strict=True
+    ):
+        if num_requests <= 0:
+            return
+        size = min(num_requests, max(8, 2 * concurrency))
+        yield Turn(concurrency, size, max_tokens)
+        num_requests -= size
+
+
+def mixed_prompts(tokenizer: Any, count: int) -> list[dict[str, Any]]:
+    """The held-out prompts, every other one behind others, up to `MAX_PROMPT_LEN` tokens."""
+    questions = [encode(tokenizer, p)["prompt_token_ids"] for p in read_prompts(PROMPTS)]
+    rng = random.Random(0)
+    prompts = []
+    for i in range(count):
+        ids = list(questions[i % len(questions)])
+        wanted = rng.randint(1, MAX_PROMPT_LEN) if i % 2 else 0
+        while len(ids) < wanted:
+            ids = rng.choice(questions) + ids
+        prompts.append({"prompt_token_ids": ids[-MAX_PROMPT_LEN:]})
+    return prompts
+
+
+def serve(pipe: Any, config: dict[str, Any] | None, settings: dict[str, Any], count: int) -> None:
+    """An engine's process: takes turns as it is asked, and answers each with a record."""
+    with engine(config, **settings) as llm:
+        watch = Watch(llm, config)
+        prompts = mixed_prompts(llm.get_tokenizer(), count)
+        pipe.send(memory())
+        done, stopped = 0, time.perf_counter()
+        while (turn := pipe.recv()) is not None:
+            watch.stood_still(time.perf_counter() - stopped)
+            asked = prompts[done : done + turn.num_requests]
+            *_, run = closed_loop(
+                llm, watch, asked, turn.max_tokens, turn.concurrency, turn.num_requests
+            )
+            assert run is not None
+            done += turn.num_requests
+            tokens = sum(served.num_tokens for served in run.served)
+            record = {
+                "requests": done,
+                "concurrency": turn.concurrency,
+                "tokens_per_second": round(tokens / run.seconds, 1),
+                "drafted": run.tally.num_drafted,
+                "accepted": run.tally.num_accepted,
+                "unanswered": sum(not answer for answer in run.answers),
+                **memory(),
+            }
+            pipe.send((record, run.answers))
+            stopped = time.perf_counter()
+
+
+def soak(num_requests: int, settings: dict[str, Any], methods: list[str]) -> dict[str, Any]:
+    """Records of each method after every turn, and whether the answers were the same."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    records: dict[str, list[dict[str, Any]]] = {}
+    for name in methods:
+        pipes[name], theirs = context.Pipe()
+        job = (theirs, METHODS[name], settings, num_requests)
+        processes.append(context.Process(target=serve, args=job, daemon=True))
+        processes[-1].start()
+        theirs.close()
+        records[name] = [{"requests": 0, **pipes[name].recv()}]
+    num_different = 0
+    for turn in turns(num_requests):
+        answers = []
+        for name, pipe in pipes.items():
+            pipe.send(turn)
+            record, answered = pipe.recv()
+            records[name].append(record)
+            answers.append(answered)
+            print(name, record, flush=True)
+        num_different += sum(len(set(map(tuple, each))) > 1 for each in zip(*answers, strict=True))
+    for pipe in pipes.values():
+        pipe.send(None)
+    for process in processes:
+        process.join(60)
+    return {
+        "different_answers": num_different,
+        "summary": {name: summarize(found) for name, found in records.items()},
+        "records": records,
+    }
+
+
+def summarize(records: list[dict[str, Any]]) -> dict[str, float]:
+    """At the start, after half of the requests and at the end, and the drift between the latter."""
+    half = next(r for r in records if r["requests"] >= records[-1]["requests"] / 2)
+    found = {}
+    for name in ("rss_mib", "heap_in_use_mib", "heap_free_mib"):
+        start, middle, end = (r[name] for r in (records[0], half, records[-1]))
+        found[name] = {
+            "start": start,
+            "half": middle,
+            "end": end,
+            "drift": round(end - middle, 1),
+        }
+    return {
+        **found,
+        "drafted": sum(r.get("drafted", 0) for r in records),
+        "accepted": sum(r.get("accepted", 0) for r in records),
+        "unanswered": sum(r.get("unanswered", 0) for r in records),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    settings = {
+        "dtype": args.dtype,
+        "enforce_eager": True,
+        "max_num_seqs": max(CONCURRENCIES),
+        "kv_cache_memory_bytes": 2**29,
+    }
+    facts = provenance(
+        models=SHIPPED_PAIR,
+        requests=args.requests,
+        concurrencies=CONCURRENCIES,
+        max_tokens=MAX_TOKENS,
+        max_prompt_len=MAX_PROMPT_LEN,
+        **settings,
+    )
+    print(json.dumps(facts), flush=True)
+    found = soak(args.requests, settings, args.methods)
+    print(json.dumps({key: found[key] for key in ("different_answers", "summary")}, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps({"provenance": facts, **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    for name, value in ENGINE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    main()
