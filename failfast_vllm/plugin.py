@@ -53,6 +53,12 @@ CONFIG_HOOKS = (
     ),
     Hook("vllm.engine.arg_utils", "EngineArgs", "add_cli_args", ("parser",)),
     Hook(
+        "vllm.engine.arg_utils",
+        "EngineArgs",
+        "_set_default_max_num_seqs_and_batched_tokens_args",
+        ("self", "usage_context", "model_config", "parallel_config"),
+    ),
+    Hook(
         "vllm.config.speculative",
         "SpeculativeConfig",
         "verify_equal_vocab_size_if_draft_model",
@@ -293,6 +299,11 @@ def _install_config_hooks(problem: str | None) -> None:
 
     _wrap(EngineArgs, "create_speculative_config", _creating_speculative_config)
     _wrap(EngineArgs, "add_cli_args", _adding_cli_args)
+    _wrap(
+        EngineArgs,
+        "_set_default_max_num_seqs_and_batched_tokens_args",
+        _setting_batch_defaults,
+    )
     _wrap(SpeculativeConfig, "verify_equal_vocab_size_if_draft_model", _verifying_vocab_sizes)
     if hasattr(VllmConfig, "_limit_max_model_len_to_draft"):  # 0.32 has none
         _wrap(VllmConfig, "_limit_max_model_len_to_draft", _limiting_max_model_len)
@@ -499,6 +510,27 @@ def _creating_speculative_config(original: Any) -> Any:
     return create_speculative_config
 
 
+def _setting_batch_defaults(original: Any) -> Any:
+    """vLLM's LoRA buffers must hold a full draft of every sequence: say which flags make it so."""
+
+    def _set_default_max_num_seqs_and_batched_tokens_args(
+        self: Any, usage_context: Any, model_config: Any, parallel_config: Any
+    ) -> None:
+        original(self, usage_context, model_config, parallel_config)
+        if not self.enable_lora or METHOD not in (self.additional_config or {}):
+            return
+        per_seq = 1 + self.additional_config[METHOD]["num_speculative_tokens"]
+        budget, needed = self.max_num_batched_tokens, self.max_num_seqs * per_seq
+        if budget < needed:
+            raise ValueError(
+                f"failfast: LoRA needs max_num_batched_tokens of at least {needed} (max_num_seqs "
+                f"{self.max_num_seqs} x (1 + num_speculative_tokens)); got {budget}. Use "
+                f"--max-num-seqs {budget // per_seq} or --max-num-batched-tokens {needed}."
+            )
+
+    return _set_default_max_num_seqs_and_batched_tokens_args
+
+
 def _check_hub_config(
     drafter: str, revision: str | None, asked_size: int | None
 ) -> dict[str, Any] | None:
@@ -653,6 +685,12 @@ def _check_engine_args(
             "only text generation can be drafted for",
             target_model_config.runner_type,
             "Leave the speculative config out.",
+        )
+    if target_model_config.is_encoder_decoder:
+        refuse(
+            "encoder-decoder targets are not supported: the drafter sees text only",
+            target_model_config.architecture,
+            "Use a decoder-only target, or leave the speculative config out.",
         )
     if target_model_config.is_hybrid or target_model_config.use_mla:
         refuse(

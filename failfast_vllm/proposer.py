@@ -69,6 +69,10 @@ class FailFastProposer(DraftModelProposer):
         draft_config = safetensors_only(super()._create_draft_vllm_config())
         return keep_apart(draft_config, self.vllm_config)
 
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """A drafter of text takes nothing from its target: vLLM would look for an image token."""
+        super().load_model(torch.nn.Module())
+
     def _get_model(self) -> torch.nn.Module:
         with drafter_group(self.vllm_config):
             model: torch.nn.Module = super()._get_model()
