@@ -937,9 +937,13 @@ def install_v1_hooks() -> None:
     def updating_states(original: Any) -> Any:
         def _update_states(self: Any, scheduler_output: Any) -> Any:
             drafter = getattr(self, "drafter", None)  # only a runner that speculates has one
-            if isinstance(drafter, FailFastProposer):
+            ours = isinstance(drafter, FailFastProposer)
+            if ours:
                 drafter.begin(scheduler_output)
-            return original(self, scheduler_output)
+            corrections = original(self, scheduler_output)
+            if ours:
+                drafter.drop_stale_budgets()
+            return corrections
 
         return _update_states
 
@@ -958,17 +962,20 @@ def install_v1_hooks() -> None:
     def sampling(original: Any) -> Any:
         """vLLM verifies in every step of an engine that may speculate, with or without drafts.
 
-        A step without drafts takes the plain sampler, which is faster, unless a request has a
-        thinking budget: its state counts the rows that only verification tells it.
+        Without drafts each row is the token behind a draft of length 0: sampled as vLLM samples
+        that, thinking budgets included, and not verified, which is slow and, for top-k on a CPU,
+        fails on no rows.
         """
 
         def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
             drafter = getattr(self, "drafter", None)
             ours = isinstance(drafter, FailFastProposer) and spec_decode_metadata is not None
             if ours and not any(spec_decode_metadata.num_draft_tokens):
-                budgets = self.input_batch.thinking_budget_state_holder
-                if budgets is None or not budgets.has_tracked_requests():
-                    return original(self, logits, None)
+                return self.sampler(
+                    logits=logits,
+                    sampling_metadata=self.input_batch.sampling_metadata,
+                    predict_bonus_token=True,
+                )
             return original(self, logits, spec_decode_metadata)
 
         return _sample

@@ -168,6 +168,15 @@ class FailFastProposer(DraftModelProposer):
         )
         self.drafter.blocks.clear(pages, self.block_size)
 
+    def drop_stale_budgets(self) -> None:
+        """vLLM leaves a thinking budget in its row to a request without one that moves there."""
+        batch = self.runner.input_batch
+        budgets = batch.thinking_budget_state_holder
+        if budgets is not None:
+            for row, req_id in enumerate(batch.req_ids):
+                if self.runner.requests[req_id].sampling_params.thinking_token_budget is None:
+                    budgets._state.pop(row, None)
+
     def _gather(
         self,
         scheduler_output: Any,

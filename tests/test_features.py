@@ -28,8 +28,8 @@ from features import (
     SAME_ANSWER,
     SCHEMA,
     SEEDED,
+    are_close,
     asked_for,
-    assert_logprobs,
     constrained,
     features_engine,
 )
@@ -141,7 +141,8 @@ def test_logprobs(plain, drafting, name):
     """Catches logprobs of another row of the draft (vLLM issue 34497)."""
     batch = ask(drafting, plain.prompts, plain.params[name])
     for with_drafts, without in zip(batch.outputs, plain.batches[name].outputs, strict=True):
-        assert_logprobs(with_drafts.outputs[0].logprobs, without.outputs[0].logprobs)
+        assert len(without.outputs[0].logprobs) > 10
+        assert are_close(with_drafts.outputs[0].logprobs, without.outputs[0].logprobs)
 
 
 def test_prompt_logprobs(plain, drafting):
@@ -149,7 +150,8 @@ def test_prompt_logprobs(plain, drafting):
     for with_drafts, without in zip(
         batch.outputs, plain.batches["prompt_logprobs"].outputs, strict=True
     ):
-        assert_logprobs(with_drafts.prompt_logprobs[1:], without.prompt_logprobs[1:])
+        assert len(without.prompt_logprobs) > 10
+        assert are_close(with_drafts.prompt_logprobs, without.prompt_logprobs)
 
 
 @pytest.mark.parametrize("n", [1, 3])

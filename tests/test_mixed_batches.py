@@ -19,10 +19,10 @@ from vllm.sampling_params import RepetitionDetectionParams
 
 from engine import chat_ids, core, proposer, shipped_prompts, watch
 from failfast_vllm.load import Costs, CostTable, LoadPlanner
-from features import CASES, GREEDY, NAMES, SCHEMA, assert_logprobs, constrained, features_engine
+from features import CASES, GREEDY, NAMES, SCHEMA, are_close, constrained, features_engine
 
 REASONING = {"reasoning_start_str": "Here", "reasoning_end_str": "The answer"}
-QUESTIONS = (0, 11, 2, 5)  # two that think until their budget, one that does not, one more
+QUESTIONS = (2, 11)  # one that thinks until its budget is spent, and one that never begins to
 DRAWN = {"temperature": 1.5, "max_tokens": 60}  # no seed: each run is another
 ALLOWED = range(4, 700)
 
@@ -76,7 +76,7 @@ SAMPLED = {
     "drawn, seeded": ({**DRAWN, "seed": 3}, lambda output: len(output.token_ids) > 0),
     "drawn JSON": (
         {**DRAWN, **constrained(json=SCHEMA), "temperature": 1.5},
-        lambda output: json.loads(output.text)["name"] in NAMES,
+        lambda output: output.finish_reason == "stop" and json.loads(output.text)["name"] in NAMES,
     ),
     "drawn, allowed_token_ids": (
         {**DRAWN, "allowed_token_ids": list(ALLOWED)},
@@ -85,10 +85,6 @@ SAMPLED = {
     "drawn, top_k and top_p": (
         {**DRAWN, "top_k": 20, "top_p": 0.8},
         lambda output: len(output.token_ids) > 0,
-    ),
-    "drawn, bad_words": (
-        {**DRAWN, "bad_words": ["the", "e", "is"]},
-        lambda output: not {"the", "is", "e"} & set(output.text.split()),
     ),
     "drawn, min_p": ({**DRAWN, "min_p": 0.2}, lambda output: len(output.token_ids) > 0),
     "drawn, stop": (
@@ -138,7 +134,8 @@ def mixed_engine(speculative_config=None):
         reasoning_config=REASONING,
         scheduling_policy="priority",
         block_size=32,
-        num_gpu_blocks_override=90,  # few for 16 answers: requests are preempted
+        max_model_len=512,
+        num_gpu_blocks_override=44,  # few for 16 answers: requests are preempted
     )
 
 
@@ -158,9 +155,13 @@ def table():
             for row, make in EXACT.items()
             for prompt, answer in zip(prompts, greedy, strict=True)
         ]
+        # apart, since vLLM may leave the budget of a request that has ended to one without
+        budgeted = [a for a in asked if "thinking_token_budget" in a.params]
+        others = [a for a in asked if "thinking_token_budget" not in a.params]
         asked = [
             a._replace(expected=output)
-            for a, output in zip(asked, generate(llm, asked), strict=True)
+            for some in (budgeted, others)
+            for a, output in zip(some, generate(llm, some), strict=True)
         ]
     asked += [Asked(row, p, params) for row, (params, _) in SAMPLED.items() for p in prompts]
     return {row: list(group) for row, group in itertools.groupby(asked, lambda a: a.row)}
@@ -229,20 +230,23 @@ def drafting_for(llm, mode):
             drafter.planner = None
 
 
-def check(asked, outputs):
+def wrong_rows(asked, outputs):
+    """Every wrong row at once: where a mixed batch goes wrong is seen from all of them."""
+    wrong = []
     for a, output in zip(asked, outputs, strict=True):
         if a.row in SAMPLED:
-            assert all(map(SAMPLED[a.row][1], output.outputs)), (a.row, output.outputs)
+            holds = all(map(SAMPLED[a.row][1], output.outputs))
+            wrong += [] if holds else [(a.row, output.outputs)]
             continue
         assert len(output.outputs) == len(a.expected.outputs)
+        pairs = [(output.prompt_logprobs, a.expected.prompt_logprobs, "prompt_logprobs")]
         for found, expected in zip(output.outputs, a.expected.outputs, strict=True):
-            assert list(found.token_ids) == list(expected.token_ids), a.row
-            assert found.text == expected.text, a.row
-            assert found.finish_reason == expected.finish_reason, a.row
-            if expected.logprobs is not None:
-                assert_logprobs(found.logprobs, expected.logprobs)
-        if a.expected.prompt_logprobs is not None:
-            assert_logprobs(output.prompt_logprobs[1:], a.expected.prompt_logprobs[1:])
+            pairs.append((found.logprobs, expected.logprobs, "logprobs"))
+            for name in ("token_ids", "text", "finish_reason"):
+                if getattr(found, name) != getattr(expected, name):
+                    wrong.append((a.row, name, getattr(found, name), getattr(expected, name)))
+        wrong += [(a.row, name) for *pair, name in pairs if not are_close(*pair)]
+    return wrong
 
 
 def check_steps(record, mode):
@@ -259,6 +263,7 @@ def check_steps(record, mode):
         assert sum(have_drafts) < len(have_drafts) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("row", ROWS)
 def test_row_in_a_mixed_batch(table, drafting, row, mode):
@@ -266,9 +271,14 @@ def test_row_in_a_mixed_batch(table, drafting, row, mode):
     i = ROWS.index(row)
     beside = [ROWS[(i + n) % len(ROWS)] for n in (1, 7, 19)]
     greedy = table["greedy"]
-    asked = [greedy[3], *table[row][:2], *(table[name][2] for name in beside), greedy[2]]
+    asked = [
+        greedy[0],
+        *table[row],
+        *(table[name][n % 2] for n, name in enumerate(beside)),
+        greedy[1],
+    ]
     with drafting_for(drafting, mode) as record:
-        check(asked, generate(drafting, asked))
+        assert wrong_rows(asked, generate(drafting, asked)) == []
     check_steps(record, mode)
 
 
@@ -290,9 +300,9 @@ def test_all_rows_at_once(table, drafting, mode):
             outputs = generate(drafting, asked, priority=priorities)
     finally:
         del scheduler._preempt_request
-    check(asked, outputs)
+    assert wrong_rows(asked, outputs) == []
     check_steps(record, mode)
-    assert preempted or mode == "drafts in no step"
+    assert preempted
     assert scheduler.kv_cache_manager.usage == 0.0
 
 
