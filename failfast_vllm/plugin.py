@@ -937,12 +937,11 @@ def install_v1_hooks() -> None:
     def updating_states(original: Any) -> Any:
         def _update_states(self: Any, scheduler_output: Any) -> Any:
             drafter = getattr(self, "drafter", None)  # only a runner that speculates has one
-            ours = isinstance(drafter, FailFastProposer)
-            if ours:
-                drafter.begin(scheduler_output)
+            if not isinstance(drafter, FailFastProposer):
+                return original(self, scheduler_output)
+            drafter.begin(scheduler_output)
             corrections = original(self, scheduler_output)
-            if ours:
-                drafter.drop_stale_budgets()
+            drafter.drop_stale_budgets()
             return corrections
 
         return _update_states

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
+from vllm.v1.sample.logits_processor import MinPLogitsProcessor
 
 from engine import chat_ids, core, generate, proposer, shipped_prompts, watch
 from failfast_vllm import request
@@ -330,14 +331,17 @@ def test_keys_of_others_pass(plain, drafting):
     assert ask(drafting, plain.prompts, params).answers == [[answer] for answer in plain.greedy]
 
 
-def test_custom_logits_processors_are_refused(drafting):
-    """vLLM's own refusal: nobody knows which rows they would want."""
-    from vllm.v1.worker import gpu_model_runner
-
-    with pytest.raises(ValueError, match="logits processors"):
-        gpu_model_runner.build_logitsprocs(
-            drafting.llm_engine.vllm_config, "cpu", False, False, ("module:Processor",)
-        )
+@pytest.mark.parametrize(
+    "speculative_config",
+    ["failfast", {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}],
+)
+def test_custom_logits_processors_are_refused(speculative_config):
+    """vLLM's own refusal (V1), as beside its ngram drafts: nobody knows which rows they want."""
+    with (
+        pytest.raises(ValueError, match="Custom logits processors are not supported"),
+        features_engine(speculative_config, logits_processors=[MinPLogitsProcessor]),
+    ):
+        pass
 
 
 def test_other_engines_refuse_as_before():
