@@ -53,6 +53,12 @@ CONFIG_HOOKS = (
     ),
     Hook("vllm.engine.arg_utils", "EngineArgs", "add_cli_args", ("parser",)),
     Hook(
+        "vllm.engine.arg_utils",
+        "EngineArgs",
+        "_set_default_max_num_seqs_and_batched_tokens_args",
+        ("self", "usage_context", "model_config", "parallel_config"),
+    ),
+    Hook(
         "vllm.config.speculative",
         "SpeculativeConfig",
         "verify_equal_vocab_size_if_draft_model",
@@ -311,6 +317,11 @@ def _install_config_hooks(problem: str | None) -> None:
 
     _wrap(EngineArgs, "create_speculative_config", _creating_speculative_config)
     _wrap(EngineArgs, "add_cli_args", _adding_cli_args)
+    _wrap(
+        EngineArgs,
+        "_set_default_max_num_seqs_and_batched_tokens_args",
+        _setting_batch_defaults,
+    )
     _wrap(SpeculativeConfig, "verify_equal_vocab_size_if_draft_model", _verifying_vocab_sizes)
     if hasattr(VllmConfig, "_limit_max_model_len_to_draft"):  # 0.32 has none
         _wrap(VllmConfig, "_limit_max_model_len_to_draft", _limiting_max_model_len)
@@ -564,6 +575,27 @@ def _creating_speculative_config(original: Any) -> Any:
     return create_speculative_config
 
 
+def _setting_batch_defaults(original: Any) -> Any:
+    """vLLM's LoRA buffers must hold a full draft of every sequence: say which flags make it so."""
+
+    def _set_default_max_num_seqs_and_batched_tokens_args(
+        self: Any, usage_context: Any, model_config: Any, parallel_config: Any
+    ) -> None:
+        original(self, usage_context, model_config, parallel_config)
+        if not self.enable_lora or METHOD not in (self.additional_config or {}):
+            return
+        per_seq = 1 + self.additional_config[METHOD]["num_speculative_tokens"]
+        budget, needed = self.max_num_batched_tokens, self.max_num_seqs * per_seq
+        if budget < needed:
+            raise ValueError(
+                f"failfast: LoRA needs max_num_batched_tokens of at least {needed} (max_num_seqs "
+                f"{self.max_num_seqs} x (1 + num_speculative_tokens)); got {budget}. Use "
+                f"--max-num-seqs {budget // per_seq} or --max-num-batched-tokens {needed}."
+            )
+
+    return _set_default_max_num_seqs_and_batched_tokens_args
+
+
 def _check_hub_config(
     drafter: str, revision: str | None, asked_size: int | None
 ) -> dict[str, Any] | None:
@@ -718,6 +750,12 @@ def _check_engine_args(
             "only text generation can be drafted for",
             target_model_config.runner_type,
             "Leave the speculative config out.",
+        )
+    if target_model_config.is_encoder_decoder:
+        refuse(
+            "encoder-decoder targets are not supported: the drafter sees text only",
+            target_model_config.architecture,
+            "Use a decoder-only target, or leave the speculative config out.",
         )
     if target_model_config.is_hybrid or target_model_config.use_mla:
         refuse(
@@ -962,9 +1000,12 @@ def install_v1_hooks() -> None:
     def updating_states(original: Any) -> Any:
         def _update_states(self: Any, scheduler_output: Any) -> Any:
             drafter = getattr(self, "drafter", None)  # only a runner that speculates has one
-            if isinstance(drafter, FailFastProposer):
-                drafter.begin(scheduler_output)
-            return original(self, scheduler_output)
+            if not isinstance(drafter, FailFastProposer):
+                return original(self, scheduler_output)
+            drafter.begin(scheduler_output)
+            corrections = original(self, scheduler_output)
+            drafter.drop_stale_budgets()
+            return corrections
 
         return _update_states
 
@@ -980,17 +1021,20 @@ def install_v1_hooks() -> None:
     def sampling(original: Any) -> Any:
         """vLLM verifies in every step of an engine that may speculate, with or without drafts.
 
-        A step without drafts takes the plain sampler, which is faster, unless a request has a
-        thinking budget: its state counts the rows that only verification tells it.
+        Without drafts each row is the token behind a draft of length 0: sampled as vLLM samples
+        that, thinking budgets included, and not verified, which is slow and, for top-k on a CPU,
+        fails on no rows.
         """
 
         def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
             drafter = getattr(self, "drafter", None)
             ours = isinstance(drafter, FailFastProposer) and spec_decode_metadata is not None
             if ours and not any(spec_decode_metadata.num_draft_tokens):
-                budgets = self.input_batch.thinking_budget_state_holder
-                if budgets is None or not budgets.has_tracked_requests():
-                    return original(self, logits, None)
+                return self.sampler(
+                    logits=logits,
+                    sampling_metadata=self.input_batch.sampling_metadata,
+                    predict_bonus_token=True,
+                )
             return original(self, logits, spec_decode_metadata)
 
         return _sample

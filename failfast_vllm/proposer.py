@@ -77,6 +77,10 @@ class FailFastProposer(DraftModelProposer):
         draft_config = safetensors_only(super()._create_draft_vllm_config())
         return keep_apart(draft_config, self.vllm_config)
 
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """A drafter of text takes nothing from its target: vLLM would look for an image token."""
+        super().load_model(torch.nn.Module())
+
     def _get_model(self) -> torch.nn.Module:
         with drafter_group(self.vllm_config):
             model: torch.nn.Module = super()._get_model()
@@ -193,6 +197,15 @@ class FailFastProposer(DraftModelProposer):
             scheduler_output, self.kv_cache_gid, self.block_size, trusts_hits=not self.foreign_kv
         )
         self.drafter.blocks.clear(pages, self.block_size)
+
+    def drop_stale_budgets(self) -> None:
+        """vLLM leaves a thinking budget in its row to a request without one that moves there."""
+        batch = self.runner.input_batch
+        budgets = batch.thinking_budget_state_holder
+        if budgets is not None:
+            for row, req_id in enumerate(batch.req_ids):
+                if self.runner.requests[req_id].sampling_params.thinking_token_budget is None:
+                    budgets._state.pop(row, None)
 
     def _gather(
         self,

@@ -7,6 +7,7 @@ drafters here are headers with a hole behind them.
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -251,6 +252,50 @@ def test_target_with_latent_attention(target):
     edit(target / "config.json", architectures=[architecture], model_type="deepseek_v2", **latent)
     message = refusal(asking(model=DRAFTER), model=target)
     assert f"got {architecture!r}. Use a target with full attention" in message
+
+
+def be_whisper(path):
+    """A target with an encoder and cross-attention; its config only."""
+    sizes = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    lengths = {"max_source_positions": 100, "max_target_positions": 128, "num_mel_bins": 80}
+    fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    fields = {"vocab_size": fields["vocab_size"], "torch_dtype": "float32"}
+    fields |= {"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper"}
+    (path / "config.json").write_text(json.dumps({**fields, **sizes, **heads, **lengths}))
+
+
+def test_target_with_an_encoder(target):
+    """Catches an engine that is built for a target of which the drafter sees but a part."""
+    be_whisper(target)
+    message = refusal(asking(model=DRAFTER), model=target)
+    assert "encoder-decoder" in message
+    assert "got 'WhisperForConditionalGeneration'. Use a decoder-only target" in message
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "numbers"),
+    [
+        # a server's defaults on a GPU
+        ({"max_num_seqs": 1024, "max_num_batched_tokens": 8192}, (62464, 1024, 8192, 134, 62464)),
+        ({"max_num_seqs": 35, "max_num_batched_tokens": 2048}, (2135, 35, 2048, 33, 2135)),
+    ],
+)
+def test_lora_without_room_for_drafts(engine_args, numbers):
+    """Catches vLLM's own refusal, which names neither the flags nor the numbers that help."""
+    message = refusal("failfast", enable_lora=True, **engine_args)
+    assert message == (
+        "failfast: LoRA needs max_num_batched_tokens of at least {} (max_num_seqs {} x "
+        "(1 + num_speculative_tokens)); got {}. Use --max-num-seqs {} or "
+        "--max-num-batched-tokens {}.".format(*numbers)
+    )
+    refusal(asking(num_speculative_tokens=60), enable_lora=True)  # as left to the defaults
+    build("failfast", **engine_args)
+    helped = re.findall(r"--([a-z-]+) (\d+)", message)
+    assert len(helped) == 2
+    for flag, value in helped:
+        args = {**engine_args, flag.replace("-", "_"): int(value)}
+        assert build("failfast", enable_lora=True, **args).lora_config is not None
 
 
 @pytest.mark.parametrize(

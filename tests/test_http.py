@@ -63,23 +63,25 @@ def questions():
     ]
 
 
-def serve_command(speculative_config, port):
+def serve_command(speculative_config, port, parser="xlam", *more):
     vllm = str(Path(sys.executable).with_name("vllm"))
     engine_flags = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "2048"]
     http_flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME]
-    command = [vllm, "serve", TARGET, "--speculative-config", speculative_config]
+    command = [vllm, "serve", TARGET]
+    if speculative_config:
+        command += ["--speculative-config", speculative_config]
+        command += ["--per-request-spec-decode-metrics", "detailed"]
     grammar = {"backend": "xgrammar", "disable_any_whitespace": True}  # a small model rambles
     grammar_flags = ["--structured-outputs-config", json.dumps(grammar)]
-    # a parser without a format of its own: a forced call's arguments are bound to the schema
-    tool_flags = ["--tool-call-parser", "xlam", "--enable-auto-tool-choice"]
-    metrics_flags = ["--per-request-spec-decode-metrics", "detailed"]
+    # xlam has no format of its own: a forced call's arguments are bound to the schema
+    tool_flags = ["--tool-call-parser", parser, "--enable-auto-tool-choice"]
     return [
         *command,
         *engine_flags,
         *http_flags,
         *grammar_flags,
         *tool_flags,
-        *metrics_flags,
+        *more,
     ]
 
 
@@ -104,6 +106,7 @@ def free_port():
 class Server(NamedTuple):
     url: str
     log: Path
+    process: subprocess.Popen
 
     def get(self, path):
         return httpx.get(self.url + path, timeout=10, trust_env=False)
@@ -135,18 +138,18 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def serving(speculative_config, log):
+def serving(speculative_config, log, *more):
     """A running server."""
     port = free_port()
-    running = Server(f"http://127.0.0.1:{port}", log)
     with log.open("w") as output:
         process = subprocess.Popen(
-            serve_command(speculative_config, port),
+            serve_command(speculative_config, port, *more),
             env=server_environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    running = Server(f"http://127.0.0.1:{port}", log, process)
     try:
         deadline = time.monotonic() + START_SECONDS
         while not running.is_healthy():
@@ -438,6 +441,132 @@ def test_forced_tool_calls_are_valid(server, questions):
         assert type(arguments["count"]) is int
         assert 0 <= arguments["count"] <= 99
     assert server.metric("spec_decode_num_accepted_tokens_total") > before + 100
+
+
+CALL = '<tool_call>\n{"name": "give", "arguments": {"to": "Leo", "count": 2}}\n</tool_call>'
+
+
+def called(completion):
+    """The name and arguments of the only tool call."""
+    message = completion.choices[0].message
+    (call,) = message.tool_calls
+    return call.function.name, call.function.arguments, completion.choices[0].finish_reason
+
+
+def called_in_pieces(stream):
+    """The same from the deltas of a stream; also how many deltas and how many tokens came."""
+    name, arguments, reason, num_deltas, num_tokens = "", "", None, 0, 0
+    for chunk in stream:
+        num_tokens = chunk.usage.completion_tokens if chunk.usage else num_tokens
+        for choice in chunk.choices:
+            num_deltas += 1
+            reason = choice.finish_reason or reason
+            for call in choice.delta.tool_calls or ():
+                name += call.function.name or ""
+                arguments += call.function.arguments or ""
+    return (name, arguments, reason), num_deltas, num_tokens
+
+
+def call_by_text(server, **settings):
+    """`<tool_call>` as the model writes it: a regex forces the text, the parser reads it."""
+    return server.client().chat.completions.create(
+        model=NAME,
+        messages=[{"role": "user", "content": f"Repeat this list: {CALL}"}],
+        tools=[GIVE],
+        tool_choice="auto",
+        temperature=0,
+        max_tokens=120,
+        extra_body={"structured_outputs": {"regex": re.escape(CALL)}},
+        **settings,
+    )
+
+
+async def terminate_under_load(server, questions):
+    """Send SIGTERM to the API server while all its clients stream."""
+    loaded = asyncio.Event()
+
+    async def ask_for_long(client, question):
+        stream = await client.completions.create(
+            model=NAME,
+            prompt=question.prompt_ids,
+            max_tokens=LONG,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        async for _ in stream:
+            loaded.set()
+
+    async with server.async_client() as client:
+        asked = [asyncio.create_task(ask_for_long(client, q)) for q in questions]
+        await loaded.wait()
+        server.process.send_signal(signal.SIGTERM)
+        await asyncio.gather(*asked, return_exceptions=True)
+
+
+def remaining(group):
+    """Whether any process of a group is left, zombies included."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_tool_calls_by_text_and_the_end(questions, tmp_path):
+    """Catches deltas of many tokens that the parser reads otherwise than the whole text, and
+
+    a server that does not end on SIGTERM under load, or not as without failfast.
+    """
+    seen, statuses = {}, {}
+    always = json.dumps({"method": "failfast", "load_aware": False})
+    for method in (None, always):
+        path = tmp_path / f"server-{method is None}.log"
+        with serving(method, path, "hermes", "--disable-log-stats") as server:
+            test_completion(server, questions)
+            seen[method] = called(call_by_text(server))
+            stream = call_by_text(server, stream=True, stream_options={"include_usage": True})
+            streamed, num_deltas, num_tokens = called_in_pieces(stream)
+            assert streamed == seen[method]
+            if method:
+                assert num_deltas < num_tokens, "no delta had two tokens"
+            asyncio.run(terminate_under_load(server, questions[:16]))
+            statuses[method] = server.process.wait(timeout=SETTLE_SECONDS)
+            deadline = time.monotonic() + SETTLE_SECONDS
+            while remaining(server.process.pid):
+                assert time.monotonic() < deadline, "a process is left"
+                time.sleep(0.2)
+    assert seen[None] == seen[always] == ("give", '{"to": "Leo", "count": 2}', "tool_calls")
+    assert statuses[None] == statuses[always]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (
+            "bench serve --model {name} --tokenizer {target} --base-url {url} --num-prompts 8 "
+            "--dataset-name random --random-input-len 20 --random-output-len 30",
+            r"Successful requests: +8\b",
+        ),
+        ("chat --url {url}/v1 --quick Hello", r"\w"),
+        ("complete --url {url}/v1 --max-tokens 20 --quick Hello", r"\w"),
+    ],
+)
+def test_vllms_clients_run_to_their_end(server, command, shown):
+    vllm = str(Path(sys.executable).with_name("vllm"))
+    found = subprocess.run(
+        [vllm, *command.format(name=NAME, target=TARGET, url=server.url).split()],
+        env=server_environment(),
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert re.search(shown, found.stdout)
+    assert server.is_healthy()
 
 
 def scraped(server):

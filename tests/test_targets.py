@@ -1,6 +1,7 @@
 """Targets that are not plain: quantised weights or KV, and LoRA adapters. Each stays lossless."""
 
 import json
+import shutil
 
 import torch
 from safetensors.torch import save_file
@@ -88,5 +89,33 @@ def test_sdar_drafts_for_a_qwen3_target(tmp_path):
         params = greedy_params(prompts)
         expected = generate(llm, prompts, params)
     with engine(spec, **target) as llm, watch(llm) as record:
+        assert generate(llm, prompts, params) == expected
+    assert record.num_drafted > 1000
+
+
+def test_multimodal_target(tmp_path):
+    """Catches vLLM looking for an image token that a target lacks; text prompts, random weights."""
+    fields = json.loads((MODELS_DIR / "target" / "config.json").read_text())
+    audio = {"model_type": "qwen2_audio_encoder", "d_model": 64, "encoder_layers": 1}
+    audio |= {"encoder_attention_heads": 4, "encoder_ffn_dim": 64, "num_mel_bins": 80}
+    config = {
+        "architectures": ["Qwen2AudioForConditionalGeneration"],
+        "model_type": "qwen2_audio",
+        "audio_token_index": fields["vocab_size"] - 1,
+        "text_config": fields,
+        "audio_config": audio | {"max_source_positions": 100},
+    }
+    target = tmp_path / "target"
+    ignored = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(MODELS_DIR / "target", target, ignore=ignored)
+    (target / "config.json").write_text(json.dumps(config))
+    extractor = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 80}
+    (target / "preprocessor_config.json").write_text(json.dumps(extractor))
+    settings = {"model": str(target), "load_format": "dummy", "limit_mm_per_prompt": {"audio": 0}}
+    with engine(None, **settings) as llm:
+        prompts = some_prompts(llm)
+        params = greedy_params(prompts)
+        expected = generate(llm, prompts, params)
+    with engine(ASKED, **settings) as llm, watch(llm) as record:
         assert generate(llm, prompts, params) == expected
     assert record.num_drafted > 1000

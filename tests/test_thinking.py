@@ -52,3 +52,22 @@ def test_the_budgets_bite(expected):
     changed = [a != b for a, b in zip(answers, unlimited, strict=True)]
     assert any(changed)
     assert not any(c for c, budget in zip(changed, BUDGETS, strict=True) if budget is None)
+
+
+def test_a_budget_ends_with_its_request(expected):
+    """Catches a budget that vLLM leaves to the request which moves into its place: of requests
+
+    without a budget the last takes the place of the first that ends, and must think on.
+    """
+    from vllm import SamplingParams
+
+    prompts, _ = expected
+    greedy = SamplingParams(temperature=0.0, max_tokens=60)
+    short = SamplingParams(temperature=0.0, max_tokens=12, thinking_token_budget=14)
+    with engine("failfast", reasoning_config=REASONING) as llm:
+        answers = generate(llm, prompts, greedy)
+        for i, prompt in enumerate(prompts):
+            for more in ({}, {"extra_args": {"failfast_max_len": 0}}):
+                params = SamplingParams(temperature=0.0, max_tokens=60, **more)
+                (_, found) = generate(llm, [prompts[0], prompt], [short, params])
+                assert found == answers[i]

@@ -1,8 +1,11 @@
 """The V2 model runner: V2 with failfast = V1 with failfast = no speculation."""
 
 import contextlib
+import dataclasses
+import itertools
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -347,6 +350,48 @@ def test_what_single_requests_ask(plain):
     assert any(eos in p.draft[:-1] for p in drafts(4))
     assert all(eos not in p.draft[:-1] for i in (1, 2, 3, 5, 6, 7) for p in drafts(i))
     assert all(drafts(i) for i in (5, 6, 7))
+
+
+# Triton's interpreter runs neither vLLM's kernel for top-k and top-p nor that for grammars
+MIXED = (
+    {},
+    {"thinking_token_budget": 9},
+    {"presence_penalty": 2.0, "bad_words": ["answer"]},
+    {"temperature": 1.0, "min_p": 1.0, "logprobs": 2},  # leaves one token to draw
+    {"temperature": 1.0, "min_p": 1.0, "min_tokens": 25},
+    {"logit_bias": dict.fromkeys(range(300, 310), 30.0)},
+    {"allowed_token_ids": list(range(4, 1000)), "repetition_penalty": 1.5},
+)
+
+
+def test_rows_in_mixed_batches(plain):
+    """Drafts for a few requests, others in each step: catches a step of one kind that loses
+
+    what a request of the other needs.
+    """
+    from vllm import SamplingParams
+
+    prompts = plain[0][0 : 2 * len(MIXED) : 2]
+    base = {"temperature": 0.0, "max_tokens": 30}
+    params = [SamplingParams(**{**base, **more}) for more in MIXED]
+    reasoning = {"reasoning_config": {"reasoning_start_str": "Here", "reasoning_end_str": "The"}}
+    with v1_engine(**reasoning) as llm:
+        (unlimited,) = generate(llm, prompts[1:2], params[0])
+        expected = generate(llm, prompts, params)
+    with v2_engine(**reasoning) as llm, watch(llm) as record:
+        drafter, steps = proposer(llm).drafter, itertools.count()
+        propose = drafter.propose
+
+        def sparing_propose(step):
+            drafts = (np.arange(len(step.req_ids)) + next(steps)) % 4 == 0
+            lens = np.where(drafts, step.max_draft_lens, 0)
+            return propose(dataclasses.replace(step, max_draft_lens=lens))
+
+        drafter.propose = sparing_propose
+        answers = generate(llm, prompts, params)
+    assert answers == expected
+    assert expected[1] != unlimited
+    assert any(0 in lens and any(lens) for lens in record.draft_lens)
 
 
 def test_the_demo_shows_rounds():
