@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.utils import replace
@@ -30,7 +31,8 @@ from failfast_vllm.ranks import draft_context, drafter_group
 from failfast_vllm.reuse import RejectedDrafts
 from failfast_vllm.trace import TraceWriter
 
-WARM_UP_SECONDS = 3.0  # of each model, on a CPU
+MAX_TURNS, MIN_TURNS, TURNS_SECONDS = 8, 3, 12.0  # of timing the models
+WARM_UP_SECONDS = 6.0  # of that, on a CPU
 MAX_WARM_ROWS = 256
 
 
@@ -512,22 +514,28 @@ def measure_costs(
         run(size).amax().item()  # waits for the device
         return (time.perf_counter() - began) * 1e3
 
-    def table(run: Callable[[int], torch.Tensor], sizes: list[int]) -> CostTable:
-        timed: list[float] = []
-        for size in sizes:  # the first of three warms up
-            timed.append(min(milliseconds(run, size) for _ in range(3)))
-            if timed[-1] > 500 and not in_lockstep:
-                break  # wider passes are extrapolated
-        if drafter.device.type == "cpu" and not in_lockstep:  # it compiles kernels per row count
-            ends = time.perf_counter() + WARM_UP_SECONDS
+    runs, sizes = (target_step, draft_pass), [2**i for i in range(widest.bit_length())]
+    best = np.full((2, len(sizes)), np.inf)  # milliseconds
+    ends = time.perf_counter() + TURNS_SECONDS
+    # in turns: a second that another process takes is not all of one model or size
+    for turn in range(MAX_TURNS):
+        if turn >= MIN_TURNS and time.perf_counter() > ends and not in_lockstep:
+            break
+        for i, size in enumerate(sizes):
+            for times, run in zip(best, runs, strict=True):
+                for _ in range(1 if turn else 2):  # the first of all warms up
+                    times[i] = min(times[i], milliseconds(run, size))
+            if best[:, i].max() > 500 and not in_lockstep:
+                sizes = sizes[: i + 1]  # wider passes are extrapolated
+                break
+        if turn == 0 and drafter.device.type == "cpu" and not in_lockstep:
+            warm = time.perf_counter() + WARM_UP_SECONDS  # it compiles kernels per row count
             for size in range(1, min(sizes[-1], MAX_WARM_ROWS) + 1):
-                if time.perf_counter() < ends:
-                    milliseconds(run, size)
-        return CostTable(sizes[: len(timed)], timed)
-
-    sizes = [2**i for i in range(widest.bit_length())]
-    verify = table(target_step, sizes)
-    return Costs(table(draft_pass, sizes[3:] or sizes), verify)
+                for run in runs:
+                    if time.perf_counter() < warm:
+                        milliseconds(run, size)
+    verify, draft = (CostTable(sizes, times[: len(sizes)].tolist()) for times in best)
+    return Costs(draft, verify)
 
 
 def make_planner(costs: Costs, vllm_config: VllmConfig) -> LoadPlanner:
