@@ -44,8 +44,8 @@ SPELL_ROUNDS, LOST_STEPS = 32, 8
 ACCEPTED_LOSS = 0.02
 # Where drafting seems not to pay, the tables may be wrong, and nothing but a try can tell: so many
 # rounds, the first where they are expected to lose at most what so many steps without drafts take,
-# more the longer nothing was drafted. Each loss in a row makes the wait longer, up to so many.
-TRY_ROUNDS, TRY_STEPS, MAX_LOST = 2, 4, 8
+# later that share of the time since. Each loss in a row makes the wait longer, up to so many.
+TRY_ROUNDS, TRY_STEPS, TRY_LOSS, MAX_LOST = 2, 4, 0.01, 8
 # Two steps of plain decoding among many with drafts, to know what the second takes: the first finds
 # caches that are full of drafting.
 PROBE_STEPS, PLAIN_IN_A_ROW = 96, 2
@@ -442,7 +442,7 @@ class LoadPlanner:
         """
         if self._spell.rounds or not self.learns:
             return self._spell.is_try and self._spell.rounds < TRY_ROUNDS
-        accepted_ms = ACCEPTED_LOSS * self._paid_ms
+        accepted_ms = TRY_LOSS * self._paid_ms
         if self._lost is None:
             return loss_ms <= accepted_ms + TRY_STEPS * plain_ms
         loss_ms = max(loss_ms, self._lost.loss_ms(self.costs.plain))
