@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from vllm.config import VllmConfig
@@ -31,7 +32,8 @@ from failfast_vllm.ranks import draft_context, drafter_group
 from failfast_vllm.reuse import RejectedDrafts
 from failfast_vllm.trace import TraceWriter
 
-WARM_UP_MS = 3000.0  # of each model, on a CPU
+MAX_TURNS, MIN_TURNS, TURNS_SECONDS = 8, 3, 12.0  # of timing the models
+WARM_UP_MS = 3000.0  # of that for each model, on a CPU
 MAX_WARM_ROWS = 128  # of the target: with the drafter's they fit into oneDNN's cache of 1024
 
 
@@ -545,27 +547,33 @@ def measure_costs(
         run(size).amax().item()  # waits for the device
         return (time.perf_counter() - began) * 1e3
 
-    def table(
-        run: Callable[[int], torch.Tensor], sizes: list[int], warm_sizes: list[int]
-    ) -> CostTable:
-        timed: list[float] = []
-        for size in sizes:  # the first of three warms up
-            timed.append(min(milliseconds(run, size) for _ in range(3)))
-            if timed[-1] > 500 and not in_lockstep:
-                break  # wider passes are extrapolated
-        costs = CostTable(sizes[: len(timed)], timed)
-        if drafter.device.type == "cpu" and not in_lockstep:  # it compiles kernels per row count
-            num = int((costs(warm_sizes).cumsum() < WARM_UP_MS).sum())
-            # widest first: else the kernels of each size take a part of what the size before has
-            # freed, and glibc searches all the gaps in between whenever a step allocates
-            for size in reversed(warm_sizes[:num]):
-                milliseconds(run, size)
-        return costs
-
-    sizes = [2**i for i in range(widest.bit_length())]
-    verify = table(target_step, sizes, list(range(1, min(widest, MAX_WARM_ROWS) + 1)))
+    runs, sizes = (target_step, draft_pass), [2**i for i in range(widest.bit_length())]
+    # a CPU compiles kernels per row count
     classes = sorted({row_class(size) for size in range(1, widest + 1)})
-    return Costs(table(draft_pass, sizes[3:] or sizes, classes), verify)
+    warm_sizes = list(range(1, min(widest, MAX_WARM_ROWS) + 1)), classes
+    best = np.full((2, len(sizes)), np.inf)  # milliseconds
+    ends = time.perf_counter() + TURNS_SECONDS
+    # in turns: a second that another process takes is not all of one model or size
+    for turn in range(MAX_TURNS):
+        if turn >= MIN_TURNS and time.perf_counter() > ends and not in_lockstep:
+            break
+        for i, size in enumerate(sizes):
+            for times, run in zip(best, runs, strict=True):
+                for _ in range(1 if turn else 2):  # the first of all warms up
+                    times[i] = min(times[i], milliseconds(run, size))
+            if best[:, i].max() > 500 and not in_lockstep:
+                sizes = sizes[: i + 1]  # wider passes are extrapolated
+                break
+        if turn == 0 and drafter.device.type == "cpu" and not in_lockstep:
+            for run, times, warm in zip(runs, best, warm_sizes, strict=True):
+                costs = CostTable(sizes, times[: len(sizes)].tolist())
+                num = int((costs(warm).cumsum() < WARM_UP_MS).sum())
+                # widest first: else the kernels of each size take a part of what the size before
+                # has freed, and glibc searches all the gaps in between whenever a step allocates
+                for size in reversed(warm[:num]):
+                    milliseconds(run, size)
+    verify, draft = (CostTable(sizes, times[: len(sizes)].tolist()) for times in best)
+    return Costs(draft, verify)
 
 
 def make_planner(costs: Costs, vllm_config: VllmConfig) -> LoadPlanner:

@@ -42,6 +42,10 @@ MARGIN = 1.1
 # load before the last loss is so small a share of the time since.
 SPELL_ROUNDS, LOST_STEPS = 32, 8
 ACCEPTED_LOSS = 0.02
+# Where drafting seems not to pay, the tables may be wrong, and nothing but a try can tell: so many
+# rounds, the first where they are expected to lose at most what so many steps without drafts take,
+# later that share of the time since. Each loss in a row makes the wait longer, up to so many.
+TRY_ROUNDS, TRY_STEPS, TRY_LOSS, MAX_LOST = 2, 4, 0.01, 8
 # Two steps of plain decoding among many with drafts, to know what the second takes: the first finds
 # caches that are full of drafting.
 PROBE_STEPS, PLAIN_IN_A_ROW = 96, 2
@@ -53,6 +57,7 @@ DECAY = 0.995  # per observed round: a memory of about 200 rounds
 FORGETTING = 0.01  # per look without drafts: what was learned long ago gets another try
 LEARNING_STEPS = 8  # steps whose drafts are learned from at once
 FAR = 1e7  # rows; a table goes on to there
+HICCUP = 4.0  # times what was expected: a time that is longer counts as that
 COST_MEMORY = 20.0  # measurements near a size that its time is averaged over
 
 
@@ -61,7 +66,8 @@ class CostTable:
 
     Args:
         sizes: rising, at least one.
-        ms: measured times; made monotone, since more rows never cost less than fewer.
+        ms: measured times. What else runs can only add to them, and more rows never cost less than
+            fewer: no size takes more than a larger one was seen to take.
     """
 
     def __init__(self, sizes: list[int], ms: list[float]) -> None:
@@ -70,7 +76,7 @@ class CostTable:
         # 0 rows take nothing, less than measured as much as the least, more than it ever more
         self._knots = np.concatenate(([0.0, 1e-9], self.sizes, [FAR]))
         self._values = np.zeros(len(self._knots))
-        self._set(np.array(ms, dtype=np.float64))
+        self._set(np.minimum.accumulate(np.array(ms, dtype=np.float64)[::-1])[::-1])
         self._start = self._values.copy()
         self._extra = np.zeros(len(sizes))  # found while serving, on top of that
         self._weights = np.zeros(len(sizes))
@@ -98,9 +104,9 @@ class CostTable:
 
         An average over the last measurements, weighted by how near they were; sizes that nothing
         was measured at follow the nearest ones, smaller ones in proportion. The time at start-up
-        is one of them.
+        is one of them, unless this one refutes it: nothing takes less than it takes.
         """
-        ms = min(ms, 4.0 * float(self(size)))  # a hiccup moves little
+        ms = min(ms, HICCUP * float(self(size)))
         start, start_here = self._start[2:-1], float(np.interp(size, self._knots, self._start))
         near = self._nearness.get(size)
         if near is None:
@@ -110,7 +116,10 @@ class CostTable:
             share[:below] = start[:below] / start_here
             near = self._nearness[size] = nearness, share
         nearness, share = near
-        more = np.maximum(self._weights, nearness) + nearness
+        at_start = nearness
+        if ms < start_here:  # the machine was busy at the start, for all sizes
+            at_start, share = 0.0 * nearness, start / start_here
+        more = np.maximum(self._weights, at_start) + nearness
         # many measurements far away weigh less than one here
         self._weights = np.maximum(self._weights, np.minimum(more, COST_MEMORY * nearness))
         extra = (ms - start_here) * share
@@ -141,12 +150,17 @@ class Costs:
 
 @dataclass
 class Spell:
-    """Rounds with drafts in a row, and what they took."""
+    """Rounds with drafts in a row, and what they took.
+
+    What slows the whole machine down would slow steps without drafts down as well.
+    """
 
     rounds: int = 0
     ms: float = 0.0
-    plain_steps: float = 0.0  # that as many tokens take without drafts
+    plain_steps: float = 0.0  # that as many tokens take without drafts, times the slowness then
+    slowness: float = 1.0  # of the last round's step of the target, against what it usually takes
     seqs: int = 0  # summed over the rounds
+    is_try: bool = False
 
     def loss_ms(self, plain: CostTable) -> float:
         """Time lost against none."""
@@ -254,7 +268,7 @@ class LoadPlanner:
     _passes: list[tuple[int, float]] = field(default_factory=list, repr=False)
     _overhead_ms: float = field(default=0.0, repr=False)  # of drafting, outside the passes
     _began: float = field(default=0.0, repr=False)
-    _steps_to_probe: int = field(default=PROBE_STEPS, repr=False)
+    _steps_to_probe: int = field(default=REST_STEPS, repr=False)
     _num_plain: int = field(default=0, repr=False)  # steps without drafts, in a row
     _steps_to_rest: int = field(default=0, repr=False)
     _rests_from: int = field(default=0, repr=False)  # sequences
@@ -306,15 +320,19 @@ class LoadPlanner:
             [seconds * 1e3 for seconds in measured] + [ms for _, ms in self._passes]
         )
         if passes_ms:
+            spell, overhead_ms = self._spell, drafting_ms - sum(passes_ms)
             for (num_rows, _), ms in zip(self._passes, passes_ms, strict=True):
+                spell.ms += min(ms, HICCUP * float(self.costs.draft(num_rows)))
                 self.costs.draft.correct(num_rows, ms)
-            overhead_ms = min(drafting_ms - sum(passes_ms), sum(passes_ms))  # a hiccup moves little
-            self._overhead_ms += 0.1 * (overhead_ms - self._overhead_ms)
             verify_ms = float(self.costs.verify(self._num_drafted + num_seqs))
-            self._spell.rounds += 1
-            self._spell.ms += drafting_ms + (waited_ms if known else verify_ms)
-            self._spell.plain_steps += 1.0
-            self._spell.seqs += num_seqs
+            slowness = waited_ms / verify_ms if known else 1.0
+            spell.slowness = min(max(slowness, 1.0 / HICCUP), HICCUP)
+            spell.rounds += 1
+            spell.ms += overhead_ms + verify_ms * spell.slowness
+            spell.plain_steps += spell.slowness
+            spell.seqs += num_seqs
+            overhead_ms = min(overhead_ms, sum(passes_ms))  # a hiccup moves little
+            self._overhead_ms += 0.1 * (overhead_ms - self._overhead_ms)
         if num_tokens and self._num_drafted:
             self.costs.verify.correct(num_tokens, waited_ms)
         elif num_tokens and self._num_plain >= PLAIN_IN_A_ROW:
@@ -342,7 +360,7 @@ class LoadPlanner:
             return
         if self._spell.rounds:
             accepted = sum(o.num_accepted for o in outcomes)
-            self._spell.plain_steps += accepted / len(self._running)
+            self._spell.plain_steps += self._spell.slowness * accepted / len(self._running)
         self._unlearned.extend(outcomes)
         self._steps_to_learn -= 1
         if self._steps_to_learn > 0:
@@ -389,18 +407,25 @@ class LoadPlanner:
         rows = drafted + live + tokens  # every token that comes out is committed once
         draft_ms = self.costs.draft(rows)
         ms = draft_ms + self.costs.verify(num_seqs + drafted) + self._overhead_ms
-        if backlog := int(commit_rows.sum()):  # pays over the rounds that follow
-            ms += (self.costs.draft(rows + backlog) - draft_ms) / AMORTISED_ROUNDS
-        ms[0] = float(self.costs.plain(num_seqs)) / (1.0 if self._spell.rounds else MARGIN)
+        backlog_ms = self.costs.draft(rows + int(commit_rows.sum())) - draft_ms
+        ms += backlog_ms / AMORTISED_ROUNDS  # pays over the rounds that follow
+        plain_ms = float(self.costs.plain(num_seqs))
+        ms[0] = plain_ms / (1.0 if self._spell.rounds else MARGIN)
         rates = tokens / ms
         best = int(rates.argmax())
-        self._judge(ends=best == 0)
+        option = 1 + int(rates[1:].argmax())
+        loss_ms = TRY_ROUNDS * (ms - tokens / num_seqs * plain_ms) + backlog_ms
+        tries = best == 0 and self._tries(float(loss_ms[option]), plain_ms)
+        if self._judge(ends=best == 0 and not tries):
+            tries = False
         if self._owes(num_seqs):
             best = 0
+        elif tries:
+            best, self._spell.is_try = option, True
         self._rate = float(rates[best])
         if best == 0:
             self._steps_to_rest, self._rests_from = REST_STEPS, num_seqs
-            self._paid_ms += (REST_STEPS + 1) * float(self.costs.plain(num_seqs))
+            self._paid_ms += (REST_STEPS + 1) * plain_ms
         elif self.learns:
             self._steps_to_probe -= 1
             best = best if self._steps_to_probe >= PLAIN_IN_A_ROW else 0
@@ -408,17 +433,36 @@ class LoadPlanner:
         self._decided("first", num_seqs, rates * 1e3, best)
         return np.where(drafting, np.minimum(best, wanted), 0)
 
-    def _judge(self, ends: bool) -> None:
-        """Remember a spell of drafting that was slower than none; `ends`: it is over."""
+    def _tries(self, loss_ms: float, plain_ms: float) -> bool:
+        """Whether to draft for a few rounds although it seems not to pay: times may be wrong.
+
+        Args:
+            loss_ms: what they are expected to lose against none.
+            plain_ms: a step without drafts.
+        """
+        if self._spell.rounds or not self.learns:
+            return self._spell.is_try and self._spell.rounds < TRY_ROUNDS
+        accepted_ms = TRY_LOSS * self._paid_ms
+        if self._lost is None:
+            return loss_ms <= accepted_ms + TRY_STEPS * plain_ms
+        loss_ms = max(loss_ms, self._lost.loss_ms(self.costs.plain))
+        return loss_ms * min(max(self._num_lost, 1), MAX_LOST) <= accepted_ms
+
+    def _judge(self, ends: bool) -> bool:
+        """Remember a spell of drafting that was slower than none: whether one is over.
+
+        Args:
+            ends: it is over, however short and cheap it was.
+        """
         spell, plain = self._spell, self.costs.plain
         if not spell.rounds:
-            return
+            return False
         loss_ms = spell.loss_ms(plain)
         # twice as much in the first rounds: what they commit pays later
         lost_steps = LOST_STEPS if spell.rounds >= AMORTISED_ROUNDS else 2 * LOST_STEPS
         too_much = loss_ms > lost_steps * float(plain(spell.num_seqs))
         if not (ends or too_much or spell.rounds >= SPELL_ROUNDS):
-            return
+            return False
         self._spell = Spell()
         again = self._lost is not None and spell.num_seqs >= 0.8 * self._lost.num_seqs
         if loss_ms > 0:
@@ -426,6 +470,7 @@ class LoadPlanner:
             self._num_lost = self._num_lost + 1 if again else 1
         elif again:
             self._num_lost = 0
+        return True
 
     def _owes(self, num_seqs: int) -> bool:
         """Whether what drafting has lost at this load, or a lower one, is not paid off yet."""

@@ -1,6 +1,9 @@
 """Load-aware drafting in the engine: commits that wait, rests, and the start-up measurement."""
 
+import contextlib
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -113,3 +116,29 @@ def test_kv_from_a_connector_is_not_trusted(expected):
                 assert (found[0] > 0) == (again and trusted), "the second run is a prefix hit"
                 assert found[1] > 0
             llm.reset_prefix_cache()
+
+
+@contextlib.contextmanager
+def busy_loops(count):
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+@pytest.mark.slow
+def test_a_server_on_a_busy_machine_drafts(expected):
+    """Catches a start or a moment beside other processes that ends drafting for good."""
+    prompts, params, answers = expected
+    few = [i for i, answer in enumerate(answers) if len(answer) >= 40][:4]
+    chosen = [prompts[i] for i in few], [params[i] for i in few]
+    with busy_loops(6), engine(ASKED, max_num_seqs=1) as llm:
+        for _ in range(4):
+            with watch(llm) as record:
+                assert generate(llm, *chosen) == [answers[i] for i in few]
+            drafted = [r for r in record.rounds if r.num_passes]
+            print(f"{len(drafted)} of {len(record.rounds)} rounds with passes")
+            assert sum(len(r.emitted) for r in drafted) > 0
