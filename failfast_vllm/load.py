@@ -407,7 +407,7 @@ class LoadPlanner:
         rows = drafted + live + tokens  # every token that comes out is committed once
         draft_ms = self.costs.draft(rows)
         ms = draft_ms + self.costs.verify(num_seqs + drafted) + self._overhead_ms
-        backlog_ms = self.costs.draft(rows + int(commit_rows.sum())) - draft_ms
+        backlog_ms = self.costs.draft(rows + int(commit_rows[drafting].sum())) - draft_ms
         ms += backlog_ms / AMORTISED_ROUNDS  # pays over the rounds that follow
         plain_ms = float(self.costs.plain(num_seqs))
         ms[0] = plain_ms / (1.0 if self._spell.rounds else MARGIN)

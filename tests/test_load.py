@@ -437,6 +437,18 @@ def test_reused_tokens_have_no_confidence_of_their_own():
     assert planner.keep(np.array([4]), np.array([4]), confidences).tolist() == [2]
 
 
+def test_a_neighbour_that_wants_no_draft_has_no_backlog():
+    """Catches a long prompt without drafts that ends the drafts of all others: it commits nothing."""
+    costs = Costs(CostTable([1, 1000], [1.0, 100.0]), CostTable([1, 1000], [10.0, 12.0]))
+    wanted, live = np.array([60, 0]), np.array([8, 8])
+    alone, beside = (
+        LoadPlanner(costs, CAP, INCREMENT).first(wanted, live, np.array([0, backlog]))
+        for backlog in (0, 100_000)
+    )
+    assert alone[0] > 0
+    assert beside.tolist() == alone.tolist()
+
+
 def test_growth_goes_where_the_draft_is_likely_to_survive():
     """Catches increments that go to the longest draft, or to the first in the batch."""
     planner = planner_with(rate=0.5, ms_per_token=0.2)
