@@ -126,7 +126,7 @@ def main() -> None:
             row: dict[str, Any] = {"concurrency": concurrency}
             views = {
                 "first_ms": lambda answers: median([a.first_ms for a in answers]),
-                "gap_ms": lambda answers: median([gap for a in answers for gap in a.gaps_ms]),
+                "gap_ms": lambda answers: median([gap for a in answers for gap in a.gaps_ms] or [float("nan")]),
                 "last_ms": lambda answers: median([a.last_ms for a in answers]),
             }
             for key, view in views.items():
