@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,7 +103,14 @@ def serving(flags: list[str]) -> Iterator[str]:
 
 
 def median(values: list[float]) -> float:
-    return round(statistics.median(values), 3)
+    return round(statistics.median(values or [math.nan]), 3)
+
+
+VIEWS: dict[str, Callable[[list[Streamed]], float]] = {
+    "first_ms": lambda answers: median([a.first_ms for a in answers]),
+    "gap_ms": lambda answers: median([gap for a in answers for gap in a.gaps_ms]),
+    "last_ms": lambda answers: median([a.last_ms for a in answers]),
+}
 
 
 def main() -> None:
@@ -124,12 +132,7 @@ def main() -> None:
                     loop = closed_loop(url, prompts, concurrency, args.requests, args.max_tokens)
                     found[name].append(asyncio.run(loop))
             row: dict[str, Any] = {"concurrency": concurrency}
-            views = {
-                "first_ms": lambda answers: median([a.first_ms for a in answers]),
-                "gap_ms": lambda answers: median([gap for a in answers for gap in a.gaps_ms] or [float("nan")]),
-                "last_ms": lambda answers: median([a.last_ms for a in answers]),
-            }
-            for key, view in views.items():
+            for key, view in VIEWS.items():
                 each = {name: [view(answers) for answers in found[name][1:]] for name in urls}
                 for name, values in each.items():
                     row[f"{name}_{key}"] = median(values)

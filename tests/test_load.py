@@ -438,7 +438,7 @@ def test_reused_tokens_have_no_confidence_of_their_own():
 
 
 def test_a_neighbour_that_wants_no_draft_has_no_backlog():
-    """Catches a long prompt without drafts, which commits nothing, that ends those of all others."""
+    """Catches a long prompt that wants no drafts, and commits nothing, ending those of others."""
     costs = Costs(CostTable([1, 1000], [1.0, 100.0]), CostTable([1, 1000], [10.0, 12.0]))
     wanted, live = np.array([60, 0]), np.array([8, 8])
     alone, beside = (
