@@ -32,7 +32,7 @@ from failfast_vllm.ranks import draft_context, drafter_group
 from failfast_vllm.reuse import RejectedDrafts
 from failfast_vllm.trace import TraceWriter
 
-MAX_TURNS, MIN_TURNS, TURNS_SECONDS = 8, 3, 12.0  # of timing the models
+MAX_TURNS, MIN_TURNS, TURNS_SECONDS = 10, 3, 12.0  # of timing the models
 WARM_UP_MS = 3000.0  # of that for each model, on a CPU
 MAX_WARM_ROWS = 128  # of the target: with the drafter's they fit into oneDNN's cache of 1024
 
@@ -547,31 +547,37 @@ def measure_costs(
         run(size).amax().item()  # waits for the device
         return (time.perf_counter() - began) * 1e3
 
-    runs, sizes = (target_step, draft_pass), [2**i for i in range(widest.bit_length())]
+    sizes = [2**i for i in range(widest.bit_length())]
+    best = np.full((2, len(sizes)), np.inf)  # milliseconds of the target and the drafter
+    models = list(zip((target_step, draft_pass), best, strict=True))
+
+    def time_once(i: int, models: list[Any]) -> None:
+        for run, times in models:
+            times[i] = min(times[i], milliseconds(run, sizes[i]))
+
     # a CPU compiles kernels per row count
     classes = sorted({row_class(size) for size in range(1, widest + 1)})
     warm_sizes = list(range(1, min(widest, MAX_WARM_ROWS) + 1)), classes
-    best = np.full((2, len(sizes)), np.inf)  # milliseconds
-    ends = time.perf_counter() + TURNS_SECONDS
-    # in turns: a second that another process takes is not all of one model or size
-    for turn in range(MAX_TURNS):
-        if turn >= MIN_TURNS and time.perf_counter() > ends and not in_lockstep:
-            break
-        for i, size in enumerate(sizes):
-            for times, run in zip(best, runs, strict=True):
-                for _ in range(1 if turn else 2):  # the first of all warms up
-                    times[i] = min(times[i], milliseconds(run, size))
-            if best[:, i].max() > 500 and not in_lockstep:
+    for model, warm in zip(models, warm_sizes, strict=True):
+        for i in range(len(sizes)):
+            time_once(i, [model, model])  # the first warms up
+            if model[1][i] > 500 and not in_lockstep:
                 sizes = sizes[: i + 1]  # wider passes are extrapolated
                 break
-        if turn == 0 and drafter.device.type == "cpu" and not in_lockstep:
-            for run, times, warm in zip(runs, best, warm_sizes, strict=True):
-                costs = CostTable(sizes, times[: len(sizes)].tolist())
-                num = int((costs(warm).cumsum() < WARM_UP_MS).sum())
-                # widest first: else the kernels of each size take a part of what the size before
-                # has freed, and glibc searches all the gaps in between whenever a step allocates
-                for size in reversed(warm[:num]):
-                    milliseconds(run, size)
+        if drafter.device.type == "cpu" and not in_lockstep:
+            costs = CostTable(sizes, model[1][: len(sizes)].tolist())
+            num = int((costs(warm).cumsum() < WARM_UP_MS).sum())
+            # widest first: else the kernels of each size take a part of what the size before has
+            # freed, and glibc searches all the gaps in between whenever a step allocates
+            for size in reversed(warm[:num]):
+                milliseconds(model[0], size)
+    ends = time.perf_counter() + TURNS_SECONDS
+    # in turns: a second that another process takes is not all of one model or size
+    for turn in range(1, MAX_TURNS):
+        if turn >= MIN_TURNS and time.perf_counter() > ends and not in_lockstep:
+            break
+        for i in range(len(sizes)):
+            time_once(i, models)
     verify, draft = (CostTable(sizes, times[: len(sizes)].tolist()) for times in best)
     return Costs(draft, verify)
 

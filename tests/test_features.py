@@ -331,15 +331,11 @@ def test_keys_of_others_pass(plain, drafting):
     assert ask(drafting, plain.prompts, params).answers == [[answer] for answer in plain.greedy]
 
 
-@pytest.mark.parametrize(
-    "speculative_config",
-    ["failfast", {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}],
-)
-def test_custom_logits_processors_are_refused(speculative_config):
+def test_custom_logits_processors_are_refused():
     """vLLM's own refusal (V1), as beside its ngram drafts: nobody knows which rows they want."""
     with (
         pytest.raises(ValueError, match="Custom logits processors are not supported"),
-        features_engine(speculative_config, logits_processors=[MinPLogitsProcessor]),
+        features_engine("failfast", logits_processors=[MinPLogitsProcessor]),
     ):
         pass
 

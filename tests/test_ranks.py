@@ -403,7 +403,7 @@ def test_passes_run_in_the_drafters_group(groups):
         hf_config=types.SimpleNamespace(max_position_embeddings=64)
     )
     config.model_config = types.SimpleNamespace(max_model_len=32)
-    config.scheduler_config = types.SimpleNamespace(max_num_seqs=3)
+    config.scheduler_config = types.SimpleNamespace(max_num_seqs=3, max_num_batched_tokens=64)
     config.additional_config = {
         "failfast": {
             "draft_budget": 12,
