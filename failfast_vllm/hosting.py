@@ -33,7 +33,7 @@ from failfast_vllm.reuse import RejectedDrafts
 from failfast_vllm.trace import TraceWriter
 
 MAX_TURNS, MIN_TURNS, TURNS_SECONDS = 10, 3, 12.0  # of timing the models
-WARM_UP_MS = 3000.0  # of that for each model, on a CPU
+WARM_UP_MS = 8000.0  # of that for each model, on a CPU; a busy one has it seem longer
 MAX_WARM_ROWS = 128  # of the target: with the drafter's they fit into oneDNN's cache of 1024
 
 

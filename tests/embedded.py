@@ -52,8 +52,13 @@ def known_prompt(request):
 @contextlib.contextmanager
 def checked_views(llm):
     """Check what every step's drafter may read of the prompts; yields the numbers of ids hidden."""
-    drafter, requests = proposer(llm).drafter, core(llm).scheduler.requests
+    drafter, scheduler = proposer(llm).drafter, core(llm).scheduler
     propose, canvas, hidden = drafter.propose, drafter._canvas, []
+    add_request, requests = scheduler.add_request, {}  # the scheduler forgets the ended ones
+
+    def remembering_request(request):
+        requests[request.request_id] = request
+        add_request(request)
 
     def checking_propose(step):
         for i, req_id in enumerate(step.req_ids):
@@ -71,10 +76,12 @@ def checked_views(llm):
         return found
 
     drafter.propose, drafter._canvas = checking_propose, checking_canvas
+    scheduler.add_request = remembering_request
     try:
         yield hidden
     finally:
         drafter.propose, drafter._canvas = propose, canvas
+        del scheduler.add_request
 
 
 def assert_ids_stay_with_their_request(llm, params):

@@ -89,7 +89,8 @@ class Hosted:
         )
         self.layers.clear()
         final = self.model.forward(batch)
-        return [list(output.split(lens)) for output in (*self.layers, final)]
+        # layers have the padding of a CPU's passes as well
+        return [list(output[: sum(lens)].split(lens)) for output in (*self.layers, final)]
 
     def best(self, hidden_states):
         return self.model.confidence(hidden_states).token_ids.tolist()
