@@ -36,8 +36,9 @@ test: check
 
 # What meets vLLM's configuration, front end, scheduler and runners. Left out: what is the same on any
 # vLLM (the algorithm, kernels, plans, traces), and several ranks, which take too long.
-NEXT_TESTS := $(addprefix tests/test_,$(addsuffix .py,imports plugin hook_bodies config cli lossless \
-	features http parity sampling drafter_state metrics))
+NEXT_TESTS := tests/test_imports.py tests/drafters/test_parity.py tests/observe/test_metrics.py \
+	tests/tools/test_cli.py $(addprefix tests/integration/test_,$(addsuffix .py,plugin hook_bodies \
+	config lossless features http sampling drafter_state))
 
 test-next: .venv-next/.ready
 	$(NEXT) -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(NEXT_TESTS)

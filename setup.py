@@ -4,6 +4,16 @@ from pathlib import Path
 
 from setuptools import setup
 
+ROOMS = (
+    "drafters",
+    "drafting",
+    "integration",
+    "observe",
+    "planning",
+    "policies",
+    "tools",
+)
+
 setup(
     name="failfast-vllm",
     version="0.1.0",
@@ -13,13 +23,20 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["failfast_vllm", "failfast_kernels"],
+    packages=[
+        "failfast_kernels",
+        "failfast_vllm",
+        *(f"failfast_vllm.{room}" for room in ROOMS),
+    ],
     package_dir={"failfast_kernels": "kernels/failfast_kernels"},
-    package_data={"failfast_vllm": ["py.typed", "hook_bodies.json", "models/*", "models/*/*"]},
+    package_data={
+        "failfast_vllm": ["py.typed", "small_pair/*", "small_pair/*/*"],
+        "failfast_vllm.integration": ["hook_bodies.json"],
+    },
     install_requires=["vllm>=0.32,<0.34", "torch", "transformers", "triton", "safetensors"],
     extras_require={"bench": ["matplotlib"]},
     entry_points={
         "vllm.general_plugins": ["failfast = failfast_vllm.plugin:register"],
-        "console_scripts": ["failfast = failfast_vllm.cli:main"],
+        "console_scripts": ["failfast = failfast_vllm.tools.cli:main"],
     },
 )

@@ -22,11 +22,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from failfast_vllm.bench import PROMPTS, SHIPPED_PAIR, provenance, read_prompts, spread
-from failfast_vllm.cli import ENGINE_ENVIRONMENT
-from failfast_vllm.closed_loop import padded_ar_drafter
 from failfast_vllm.config import MODELS_DIR
-from failfast_vllm.offline import encode, engine
+from failfast_vllm.tools.bench import PROMPTS, SHIPPED_PAIR, provenance, read_prompts, spread
+from failfast_vllm.tools.cli import ENGINE_ENVIRONMENT
+from failfast_vllm.tools.load_generator import padded_ar_drafter
+from failfast_vllm.tools.offline import encode, engine
 
 # one thread, as a vLLM worker, which leaves a core to the rest; ngram's idle ones would spin there
 for key, value in {

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from failfast_vllm.bench import PROMPTS, SHIPPED_PAIR, provenance, read_prompts
 from failfast_vllm.config import MODELS_DIR
+from failfast_vllm.tools.bench import PROMPTS, SHIPPED_PAIR, provenance, read_prompts
 
 SERVERS: dict[str, list[str]] = {"none": [], "failfast": ["--speculative-config", "failfast"]}
 START_SECONDS = 300

@@ -16,9 +16,9 @@ from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
-from failfast_vllm.bench import PROMPTS, SHIPPED_PAIR, provenance, read_prompts
-from failfast_vllm.cli import ENGINE_ENVIRONMENT
-from failfast_vllm.offline import encode, engine
+from failfast_vllm.tools.bench import PROMPTS, SHIPPED_PAIR, provenance, read_prompts
+from failfast_vllm.tools.cli import ENGINE_ENVIRONMENT
+from failfast_vllm.tools.offline import encode, engine
 
 PHASES = (1, 64, 1)  # requests in flight
 SETTLING_SECONDS = 2.0

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from failfast_vllm.bench import PROMPTS, SHIPPED_PAIR, provenance, read_prompts
-from failfast_vllm.cli import ENGINE_ENVIRONMENT
-from failfast_vllm.closed_loop import Watch, closed_loop
-from failfast_vllm.offline import encode, engine
+from failfast_vllm.tools.bench import PROMPTS, SHIPPED_PAIR, provenance, read_prompts
+from failfast_vllm.tools.cli import ENGINE_ENVIRONMENT
+from failfast_vllm.tools.load_generator import Watch, closed_loop
+from failfast_vllm.tools.offline import encode, engine
 
 METHODS = {"none": None, "failfast": {"method": "failfast"}}
 CONCURRENCIES = (1, 32, 8, 64, 2, 16, 48, 4)

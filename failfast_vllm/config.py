@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from failfast_vllm.checkpoint import check_config, check_files
-from failfast_vllm.families import (
+from failfast_vllm.drafters.checkpoint import check_config, check_files
+from failfast_vllm.drafters.families import (
     DIFFUSION_BLOCK_SIZES,
     FAMILIES,
     QWEN_VOCAB_SIZES,
@@ -21,10 +21,10 @@ from failfast_vllm.families import (
     family_of,
     published_names,
 )
-from failfast_vllm.trace import is_trace
+from failfast_vllm.observe.trace import is_trace
 
 METHOD = "failfast"
-MODELS_DIR = Path(__file__).parent / "models"
+MODELS_DIR = Path(__file__).parent / "small_pair"
 # vLLM's SpeculativeConfig changes the method of a draft model whose path contains one of these
 METHOD_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
 MAX_DRAFT_BUDGET = 65536

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from failfast_vllm import config as user_config
-from failfast_vllm import request
 from failfast_vllm.config import METHOD, FailFastConfig
-from failfast_vllm.families import FAMILIES, MAX_DIFFUSION_BLOCK_SIZE, Family, family_of
+from failfast_vllm.drafters.families import FAMILIES, MAX_DIFFUSION_BLOCK_SIZE, Family, family_of
+from failfast_vllm.integration import requests as request
 
 logger = logging.getLogger("vllm.failfast")  # vLLM's handlers and format
 
@@ -391,7 +391,7 @@ def _creating_connector(original: Any) -> Any:
             return original(config, role, kv_cache_config)
         from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-        from failfast_vllm import kv_transfer
+        from failfast_vllm.integration import kv_transfer
 
         connector = original(config, role, kv_transfer.targets_only(kv_cache_config))
         if role is KVConnectorRole.WORKER:
@@ -439,7 +439,7 @@ def _install_metrics_hooks() -> None:
             **more: Any,
         ) -> None:
             if asked_for(vllm_config) and log_stats and len(args) < 5:
-                from failfast_vllm.metrics import FailFastStatLogger
+                from failfast_vllm.integration.metrics import FailFastStatLogger
 
                 more["stat_loggers"] = [*(more.get("stat_loggers") or ()), FailFastStatLogger]
             original(self, vllm_config, executor_class, log_stats, *args, **more)
@@ -820,7 +820,8 @@ def _warming_up(worker: Any) -> Any:
     warm_up = worker.compile_or_warm_up_model
 
     def compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
-        from failfast_vllm.hosting import adapter_of, start_serving
+        from failfast_vllm.integration.session import adapter_of
+        from failfast_vllm.integration.startup import start_serving
 
         drafter = adapter_of(worker.model_runner).drafter
         drafter.model.warm_up_kernels(details=drafter.policy.needs_entropy)
@@ -851,7 +852,7 @@ def _closing_the_trace(worker: Any) -> Any:
     end = worker.shutdown
 
     def shutdown() -> None:
-        from failfast_vllm.hosting import adapter_of
+        from failfast_vllm.integration.session import adapter_of
 
         adapter = adapter_of(getattr(worker, "model_runner", None))  # none: start-up failed
         if adapter is not None and adapter.stats.trace is not None:
@@ -869,9 +870,11 @@ def register_model() -> None:
     for family in FAMILIES:
         architecture = family.architecture
         if architecture not in ModelRegistry.get_supported_archs():
-            ModelRegistry.register_model(architecture, f"failfast_vllm.model:{architecture}")
+            ModelRegistry.register_model(
+                architecture, f"failfast_vllm.drafters.model:{architecture}"
+            )
         if family.model_types[0] not in _CONFIG_REGISTRY:
-            from failfast_vllm import hf_config
+            from failfast_vllm.drafters import hf_config
 
             _CONFIG_REGISTRY[family.model_types[0]] = hf_config.CONFIGS[family.model_types[0]]
 
@@ -883,8 +886,8 @@ def install_v2_hooks() -> None:
         raise RuntimeError(f"failfast cannot run: {problem}")
     from vllm.v1.worker.gpu import model_runner
 
-    from failfast_vllm import target_graphs
-    from failfast_vllm.speculator import FailFastSpeculator
+    from failfast_vllm.integration import target_graphs
+    from failfast_vllm.integration.v2 import FailFastSpeculator
 
     def building_speculator(original: Any) -> Any:
         def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
@@ -945,8 +948,8 @@ def install_v1_hooks() -> None:
     from vllm.v1.worker import gpu_model_runner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from failfast_vllm import cpu_sampling
-    from failfast_vllm.proposer import FailFastProposer
+    from failfast_vllm.integration import cpu_sampling
+    from failfast_vllm.integration.v1 import FailFastProposer
 
     def constructing_proposer(original: Any) -> Any:
         def __new__(cls: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807

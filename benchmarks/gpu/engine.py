@@ -83,7 +83,7 @@ def small_runs(tiny):
     from transformers import AutoTokenizer
 
     from failfast_vllm.config import MODELS_DIR
-    from failfast_vllm.offline import encode
+    from failfast_vllm.tools.offline import encode
 
     lines = (MODELS_DIR / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     tokenizer = AutoTokenizer.from_pretrained(MODELS_DIR / "target")
@@ -227,7 +227,7 @@ def one_engine(spec):
     import torch
     from vllm import SamplingParams
 
-    from failfast_vllm import offline
+    from failfast_vllm.tools import offline
 
     if spec.get("synthetic_rate"):
         accept_synthetically(spec["synthetic_rate"])

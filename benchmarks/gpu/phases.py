@@ -37,6 +37,7 @@ SECONDS = {  # limit of each phase; 13 minutes in all, without what starting a m
 }
 MIN_SECONDS = 5  # below it nothing is started
 LAST_LINES = 12  # of a command's output, in the JSON file
+GRAPH_TESTS = "tests/drafters/test_cuda_graphs.py"
 KERNEL_TESTS = "tests/interpreted/test_triton_kernels.py"
 
 
@@ -94,7 +95,7 @@ def steps_of(phase, seconds, tiny=False):
     exact = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     launches = ours("gpu/every_kernel.py")
     return [
-        Step("a captured graph", [[*pytest, "tests/test_graphs.py", "-k", "cuda"]], 30),
+        Step("a captured graph", [[*pytest, GRAPH_TESTS, "-k", "cuda"]], 30),
         # `launches` here so that the sanitizers find its kernels compiled
         Step("regimes and drawn shapes", [regimes, launches, *drawn], seconds * 0.65, compiled),
         *(

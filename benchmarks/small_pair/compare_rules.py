@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from evaluate import Prompt, answered, load_model, target_answers
-from failfast_vllm.bench import SHIPPED_PAIR, provenance
+from failfast_vllm.tools.bench import SHIPPED_PAIR, provenance
 from train import MODELS_DIR
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 from engine import mixed_prompts
 from independent import IndependentDrafter
 from literal import AUTHORS, AUTHORS_WITHOUT_KV, OURS, Rules, literal_draft

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from evaluate import answered
-from failfast_vllm.paths import MAX_CANDIDATES, UNKNOWN, PathSearch
+from failfast_vllm.drafting.path_search import MAX_CANDIDATES, UNKNOWN, PathSearch
 from train import MODELS_DIR
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 from independent import IndependentDrafter
 
 METHODS = ("best of each", "path, all text", "path, own text")

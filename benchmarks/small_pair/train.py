@@ -1,6 +1,6 @@
 """Trains the embedded small pair: a target, an autoregressive and a block-diffusion drafter.
 
-`python benchmarks/small_pair/train.py` reproduces all three models of `failfast_vllm/models` from
+`python benchmarks/small_pair/train.py` reproduces all models of `failfast_vllm/small_pair` from
 nothing but `data.py`. The block-diffusion drafter starts from the autoregressive one and is trained
 as Fast-dLLM v2 (arXiv 2509.26328): noisy and clean tokens in one sequence, each noisy segment
 seeing itself and the clean blocks before it, shifted cross-entropy on masked positions only.
@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qw
 
 from data import Example, examples
 
-MODELS_DIR = Path(__file__).resolve().parents[2] / "failfast_vllm" / "models"
+MODELS_DIR = Path(__file__).resolve().parents[2] / "failfast_vllm" / "small_pair"
 BLOCK_SIZE = 32
 # transformers' AutoTokenizer imposes this splitting on every `qwen2` checkpoint.
 QWEN2_WORDS = (

@@ -2,12 +2,12 @@
 
 import pytest
 
-from interpreted.test_v2 import v2_engine
-from test_first_token import (  # noqa: F401
+from first_token_cases import (  # noqa: F401
     test_an_ended_request_is_not_drafted_for,
     test_steps_whose_drafts_nobody_asks_for,
     test_tokens_go_out_before_their_drafts,
 )
+from runners import v2_engine
 
 
 @pytest.fixture(scope="module")

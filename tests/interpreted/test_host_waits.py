@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import chat_ids, generate, proposer, shipped_prompts
-from failfast_vllm.graphs import PassGraphs, make_buckets
-from interpreted.test_v2 import v2_engine
+from failfast_vllm.drafters.cuda_graphs import PassGraphs, make_buckets
+from runners import v2_engine
 
 WAITING = ("cpu", "item", "tolist", "nonzero", "__bool__", "__int__", "__float__")
 MASKED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
@@ -129,7 +129,7 @@ def test_a_step_waits_for_its_verdict_and_each_increment():
 
 
 def test_a_replay_does_not_wait():
-    from failfast_vllm.drafter import DraftBatch
+    from failfast_vllm.drafting.drafter import DraftBatch
 
     graphs = PassGraphs(make_buckets(4, 64, [16]), 4, torch.device("cpu"))
     graphs.capture(lambda run: run() or run, lambda batch: torch.zeros(batch.input_ids.numel(), 8))

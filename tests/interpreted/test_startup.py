@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from engine import chat_ids, engine, generate, proposer, shipped_prompts, watch
-from interpreted.gpu_startup import gpu_startup
-from interpreted.test_v2 import plain, v2_engine  # noqa: F401 - a fixture
+from gpu_startup import gpu_startup
+from runners import plain, v2_engine  # noqa: F401 - a fixture
 
 # eager engines skip the warm-up and the graphs: nothing is compiled here, but vLLM is not told so
 WARM = {"max_num_seqs": 8, "enforce_eager": False, "compilation_config": {"mode": 0}}
@@ -67,7 +67,7 @@ def test_graphs_of_the_memory_profile_are_gone_before_the_kv_cache_comes():
     assert dead == [True]
 
 
-def test_answers_from_graphs(plain):  # noqa: F811
+def test_answers_from_graphs(plain):
     """Steps with drafts of any lengths and steps without: one FULL graph each, and the answers."""
     from vllm import SamplingParams
 

@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from failfast_vllm import target_graphs
+from failfast_vllm.integration import target_graphs
 
 K, MAX_NUM_REQS = 60, 256
 SIZES = [1, 2, 4, *range(8, 513, 8)]

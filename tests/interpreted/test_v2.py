@@ -23,7 +23,6 @@ from engine import (
     around_the_drafters_end,
     assert_drafts_end_there,
     core,
-    engine,
     generate,
     greedy_params,
     lower_max_model_len,
@@ -36,40 +35,13 @@ from engine import (
     whole_pages_and_a_token,
 )
 from failfast_vllm.config import MODELS_DIR
-from failfast_vllm.trace import read
+from failfast_vllm.observe.trace import read
 from independent import IndependentDrafter
+from runners import plain, v1_engine, v2_engine  # noqa: F401 - a fixture
 from state_check import TOLERANCE, largest_error
 from wide_models import FEW_POSITIONS, few_positions, rewrite
 
-NUM_PROMPTS = 42
 NUM_ROUNDS = 50
-
-
-@contextlib.contextmanager
-def v2_engine(speculative_config="failfast", **overrides):
-    """An engine on the V2 runner."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-        with engine(speculative_config, **{"max_num_seqs": 8, **overrides}) as llm:
-            assert type(proposer(llm)).__name__ == "FailFastSpeculator"
-            yield llm
-
-
-@contextlib.contextmanager
-def v1_engine(speculative_config=None, **overrides):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-        with engine(speculative_config, **{"max_num_seqs": 8, **overrides}) as llm:
-            yield llm
-
-
-@pytest.fixture(scope="module")
-def plain():
-    """Prompts, their sampling parameters, and what vLLM alone answers."""
-    with v1_engine() as llm:
-        prompts = mixed_prompts(llm.get_tokenizer(), NUM_PROMPTS)
-        params = greedy_params(prompts)
-        return prompts, params, generate(llm, prompts, params)
 
 
 def in_batches(llm, prompts, params):
@@ -398,7 +370,7 @@ def test_the_demo_shows_rounds():
     """Catches a demo that looks for the V1 runner's drafter: on a GPU it would show none."""
     from tqdm import tqdm
 
-    from failfast_vllm import demo
+    from failfast_vllm.tools import demo
 
     prompts = [demo.Prompt(p["task"], p["messages"]) for p in shipped_prompts()[:1]]
     with v2_engine(max_num_seqs=1) as llm, tqdm(disable=True) as bar:
@@ -420,8 +392,8 @@ def test_batch_invariant_engines_start(monkeypatch):
 
 def test_a_step_without_drafts_reports_nothing():
     """Catches lists that the scheduler goes through for nothing, and a step that is asked twice."""
-    from failfast_vllm.hosting import DraftStats
-    from failfast_vllm.speculator import FailFastSpeculator
+    from failfast_vllm.integration.session import DraftStats
+    from failfast_vllm.integration.v2 import FailFastSpeculator
 
     speculator = object.__new__(FailFastSpeculator)
     speculator.stats, speculator._postponed = DraftStats(), (None,) * 4
@@ -434,7 +406,7 @@ def test_a_step_without_drafts_reports_nothing():
 @pytest.mark.parametrize(("is_profile", "num_passes"), [(True, 1), (False, 0)])
 def test_dummy_runs_take_a_pass_only_to_profile(monkeypatch, is_profile, num_passes):
     """Catches a pass over the whole drafter in each step of a data-parallel rank without work."""
-    from failfast_vllm import speculator
+    from failfast_vllm.integration import v2 as speculator
 
     passes = []
     monkeypatch.setattr(speculator, "profile_pass", lambda *args: passes.append(args))
@@ -451,7 +423,7 @@ def test_the_profile_copies_no_more_logits_than_vllm_does(monkeypatch):
     """Catches gigabytes set aside for copies that vLLM makes in parts."""
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
-    from failfast_vllm import hosting
+    from failfast_vllm.drafters import hosted
 
     class Model:
         def __call__(self, input_ids, positions):
@@ -471,8 +443,8 @@ def test_the_profile_copies_no_more_logits_than_vllm_does(monkeypatch):
 
     monkeypatch.setattr(rejection_sampler, "get_max_chunk_logits", lambda vocab_size: 7)
     for name in ("drafter_group", "draft_context"):
-        monkeypatch.setattr(hosting, name, lambda *args: contextlib.nullcontext())
-    monkeypatch.setattr(hosting, "max_positions", lambda config: 64)
+        monkeypatch.setattr(hosted, name, lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(hosted, "max_positions", lambda config: 64)
     config = types.SimpleNamespace(
         additional_config={"failfast": {"draft_budget": 12}},
         scheduler_config=types.SimpleNamespace(max_num_seqs=3),
@@ -481,7 +453,7 @@ def test_the_profile_copies_no_more_logits_than_vllm_does(monkeypatch):
     for config.use_v2_model_runner, expected in ((True, [7]), (False, [15] * 3)):
         copied.clear()
         with Copies():
-            hosting.profile_pass(Model(), config, 40, torch.device("cpu"))
+            hosted.profile_pass(Model(), config, 40, torch.device("cpu"))
         assert copied == expected
 
 

@@ -1,0 +1,164 @@
+"""Masked-block attention as a vLLM attention backend, so that the drafter's KV lives in the pool.
+
+vLLM builds metadata for every backend on each target step; those calls get None (O(1)). The
+drafter's own passes bring a `BlockDiffusionMetadata` through the forward context.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.registry import register_backend
+
+from failfast_kernels import (
+    PaddedGroup,
+    block_diffusion_attention,
+    commit_kv,
+    plan_padding,
+    uses_triton,
+)
+from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE
+
+BACKEND_NAME = "FAILFAST_BLOCK_DIFFUSION"
+
+
+@dataclass
+class BlockDiffusionMetadata:
+    """One drafter pass; the fields are those of `drafter.DraftBatch`."""
+
+    query_start_loc: torch.Tensor  # [num_seqs + 1] int64
+    committed_lens: torch.Tensor  # [num_seqs] int64
+    block_table: torch.Tensor  # [num_seqs, max_pages] int
+    slot_mapping: torch.Tensor | None  # [num_rows] int64, -1 = not committed; None: none is
+    diffusion_block_size: int
+    groups: list[PaddedGroup] | None = field(
+        default=None
+    )  # made by the first layer; not for Triton
+
+
+@register_backend(BACKEND_NAME)
+class BlockDiffusionBackend(AttentionBackend):
+    """Bidirectional inside a diffusion block, causal across blocks (see `failfast_kernels`)."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(MAX_DIFFUSION_BLOCK_SIZE)]
+
+    @staticmethod
+    def get_name() -> str:
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type["BlockDiffusionImpl"]:
+        return BlockDiffusionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["BlockDiffusionMetadataBuilder"]:
+        return BlockDiffusionMetadataBuilder
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """The target's answers do not depend on drafts; a draft itself may depend on its batch."""
+        return True
+
+
+class BlockDiffusionMetadataBuilder(AttentionMetadataBuilder[BlockDiffusionMetadata]):
+    """Answers vLLM's calls for target steps, in which no drafter layer runs."""
+
+    # vLLM takes the least of all groups, and no layer of ours runs in a step of the target
+    _cudagraph_support = AttentionCGSupport.ALWAYS
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> None:
+        return None
+
+
+class BlockDiffusionImpl(AttentionImpl[BlockDiffusionMetadata]):
+    """Commits the complete blocks of a pass, then attends."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+    ) -> None:
+        assert attn_type == AttentionType.DECODER
+        assert alibi_slopes is None
+        assert sliding_window is None
+        assert logits_soft_cap is None
+        assert kv_sharing_target_layer_name is None
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = scale
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: BlockDiffusionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `failfast_kernels.block_diffusion_attention`; `output` is written in place."""
+        if attn_metadata is None:  # memory profiling and warm-up: shapes only
+            return output.zero_()
+        meta = attn_metadata
+        if meta.slot_mapping is not None:
+            commit_kv(key, value, kv_cache, meta.slot_mapping)
+        if meta.groups is None and not uses_triton(query):
+            meta.groups = plan_padding(
+                meta.block_table,
+                meta.committed_lens,
+                meta.query_start_loc,
+                kv_cache.shape[2],
+                self.num_heads // self.num_kv_heads,
+                query.dtype,
+                meta.diffusion_block_size,
+            )
+        return block_diffusion_attention(
+            query,
+            key,
+            value,
+            kv_cache,
+            meta.block_table,
+            meta.committed_lens,
+            meta.query_start_loc,
+            self.scale,
+            meta.diffusion_block_size,
+            meta.groups,
+            output,
+        )

@@ -1,0 +1,94 @@
+"""Reuse of rejected drafts (FailFast, arXiv 2512.20573, Appendix E): longer drafts, no pass. Torch.
+
+When the target corrects a draft, the tokens behind the correction are lost, though they are often
+right and only shifted. So when a new draft ends in doubt, its longest suffix is looked up in that
+tail, and what followed there is appended:
+
+    rejected:  a b X c d e f      the target said Y for X: the tail is c d e f
+    new draft: a' c d             its longest suffix in the tail is c d
+    proposed:  a' c d e f
+
+Both come from tokens that are known, so the draft stays a function of the prefix.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from failfast_vllm.policies.rules import Lengths, Outcome
+
+
+def continuation(
+    drafts: torch.Tensor, lens: torch.Tensor, tails: torch.Tensor, tail_lens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What follows the longest suffix of each draft in its tail.
+
+    Args:
+        drafts: [n, longest_draft] int64; undefined beyond `lens`.
+        lens: [n] int64, at least 1.
+        tails: [n, longest_tail] int64; undefined beyond `tail_lens`.
+        tail_lens: [n] int64, 0 = no tail.
+
+    Returns:
+        [n, longest_tail] int64 tokens, undefined beyond the second: [n] int64, how many; 0 where no
+        suffix is in the tail or nothing follows it. Of equally long suffixes the first counts.
+    """
+    width = tails.shape[1]
+    offsets = torch.arange(width, device=tails.device)
+    if width == 0:
+        return tails, torch.zeros_like(lens)
+    from_end = lens[:, None] - 1 - offsets  # [n, i], column of the draft's i-th token from its end
+    suffix = drafts.gather(1, from_end.clamp(0, drafts.shape[1] - 1))
+    back = offsets[:, None] - offsets  # [j, i], column of the tail's i-th token before column j
+    equal = tails[:, back.clamp(min=0)] == suffix[:, None, :]  # [n, j, i]
+    equal &= (back >= 0) & (from_end >= 0)[:, None, :] & (offsets < tail_lens[:, None])[:, :, None]
+    lengths = equal.long().cumprod(dim=2).sum(dim=2)  # [n, j], of the match that ends at column j
+    longest, end = (lengths * width + (width - 1 - offsets)).max(dim=1)  # ties: the lowest column
+    num_left = torch.where(longest >= width, tail_lens - 1 - end, 0)
+    columns = (end[:, None] + 1 + offsets).clamp(max=width - 1)
+    return tails.gather(1, columns), num_left
+
+
+class RejectedTokens(NamedTuple):
+    """The tail of each sequence's last draft."""
+
+    tails: torch.Tensor  # [num_seqs, longest] int64, undefined beyond `lens`
+    lens: torch.Tensor  # [num_seqs] int64, 0 = no tail
+
+
+class RejectedDrafts:
+    """Each request's last draft from the token behind the target's correction on.
+
+    Only the drafts of the step before are kept: a request that was not in it has no tail.
+    """
+
+    def __init__(self) -> None:
+        self._token_ids = torch.empty(0, 0, dtype=torch.int64)
+        self._rows: dict[str, int] = {}
+        self._bounds: dict[str, tuple[int, int]] = {}  # first and one behind the last column
+
+    def remember(self, req_ids: Sequence[str], token_ids: torch.Tensor) -> None:
+        """Keep a step's drafts, [num_seqs, longest], until they are verified."""
+        self._token_ids = token_ids
+        self._rows = {req_id: row for row, req_id in enumerate(req_ids)}
+        self._bounds = {}
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            if outcome.req_id in self._rows:
+                self._bounds[outcome.req_id] = (outcome.num_accepted + 1, outcome.num_drafted)
+
+    def tokens(self, req_ids: Sequence[str]) -> RejectedTokens:
+        """The tails of a step's sequences."""
+        plan: Lengths = np.zeros((3, len(req_ids)), dtype=np.int64)
+        for i, req_id in enumerate(req_ids):
+            first, end = self._bounds.get(req_id, (0, 0))
+            if first < end:
+                plan[:, i] = self._rows[req_id], first, end - first
+        device = self._token_ids.device
+        rows, firsts, lens = torch.from_numpy(plan).to(device, non_blocking=True)
+        columns = firsts[:, None] + torch.arange(int(plan[2].max(initial=0)), device=device)
+        columns = columns.clamp(max=max(0, self._token_ids.shape[1] - 1))
+        return RejectedTokens(self._token_ids[rows[:, None], columns], lens)

@@ -1,0 +1,64 @@
+"""Sampling with failfast keeps the target's distribution (chi-square at temperature 1)."""
+
+import pytest
+import torch
+
+from distribution import draw, free_words, p_value
+from engine import engine, watch
+from failfast_vllm.integration import cpu_sampling
+
+NUM_DRAWS = 20_000
+P_VALUE = 0.01
+
+
+@pytest.fixture(scope="module")
+def question():
+    return free_words(NUM_DRAWS)
+
+
+def sampling_engine():
+    return engine("failfast", max_num_seqs=128, enable_prefix_caching=True, block_size=32, seed=20)
+
+
+def test_parameters_are_spread_over_ragged_drafts():
+    expand = cpu_sampling.expanding(None)
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    temperatures = expand(torch.tensor([0.0, 0.5, 0.7]), ends, 5, replace_from=0, replace_to=1)
+    assert temperatures.tolist() == pytest.approx([1.0, 1.0, 0.7, 0.7, 0.7])
+    top_k = expand(torch.tensor([7, 8, 9], dtype=torch.int32), ends, 5)
+    assert top_k.tolist() == [7, 7, 9, 9, 9]
+    assert top_k.dtype == torch.int32
+
+
+@pytest.mark.slow
+def test_the_distribution_is_the_targets(question):
+    prompt, distribution = question
+    with sampling_engine() as llm, watch(llm) as record:
+        draws = draw(llm, prompt, NUM_DRAWS)
+    rounds = [r for r in record.rounds if r.drafted]
+    accepted = sum(len(r.emitted) > 1 for r in rounds) / len(rounds)
+    # rare acceptance suffices: the next test shows that the check sees a bias at this rate
+    assert 0.005 < accepted < 0.98, "a draft that is always or never accepted proves nothing"
+    assert p_value(draws, distribution, NUM_DRAWS) > P_VALUE
+
+
+@pytest.mark.slow
+def test_the_check_catches_a_biased_acceptance(question, monkeypatch):
+    """Draft tokens look a little likelier than they are: the check must fail."""
+    from vllm.v1.sample import rejection_sampler
+
+    honest = rejection_sampler.rejection_sample
+
+    def biased(draft_token_ids, *args, **kwargs):
+        names = ("num", "max_spec_len", "cu", "draft_probs", "target_logits")
+        position = names.index("target_logits")
+        logits = args[position].clone()
+        logits[torch.arange(len(draft_token_ids)), draft_token_ids.long()] += 0.4
+        args = (*args[:position], logits, *args[position + 1 :])
+        return honest(draft_token_ids, *args, **kwargs)
+
+    monkeypatch.setattr(rejection_sampler, "rejection_sample", biased)
+    prompt, distribution = question
+    with sampling_engine() as llm:
+        draws = draw(llm, prompt, NUM_DRAWS)
+    assert p_value(draws, distribution, NUM_DRAWS) < P_VALUE

@@ -1,0 +1,149 @@
+"""Counts of a worker, and what a stat logger makes of them. The server's: `test_http`."""
+
+import types
+
+import numpy as np
+import pytest
+from prometheus_client import REGISTRY
+
+from failfast_vllm import plugin
+from failfast_vllm.config import METHOD
+from failfast_vllm.integration.metrics import FailFastStatLogger
+from failfast_vllm.observe.counters import (
+    BUDGET,
+    CAP,
+    DOUBT,
+    EOS,
+    LOAD,
+    NUM_COUNTS,
+    REQUEST,
+    STOP_REASONS,
+    Counts,
+    Judged,
+)
+from failfast_vllm.policies.rules import FailFast
+from scripted import STOP, Script, make_drafter, make_step
+
+
+def fake_config(asked=True):
+    return types.SimpleNamespace(
+        additional_config={METHOD: {}} if asked else {},
+        model_config=types.SimpleNamespace(served_model_name="m"),
+    )
+
+
+def stats(drafts, num_positions, counts=()):
+    """What the scheduler reports of some (drafted, accepted) lengths."""
+    from vllm.v1.spec_decode.metrics import SpecDecodingStats
+
+    found = SpecDecodingStats.new(num_positions)
+    for drafted, accepted in drafts:
+        found.observe_draft(drafted, accepted)
+    found.num_draft_tokens_per_pos.extend(counts)
+    return types.SimpleNamespace(spec_decoding_stats=found)
+
+
+def sample(name, **labels):
+    return REGISTRY.get_sample_value(f"failfast:{name}", {"model_name": "m", **labels})
+
+
+def test_counts_arrive_by_engine():
+    """Catches fields that are read in another order than written, and engines that are mixed."""
+    logger = FailFastStatLogger(fake_config(), [0, 1])
+    counts = Counts()
+    counts.drafted(passes=3, rows=70, milliseconds=12.5)
+    counts.stopped(np.array([DOUBT, EOS, EOS]))
+    counts.verified(8.0)
+    counts.judged([Judged(np.array([0.95, 0.31, 0.5], dtype=np.float32), 1)])
+    sent = counts.take()
+    assert len(sent) == NUM_COUNTS
+    assert counts.take() == []
+    logger.record(stats([(10, 4), (3, 3), (10, 0)], 12, sent + sent), None, engine_idx=1)
+    assert sample("draft_passes_total", engine="1") == 6
+    assert sample("draft_rows_total", engine="1") == 140
+    assert sample("draft_seconds_total", engine="1") == pytest.approx(0.025)
+    assert sample("verify_seconds_total", engine="1") == pytest.approx(0.016)
+    assert sample("draft_stops_total", engine="1", reason="eos") == 4
+    assert sample("draft_stops_total", engine="1", reason="cap") == 0
+    assert sample("confidence_tokens_total", engine="1", bin="0.95") == 2
+    assert sample("confidence_accepted_tokens_total", engine="1", bin="0.95") == 2
+    assert sample("confidence_tokens_total", engine="1", bin="0.35") == 2
+    assert sample("confidence_accepted_tokens_total", engine="1", bin="0.35") == 0
+    assert sample("confidence_sum_total", engine="1", bin="0.35") == pytest.approx(0.62)
+    assert sample("confidence_tokens_total", engine="1", bin="0.55") == 0, "it was never judged"
+    error = (0.05 + 0.31) / 2
+    assert sample("calibration_error", engine="1") == pytest.approx(error, abs=1e-3)
+    assert sample("draft_length_count", engine="1") == 3
+    assert sample("draft_length_sum", engine="1") == 23
+    assert sample("draft_length_bucket", engine="1", le="4.0") == 1
+    assert sample("accepted_length_sum", engine="1") == 7
+    assert sample("accepted_length_bucket", engine="1", le="0.0") == 1
+    assert not sample("draft_passes_total", engine="0")
+    logger.record(None, None)
+    logger.record(types.SimpleNamespace(spec_decoding_stats=None), None)
+    again = FailFastStatLogger(fake_config(), [0])  # a second engine in one process
+    again.record(stats([(2, 1)], 12), None)
+    assert sample("draft_length_sum", engine="0") == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "log_stats", "added"), [(True, True, 1), (True, False, 0), (False, True, 0)]
+)
+def test_only_a_server_that_asked_has_the_logger(monkeypatch, asked, log_stats, added):
+    """Catches a plugin that switches statistics on in other people's servers."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    seen = []
+
+    def init(self, vllm_config, executor_class, log_stats, *args, **more):
+        seen.append(more.get("stat_loggers"))
+
+    monkeypatch.setattr(AsyncLLM, "__init__", init)
+    # what installing sets is undone, too
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    for name in ("update_draft_token_ids", "make_stats"):
+        monkeypatch.setattr(Scheduler, name, getattr(Scheduler, name))
+    monkeypatch.setattr(plugin, "missing_hooks", lambda hooks: None)
+    plugin._install_metrics_hooks()
+    AsyncLLM(fake_config(asked), None, log_stats)
+    assert (seen[0] or []) == [FailFastStatLogger] * added
+
+
+def stop_reasons(**given):
+    """Of four drafts: sure to the end, doubtful, with a stop token, and asked for five tokens."""
+    tokens = np.full((4, 60), 5)
+    tokens[2, 3] = STOP
+    confidences = np.full((4, 60), 0.9, dtype=np.float32)
+    confidences[1, 4] = 0.1
+    script = Script([20, 40, 33, 8], tokens, confidences, 0 * confidences)
+    drafter = make_drafter(FailFast(0.45), script)
+    drafts = drafter.propose(make_step(script, np.array([60, 60, 60, 5]), **given))
+    return [STOP_REASONS[i] for i in drafts.stop_reasons], drafts
+
+
+def test_stop_reasons():
+    """Catches reasons that are judged by the last pass only."""
+    reasons, drafts = stop_reasons()
+    assert reasons == [STOP_REASONS[i] for i in (CAP, DOUBT, EOS, REQUEST)]
+    assert drafts.lens.tolist() == [60, 10, 4, 5]
+    reasons, drafts = stop_reasons(budget=40)
+    assert reasons[0] == STOP_REASONS[BUDGET]
+    assert drafts.lens[0] < 60
+
+
+def test_a_planner_that_refuses_is_the_load():
+    """Catches drafts that the planner cut and that count as doubtful."""
+    tokens = np.full((1, 60), 5)
+    script = Script([20], tokens, np.full((1, 60), 0.9), np.zeros((1, 60)))
+    for kept in (10, 3):
+        drafter = make_drafter(FailFast(0.45), script)
+        drafter.planner = types.SimpleNamespace(
+            first=lambda wanted, *_: np.minimum(wanted, 10),
+            following=lambda wanted, *_: 0 * wanted,
+            keep=lambda lens, *_, kept=kept: np.minimum(lens, kept),
+            pass_took=lambda *_: None,
+        )
+        drafts = drafter.propose(make_step(script, np.array([60])))
+        assert drafts.lens.tolist() == [kept]
+        assert drafts.stop_reasons.tolist() == [LOAD]

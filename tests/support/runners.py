@@ -1,0 +1,36 @@
+"""Engines on the V2 runner, and the same on V1."""
+
+import contextlib
+
+import pytest
+
+from engine import engine, generate, greedy_params, mixed_prompts, proposer
+
+NUM_PROMPTS = 42
+
+
+@contextlib.contextmanager
+def v2_engine(speculative_config="failfast", **overrides):
+    """An engine on the V2 runner."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        with engine(speculative_config, **{"max_num_seqs": 8, **overrides}) as llm:
+            assert type(proposer(llm)).__name__ == "FailFastSpeculator"
+            yield llm
+
+
+@contextlib.contextmanager
+def v1_engine(speculative_config=None, **overrides):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+        with engine(speculative_config, **{"max_num_seqs": 8, **overrides}) as llm:
+            yield llm
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Prompts, their sampling parameters, and what vLLM alone answers."""
+    with v1_engine() as llm:
+        prompts = mixed_prompts(llm.get_tokenizer(), NUM_PROMPTS)
+        params = greedy_params(prompts)
+        return prompts, params, generate(llm, prompts, params)

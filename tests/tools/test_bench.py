@@ -1,0 +1,576 @@
+"""`failfast bench`: its arithmetic on made-up runs, a small real run, and a fake server."""
+
+import asyncio
+import json
+import math
+import multiprocessing
+import subprocess
+import sys
+import threading
+import types
+from collections import Counter, namedtuple
+from itertools import count
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from failfast_vllm.config import POLICIES, FailFastConfig
+from failfast_vllm.tools import bench, cli
+from failfast_vllm.tools import load_generator as closed_loop
+from failfast_vllm.tools.load_generator import Run, Served, Server, Tally
+from failfast_vllm.tools.offline import TracedRound
+
+COMMAND = str(Path(sys.executable).with_name("failfast"))
+PNG = b"\x89PNG\r\n\x1a\n"
+FIGURES = ("throughput", "draft_lengths", "acceptance", "reliability", "trajectory")
+
+
+def made_up(seconds, answers, tally=None):
+    """A run of requests with 10 ms to the first token and 5 ms for each that follows."""
+    served = [Served(len(ids), 10.0, 10.0 + 5.0 * (len(ids) - 1)) for ids in answers]
+    traced = [TracedRound([], [], [1], 1), TracedRound([2, 3], [4], [5], 1)]
+    return Run(seconds, answers, served, tally or Tally(), traced)
+
+
+def test_a_row_by_hand():
+    """Catches ratios across repeats, means for medians, and percentiles of the wrong times."""
+    answers = [[1, 2, 3, 4], [5, 6]]
+    none = [made_up(seconds, answers) for seconds in (1.0, 2.0, 4.0)]  # 6, 3, 1.5 tokens/s
+    others = [made_up(s, found) for s, found in ((0.5, answers), (0.4, answers), (2.0, [[1], [5]]))]
+    row = bench.make_row("x", 2, others, none)  # 12, 15, 1 tokens/s
+    assert (row["method"], row["concurrency"], row["requests"]) == ("x", 2, 6)
+    assert row["tokens_per_second"] == 12
+    assert row["speedups"] == [2.0, 5.0, pytest.approx(1 / 1.5, abs=1e-3)]
+    assert row["speedup"] == 2.0
+    assert row["answers_equal_to_none"] == pytest.approx(4 / 6, abs=1e-4)
+    assert row["tpot_p50_ms"] == row["tpot_p99_ms"] == 5.0  # a single token has none
+    assert row["ttft_p50_ms"] == 10.0
+    # latencies 25, 15, 25, 15, 10, 10 ms over 14 tokens
+    assert row["latency_p50_ms"] == 15.0
+    assert row["tokens_per_second_per_request"] == 140.0
+    assert row["trajectory"][1] == {"accepted": 2, "rejected": 1, "bonus": 1}
+    alone = bench.make_row("x", 2, others, None)
+    assert (alone["speedup"], alone["speedups"], alone["answers_equal_to_none"]) == (None, [], None)
+
+
+def test_drafts_are_tallied_by_hand():
+    """Catches tokens behind the first rejection counted as wrong, and bins off by one."""
+    tally, more = Tally(), Tally()
+    tally.add(3, 1, 2, [0.99, 0.35, 0.8])  # the third was never judged
+    more.add(2, 2, 1, [1.0, 0.3])
+    more.add(2, 0, 1, [])  # as vLLM's own methods report it
+    tally.update(more)
+    found = tally.to_dict()
+    assert found["acceptance_length"] == 2.0  # (1 + 2 + 0) / 3 + 1
+    assert found["passes_per_round"] == pytest.approx(4 / 3, abs=1e-3)
+    assert found["draft_lengths"] == {"2": 2, "3": 1}
+    assert found["drafted_per_position"] == [3, 3, 1]
+    assert found["accepted_per_position"] == [2, 1]
+    assert found["reliability"] == [
+        {"bin": "0.3-0.4", "count": 2, "accepted": 1, "mean_confidence": 0.325},
+        {"bin": "0.9-1.0", "count": 2, "accepted": 2, "mean_confidence": 0.995},
+    ]
+    assert Tally().to_dict()["acceptance_length"] == 1.0
+
+
+def test_the_warm_up_is_not_counted_and_methods_take_turns():
+    order, speeds = [], iter([9.0, 9.0, 1.0, 0.5, 1.0, 0.5])
+
+    def contender(name):
+        def ask(*asked):
+            for _ in range(2):
+                order.append((name, *asked))
+                yield None
+            order.append((name, "ends"))
+            yield made_up(next(speeds), [[1]])
+
+        return ask
+
+    bar = types.SimpleNamespace(update=lambda: None, set_description=lambda text: None)
+    contenders = {name: contender(name) for name in ("none", "x")}
+    rows = bench.measure_point(contenders, 4, 2, 12, bar)
+    turns = [("none", 4, 12), ("x", 4, 12)] * 2 + [("none", "ends"), ("x", "ends")]
+    assert order == turns * 3
+    assert [(row["method"], row["speedups"]) for row in rows] == [
+        ("none", [1.0, 1.0]),
+        ("x", [2.0, 2.0]),
+    ]
+
+
+class FakeEngine:
+    """Request i answers (i + 1) % 3 + 1 tokens, one per step."""
+
+    def __init__(self):
+        self.running, self.in_flight = {}, []
+        self.llm_engine = self
+
+    def add_request(self, request_id, prompt, params):
+        assert prompt == {"prompt_token_ids": [int(request_id) % 2]}  # the prompts come again
+        self.running[request_id] = 0
+
+    def step(self):
+        self.in_flight.append(len(self.running))
+        outputs = []
+        for request_id in list(self.running):
+            self.running[request_id] += 1
+            num_tokens = self.running[request_id]
+            finished = num_tokens == (int(request_id) + 1) % 3 + 1
+            if finished:
+                del self.running[request_id]
+            outputs.append(
+                types.SimpleNamespace(
+                    request_id=f"{request_id}-abc",
+                    finished=finished,
+                    prompt_token_ids=[int(request_id) % 2],
+                    outputs=[types.SimpleNamespace(token_ids=[int(request_id)] * num_tokens)],
+                )
+            )
+        return outputs
+
+
+def loop(monkeypatch, first_rounds, pause=lambda: None):
+    stub = types.SimpleNamespace(SamplingParams=lambda **given: given)
+    monkeypatch.setitem(sys.modules, "vllm", stub)
+    slept = []
+    watch = types.SimpleNamespace(
+        begin=lambda: None,
+        stood_still=slept.append,
+        tally=Tally(),
+        first_rounds=first_rounds,
+        reports_rounds=first_rounds is not None,
+    )
+    llm, prompts = FakeEngine(), [{"prompt_token_ids": [i]} for i in (0, 1)]
+    turns = closed_loop.closed_loop(llm, watch, prompts, 50, concurrency=4, num_requests=9)
+    while (run := next(turns)) is None:
+        pause()
+    assert next(turns, "no more") == "no more"
+    return llm, run, slept
+
+
+def test_the_turns_of_others_do_not_count(monkeypatch):
+    """Catches throughput and latencies over what an engine has waited, and a planner misled."""
+    now = [100.0]
+    monkeypatch.setattr(closed_loop.time, "perf_counter", lambda: now[0])
+    step = FakeEngine.step
+
+    def slow_step(self):
+        now[0] += 0.125
+        return step(self)
+
+    monkeypatch.setattr(FakeEngine, "step", slow_step)
+    llm, run, slept = loop(monkeypatch, None, lambda: now.__setitem__(0, now[0] + 5.0))
+    num_steps = len(llm.in_flight)
+    assert run.seconds == 0.125 * num_steps
+    assert slept == [5.0] * ((num_steps - 1) // 2)  # a turn is two steps
+    assert {s.ttft_ms for s in run.served} == {125.0}
+    assert [s.latency_ms for s in run.served] == [125.0 * s.num_tokens for s in run.served]
+
+
+def test_a_request_that_ends_is_replaced_at_once(monkeypatch):
+    """Catches batches that drain, and answers in the order in which they end."""
+    llm, run, _ = loop(monkeypatch, None)
+    assert run.answers == [[i] * ((i + 1) % 3 + 1) for i in range(9)]
+    assert llm.in_flight == [4, 4, 4, 4, 1, 1]  # after the third step none is left to start
+    assert run.trajectory == []
+    assert [s.num_tokens for s in run.served] == [2, 3, 1] * 3
+
+
+def test_rounds_without_a_draft_are_put_between():
+    """Catches a trajectory that ends early, or that has tokens twice."""
+    answer = [7, 1, 2, 3, 8, 4, 5, 6]  # behind 3 tokens
+    rounds = [
+        namedtuple("Round", "req_id drafted emitted num_passes known_len")(*fields)
+        for fields in (("0", [1, 2, 6], [1, 2, 3], 2, 4), ("0", [4, 9], [4, 5], 1, 8))
+    ]
+    assert closed_loop.whole_trajectory(rounds, 3, answer) == [
+        TracedRound([], [], [7], 0),
+        TracedRound([1, 2], [6], [3], 2),
+        TracedRound([], [], [8], 0),
+        TracedRound([4], [9], [5], 1),
+        TracedRound([], [], [6], 0),
+    ]
+    assert [r.bonus for r in closed_loop.whole_trajectory([], 3, answer)] == [[i] for i in answer]
+
+
+def test_methods_cover_all_policies_and_say_what_load_does():
+    """Catches a policy that cannot be chosen, and a default of load_aware that creeps in."""
+    configs = bench.methods("my-drafter", "my-ar")
+    assert set(POLICIES) < set(configs)
+    ours = {name: c for name, c in configs.items() if c and c["method"] == "failfast"}
+    assert all(type(c["load_aware"]) is bool and c["model"] == "my-drafter" for c in ours.values())
+    assert configs["failfast+load_aware"]["load_aware"] is True
+    assert configs["failfast-load_aware"]["load_aware"] is False
+    for config in ours.values():
+        FailFastConfig.from_user(config)  # raises where keys do not go together
+    assert configs["draft_model"]["model"] == "my-ar"
+    assert [configs[f"fixed K{k}"]["num_speculative_tokens"] for k in (2, 4, 8, 16)] == [
+        2,
+        4,
+        8,
+        16,
+    ]
+    assert set(bench.DEFAULT_METHODS) < set(configs)
+
+
+def test_tables():
+    none, other = made_up(1.0, [[1, 2]]), made_up(0.5, [[1, 2]])
+    rows = [bench.make_row("none", 1, [none], [none]), bench.make_row("x", 1, [other], [none])]
+    assert bench.speedups_table(rows).splitlines() == [
+        "| concurrency | none, tokens/s | x |",
+        "| --- | --- | --- |",
+        "| 1 | 2 | 2.00x |",
+    ]
+    last = bench.full_table(rows).splitlines()[-1]
+    assert last.startswith("| 1 | x | 4 | 2.00x | ")
+    assert last.endswith(" | 100.0% |")
+    rows[1]["ttft_p50_ms"] = None
+    assert " | - | " in bench.full_table(rows)
+
+
+def test_results_are_resumed_only_with_the_same_settings(tmp_path):
+    """Catches points of another measurement mixed in; a later date or more points are no other."""
+    path = tmp_path / "found.json"
+    facts = {"command": "a", "date": "today", "dtype": "float32"}
+    assert bench.earlier_rows(path, facts) == []
+    path.write_text(json.dumps({"provenance": facts, "rows": [{"concurrency": 1}]}))
+    assert bench.earlier_rows(path, {**facts, "command": "b", "date": "later"}) == [
+        {"concurrency": 1}
+    ]
+    with pytest.raises(ValueError, match="was measured with dtype 'float32'; got 'bfloat16'"):
+        bench.earlier_rows(path, {**facts, "dtype": "bfloat16"})
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="holds no results"):
+        bench.earlier_rows(path, facts)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--methods", "failfats"], "unknown method 'failfats'; choose from none, ngram,"),
+        (["--concurrency", "4", "0"], "--concurrency must be at least 1; got 0."),
+        (["--repeats", "0"], "--repeats must be at least 1; got 0."),
+        (["--num-prompts", "-3"], "--num-prompts must be at least 1; got -3."),
+        (["--prompts", "{tmp}/none.jsonl"], "cannot read the prompts of"),
+        (["--prompts", "{tmp}/bad.jsonl"], "bad.jsonl, line 2 is not JSON"),
+        (["--prompts", "{tmp}/other.jsonl"], 'other.jsonl, line 3 must hold "messages"'),
+        (["--prompts", "{tmp}/empty.jsonl"], "holds no prompts"),
+        (["--json", "{tmp}"], "cannot write"),
+        (["--json", "{tmp}/bad.jsonl/x.json"], "cannot write"),
+        (["--json", "{tmp}/x.md"], "is where the table goes"),
+        (["--resume"], "--resume continues a file. Add --json FILE."),
+        (["--target", "{tmp}"], "has no config.json"),
+        (["--drafter", "./nowhere"], "has no config.json"),
+        (["--method-name", "eagle"], "Add --server URL."),
+        (
+            ["--server", "http://127.0.0.1:9", "--dtype", "auto"],
+            "--dtype does not go with --server",
+        ),
+        (["--server", "http://127.0.0.1:9"], "is not reachable"),
+        (["--server", "nonsense"], "is not reachable"),
+    ],
+)
+def test_bad_input_is_one_line(argv, message, tmp_path, capsys, monkeypatch):
+    """Catches a mistake that is found only after minutes of measuring."""
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (tmp_path / "other.jsonl").write_text('{"prompt": "a"}\n\n{"messages": []}\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    monkeypatch.setattr(bench, "EngineProcess", None)
+    argv = [each.replace("{tmp}", str(tmp_path)) for each in argv]
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["bench", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("failfast bench: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_missing_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
+    find = bench.importlib.util.find_spec
+    monkeypatch.setattr(
+        bench.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    assert cli.main(["bench", "--plots", str(tmp_path / "plots")]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_what_cannot_run_here_is_left_out():
+    """suffix needs a package, draft_model a drafter of the target's kind; the user is told."""
+    args = cli._parser().parse_args(
+        ["bench", "--methods", "suffix", "draft_model", "failfast", "--target", "some/model"]
+    )
+    job = bench.prepare(args)
+    if bench.importlib.util.find_spec("arctic_inference") is None:
+        assert job.methods == ["none", "failfast"]
+        assert job.left_out["suffix"] == "arctic_inference is not installed"
+    assert job.left_out["draft_model"] == "no --ar-drafter for this target"
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A real run of two methods: its results, and the folder."""
+    folder = tmp_path_factory.mktemp("bench")
+    done = measure(folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, done
+
+
+def measure(folder, *more):
+    small = ["--num-prompts", "3", "--max-tokens", "40", "--repeats", "1"]
+    asked = ["--methods", "survival+reuse", "--concurrency", "1", "2", "--requests-per-point", "4"]
+    files = ["--json", folder / "found.json", "--plots", folder / "plots"]
+    command = [COMMAND, "bench", *small, *asked, *files, *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_a_real_run_agrees_with_itself(real):
+    """Catches figures that come from different runs, and counts that miss the drafter's rounds."""
+    folder, done = real
+    found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    facts = found["provenance"]
+    assert facts["command"].startswith("failfast bench --num-prompts 3 ")
+    assert facts["methods"]["survival+reuse"]["policy"] == "survival"
+    assert facts["target"] == "the shipped small pair"
+    assert "/" not in facts["device"] + facts["vllm"]
+    rows = {(row["method"], row["concurrency"]): row for row in found["rows"]}
+    assert list(rows) == [(m, c) for c in (1, 2) for m in ("none", "survival+reuse")]
+    for (method, concurrency), row in rows.items():
+        base = rows["none", concurrency]
+        ratio = row["tokens_per_second"] / base["tokens_per_second"]
+        assert row["speedup"] == pytest.approx(ratio, rel=0.01)
+        assert row["speedups"] == [row["speedup"]]
+        assert row["answers_equal_to_none"] == 1.0
+        assert row["requests"] == 4
+        slowest, fastest = row["tpot_p99_ms"], row["tpot_p50_ms"]
+        assert 0 < fastest <= slowest < row["latency_p99_ms"]
+        assert 0 < row["ttft_p50_ms"] < row["latency_p50_ms"]
+        # requests overlap: their rates add up to at least the whole's
+        assert row["tokens_per_second_per_request"] * concurrency > 0.9 * row["tokens_per_second"]
+        assert sum(row["draft_lengths"].values()) == row["drafts"]
+        assert sum(row["drafted_per_position"]) == row["drafted_tokens"]
+        assert sum(row["accepted_per_position"]) == row["accepted_tokens"]
+        if method == "none":
+            assert (row["acceptance_length"], row["passes_per_round"], row["drafts"]) == (1, 0, 0)
+            continue
+        length = 1 + row["accepted_tokens"] / row["drafts"]
+        assert row["acceptance_length"] == pytest.approx(length, abs=1e-3)
+        assert row["acceptance_length"] > 1.5
+        assert row["passes_per_round"] >= 1
+        judged = sum(each["count"] for each in row["reliability"])
+        right = sum(each["accepted"] for each in row["reliability"])
+        assert right <= judged <= row["drafted_tokens"]
+        assert judged - right <= row["drafts"]  # at most one rejection per draft
+        assert len(row["trajectory"]) > 1
+        assert row["trajectory"][0] == {"accepted": 0, "rejected": 0, "bonus": 1}
+    # one request's decoding does not depend on the others, so neither do its rounds
+    assert rows["survival+reuse", 1]["trajectory"] == rows["survival+reuse", 2]["trajectory"]
+    assert done.stdout == (folder / "found.md").read_text(encoding="utf-8")
+    assert "| 2 | survival+reuse | " in done.stdout
+    assert "concurrency 1" not in done.stderr  # no progress bar without a terminal
+
+
+def test_figures_are_images(real):
+    folder, _ = real
+    assert {path.name for path in (folder / "plots").iterdir()} == {f"{f}.png" for f in FIGURES}
+    for path in (folder / "plots").iterdir():
+        data = path.read_bytes()
+        assert data.startswith(PNG)
+        assert len(data) > 10_000
+
+
+def test_a_complete_file_is_resumed_without_engines(real):
+    """Catches measured points that are measured again, or lost."""
+    folder, _ = real
+    before = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    (folder / "found.md").unlink()
+    done = measure(folder, "--resume")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads((folder / "found.json").read_text(encoding="utf-8"))["rows"] == before["rows"]
+    assert (folder / "found.md").read_text(encoding="utf-8") == done.stdout
+    assert "safetensors" not in done.stderr  # nothing was loaded
+
+
+class FakeServer:
+    """Enough of vLLM's server: answers after 20 ms, and drafts unless a request forbids it."""
+
+    def __init__(self, has_failfast=True):
+        self.has_failfast = has_failfast
+        self.counters = Counter()
+        self.in_flight, self.seen = [], []
+        self._running = 0
+        app = web.Application()
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/version", self.version)
+        app.router.add_get("/metrics", self.metrics)
+        app.router.add_post("/v1/completions", self.complete)
+        app.router.add_post("/v1/chat/completions", self.complete)
+        self.runner = web.AppRunner(app)
+        self.loop = asyncio.new_event_loop()
+        ready = threading.Event()
+        self.thread = threading.Thread(target=self.serve, args=(ready,), daemon=True)
+        self.thread.start()
+        assert ready.wait(10)
+
+    def serve(self, ready):
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_until_complete(self.runner.setup())
+        site = web.TCPSite(self.runner, "127.0.0.1", 0)
+        self.loop.run_until_complete(site.start())
+        self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
+        ready.set()
+        self.loop.run_forever()
+
+    def close(self):
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(10)
+        self.loop.run_until_complete(self.runner.cleanup())
+        self.loop.close()
+
+    async def models(self, request):
+        return web.json_response({"data": [{"id": "tiny"}]})
+
+    async def version(self, request):
+        return web.json_response({"version": "9.9"})
+
+    async def metrics(self, request):
+        lines = ["# TYPE vllm:other_total counter", "vllm:other_total 7.0"]
+        for name in ("drafts", "draft_tokens", "accepted_tokens"):
+            lines.append(f"# TYPE vllm:spec_decode_num_{name}_total counter")
+            lines.append(f'vllm:spec_decode_num_{name}_total{{engine="0"}} {self.counters[name]}')
+        name = "vllm:spec_decode_num_accepted_tokens_per_pos"
+        lines.append(f"# TYPE {name}_total counter")
+        for position in range(3):
+            lines.append(f'{name}_total{{position="{position}"}} {self.counters[position]}')
+        return web.Response(text="\n".join(lines) + "\n")
+
+    async def complete(self, request):
+        body = await request.json()
+        self.seen.append(body)
+        limit = body.get("vllm_xargs", {}).get("failfast_max_len")
+        if self.has_failfast and limit == -1:
+            return web.json_response({"message": "'failfast_max_len' must be"}, status=400)
+        self._running += 1
+        self.in_flight.append(self._running)
+        await asyncio.sleep(0.02)
+        self._running -= 1
+        if limit != 0:  # two drafts of 3 tokens: all accepted, and the first alone
+            self.counters.update({"drafts": 2, "draft_tokens": 6, "accepted_tokens": 4})
+            self.counters.update([0, 0, 1, 2])
+        answer = {"text": "b"} if "prompt" in body else {"message": {"content": "a"}}
+        return web.json_response({"choices": [answer], "usage": {"completion_tokens": 6}})
+
+
+@pytest.fixture
+def fake():
+    servers = []
+
+    def make(**options):
+        servers.append(FakeServer(**options))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.close()
+
+
+def test_a_server_is_asked_with_and_without_drafts(fake, tmp_path, capsys):
+    """Catches counters of one method counted for the other, and loops with too few in flight."""
+    server = fake()
+    prompts = tmp_path / "prompts.jsonl"
+    messages = [{"role": "user", "content": "q"}]
+    prompts.write_text(json.dumps({"messages": messages}) + '\n{"prompt": "b"}\n')
+    path = tmp_path / "found.json"
+    argv = ["bench", "--server", server.url + "/v1/", "--prompts", str(prompts), "--repeats", "2"]
+    argv += ["--concurrency", "1", "3", "--requests-per-point", "6", "--json", str(path)]
+    assert cli.main(argv) == 0
+    assert "| 3 | failfast | " in capsys.readouterr().out
+    found = json.loads(path.read_text(encoding="utf-8"))
+    facts = found["provenance"]
+    assert (facts["target"], facts["server_version"]) == ("tiny", "9.9")
+    rows = {(row["method"], row["concurrency"]): row for row in found["rows"]}
+    assert list(rows) == [(m, c) for c in (1, 3) for m in ("none", "failfast")]
+    for (method, _), row in rows.items():
+        assert row["requests"] == 12  # the warm-up is not among them
+        assert row["answers_equal_to_none"] == 1.0
+        assert row["ttft_p50_ms"] is None
+        assert row["latency_p50_ms"] >= 20
+        if method == "none":
+            assert (row["drafts"], row["acceptance_length"]) == (0, 1.0)
+            assert row["passes_per_round"] == 0
+        else:
+            assert (row["drafts"], row["drafted_tokens"]) == (24, 72)
+            assert row["acceptance_length"] == 3.0
+            assert row["accepted_per_position"] == [24, 12, 12]
+            assert row["passes_per_round"] is None  # a server does not tell
+    assert max(server.in_flight) == 3
+    asked = server.seen[1:]  # after the probe
+    assert all(body["temperature"] == 0 and body["max_tokens"] == 200 for body in asked)
+    assert Counter(json.dumps(body.get("vllm_xargs")) for body in asked) == {
+        '{"failfast_max_len": 0}': 36,
+        "null": 36,
+    }
+
+
+def test_a_server_without_failfast_is_measured_alone(fake, tmp_path, capsys):
+    """Catches "none" measured with drafts, because the server does not know the key."""
+    server, path = fake(has_failfast=False), tmp_path / "found.json"
+    argv = ["bench", "--server", server.url, "--method-name", "eagle", "--repeats", "1"]
+    argv += ["--concurrency", "2", "--requests-per-point", "4", "--json", str(path)]
+    argv += ["--plots", str(tmp_path / "plots")]
+    assert cli.main(argv) == 0
+    assert "only it is measured" in capsys.readouterr().err
+    (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert (row["method"], row["speedup"], row["acceptance_length"]) == ("eagle", None, 3.0)
+    # a server tells neither draft lengths nor confidences
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {"throughput.png"}
+
+
+def test_a_complaint_of_the_server_is_one_line(fake):
+    server = Server(fake().url, [{"prompt": "a"}], 5, {"failfast_max_len": -1}).connect()
+    with pytest.raises(ValueError, match=r"/v1/completions answered 400: .*failfast_max_len"):
+        next(server(2, 4))
+
+
+def test_points_are_written_as_they_are_measured(fake, tmp_path, monkeypatch):
+    """Catches a killed run that has nothing to show, and one that begins from the start again."""
+    server, path = fake(), tmp_path / "found.json"
+    argv = ["bench", "--server", server.url, "--repeats", "1", "--requests-per-point", "2"]
+    argv += ["--json", str(path), "--concurrency", "1", "2"]
+    point, calls = bench.measure_point, count()
+
+    def measure_point(*args):
+        if next(calls):
+            raise KeyboardInterrupt
+        return point(*args)
+
+    monkeypatch.setattr(bench, "measure_point", measure_point)
+    assert cli.main(argv) == 130
+    first = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [row["concurrency"] for row in first] == [1, 1]
+    monkeypatch.setattr(bench, "measure_point", point)
+    assert cli.main([*argv, "--resume"]) == 0
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert rows[:2] == first
+    assert [row["concurrency"] for row in rows] == [1, 1, 2, 2]
+
+
+def test_an_engine_that_cannot_start_says_why():
+    """Catches a parent that waits for ever, or shows a traceback of pickles."""
+    with pytest.raises(ValueError, match=r"the engine of 'x' failed: .*nowhere"):
+        closed_loop.EngineProcess("x", None, {"model": "/nowhere"}, [], 5)
+
+
+def test_an_engine_that_died_is_named():
+    dead = object.__new__(closed_loop.EngineProcess)
+    dead.name, (dead._pipe, theirs) = "x", multiprocessing.Pipe()
+    theirs.close()
+    with pytest.raises(ValueError, match="the engine of 'x' died"):
+        next(dead(1, 2))
+
+
+def test_nan_is_no_json():
+    assert closed_loop.rounded(math.nan) is None
+    assert closed_loop.rounded(1.23456) == 1.235

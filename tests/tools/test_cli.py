@@ -1,0 +1,267 @@
+"""The `failfast` command: exit codes, what reaches stdout, and a demo that must be lossless."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from failfast_vllm import plugin
+from failfast_vllm.config import FailFastConfig
+from failfast_vllm.tools import cli, demo
+from failfast_vllm.tools.offline import TracedRound, traced
+
+COMMAND = str(Path(sys.executable).with_name("failfast"))
+
+
+def run(*args, **env):
+    return subprocess.run(
+        [COMMAND, *args], capture_output=True, text=True, env={**os.environ, **env}, timeout=600
+    )
+
+
+@pytest.fixture
+def other_models(tmp_path, monkeypatch):
+    """An empty directory in place of the shipped models."""
+    monkeypatch.setattr(cli, "MODELS_DIR", tmp_path)
+    return tmp_path
+
+
+def test_models_are_shipped_and_complete(capsys):
+    assert cli.main(["models", "--json"]) == 0
+    paths = json.loads(capsys.readouterr().out)
+    assert list(paths) == ["target", "drafter", "ar-drafter"]
+    assert all(Path(path).is_absolute() and Path(path).is_dir() for path in paths.values())
+    assert cli.main(["models"]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        [name, path] for name, path in paths.items()
+    ]
+
+
+@pytest.mark.parametrize("command", ["models", "demo"])
+def test_missing_models_are_one_line_and_exit_code_2(command, other_models, capsys):
+    assert cli.main([command]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"failfast {command}: {other_models / 'target'} has no config.json")
+    assert err.count("\n") == 1
+    assert "Reinstall" in err
+
+
+def fake_model(path, weights):
+    path.mkdir()
+    for name in cli.SHIPPED_FILES:
+        (path / name).write_text("{}")
+    (path / "model.safetensors").write_bytes(weights)
+    return path
+
+
+def test_damaged_weights_are_found(tmp_path):
+    header = b'{"__metadata__": {}, "w": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}'
+    weights = len(header).to_bytes(8, "little") + header + b"1234"
+    assert cli.shipped_problem(fake_model(tmp_path / "whole", weights)) == ""
+    cut = cli.shipped_problem(fake_model(tmp_path / "cut", weights[:-1]))
+    assert f"has {len(weights) - 1} bytes, not {len(weights)}" in cut
+    pointer = cli.shipped_problem(fake_model(tmp_path / "lfs", b"version https://git-lfs"))
+    assert "is not a safetensors file" in pointer
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["serve"],
+        ["models", "--yaml"],
+        ["demo", "--num-prompts", "0"],
+        ["demo", "--max-tokens", "-1"],
+        ["demo", "--max-tokens", "many"],
+    ],
+)
+def test_wrong_arguments_exit_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code == 2
+    assert "failfast" in capsys.readouterr().err
+
+
+def test_demo_refuses_what_is_no_checkpoint(tmp_path, capsys):
+    assert cli.main(["demo", "--drafter", str(tmp_path)]) == 2
+    assert f"{tmp_path} has no config.json" in capsys.readouterr().err
+
+
+def test_demo_refuses_more_prompts_than_there_are(capsys):
+    assert cli.main(["demo", "--num-prompts", "1000000"]) == 2
+    assert "--num-prompts must be at most" in capsys.readouterr().err
+
+
+def test_light_commands_import_no_engine():
+    code = (
+        "import sys; from failfast_vllm.cli import main; "
+        "main(['models']); main(['plan', 'Qwen3-8B']); "
+        "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_doctor_is_content_here(capsys, monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is True
+    assert report["default_config"] == FailFastConfig.from_user({}).to_dict()
+    found = {check["name"]: check["found"] for check in report["checks"]}
+    assert {"python", "vllm", "torch", "triton", "transformers", "platform"} <= set(found)
+    assert found["model runner"].startswith("V1")
+    hooks = [check for check in report["checks"] if check["name"].startswith("hook ")]
+    assert len(hooks) == len(plugin.ALL_HOOKS)
+    # a hook is new: run `python -m failfast_vllm.hook_bodies` on each supported vLLM
+    assert [hook["name"] for hook in hooks if hook["warning"]] == []
+
+
+def test_doctor_names_a_missing_hook_and_the_remedy(capsys, monkeypatch):
+    gone = plugin.V1_HOOKS[0]._replace(function="gone")
+    monkeypatch.setattr(plugin, "ALL_HOOKS", (gone,))
+    assert cli.main(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (where,) = [i for i, line in enumerate(lines) if line.startswith("PROBLEM")]
+    assert f"vLLM has no {gone.name}" in lines[where]
+    assert lines[where + 1].strip() == f"-> {cli.INSTALL_VLLM}"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("VLLM_PLUGINS", "other"), ("VLLM_USE_V2_MODEL_RUNNER", "1")]
+)
+def test_doctor_sees_an_environment_in_the_way(variable, value, capsys, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    assert cli.main(["doctor", "--json"]) == 1
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    (problem,) = [check for check in checks if not check["ok"]]
+    assert variable in problem["problem"]
+    assert problem["remedy"]
+
+
+def test_doctor_misses_models(other_models, capsys):
+    assert cli.main(["doctor", "--json"]) == 1
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    bad = [check["name"] for check in checks if not check["ok"]]
+    assert bad == ["model target", "model drafter", "model ar-drafter", "prompts"]
+
+
+@pytest.mark.slow
+def test_demo_is_lossless_and_prints_only_json():
+    done = run("demo", "--json", "--num-prompts", "3", "--max-tokens", "64")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result) == {
+        "outputs_identical",
+        "speedup",
+        "acceptance_length",
+        "passes_per_round",
+        "longest_accepted",
+        "tokens_per_second",
+    }
+    assert result["outputs_identical"] is True
+    assert result["acceptance_length"] > 1
+    assert result["passes_per_round"] >= 1
+    assert type(result["longest_accepted"]) is int
+    assert result["longest_accepted"] >= 1
+    rates = result["tokens_per_second"]
+    assert set(rates) == {"baseline", "failfast"}
+    assert result["speedup"] == pytest.approx(rates["failfast"] / rates["baseline"])
+
+
+def test_prompts_are_mixed(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"task": task, "messages": [{"role": "user", "content": task}]} for task in "aaabbc"]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert [prompt.task for prompt in demo.choose_prompts(path, 5)] == ["a", "b", "c", "a", "b"]
+
+
+def test_rounds_end_where_the_answer_ends():
+    """What the target adds after an accepted stop token is dropped by the engine; so do we."""
+    rounds = [("r", [], [5], 1), ("r", [6, 7, 8], [6, 9], 1), ("r", [1, 2], [1, 2, 4], 2)]
+    assert traced(rounds, num_tokens=5) == [
+        TracedRound([], [], [5], 1),
+        TracedRound([6], [7, 8], [9], 1),
+        TracedRound([1, 2], [], [], 2),
+    ]
+
+
+class Letters:
+    """Token id i is the i-th letter."""
+
+    def decode(self, token_ids, skip_special_tokens):
+        return "".join(chr(ord("a") + i) for i in token_ids)
+
+
+def comparison(failfast_ids):
+    rounds = traced([("r", [], [0], 1), ("r", [1, 2, 9, 9], [1, 2, 3], 1)], 4)
+    prompt = demo.Prompt("task", [{"role": "user", "content": "why\nnot"}])
+    baseline, failfast = (
+        demo.Answer([0, 1, 2, 3], 2.0, []),
+        demo.Answer(failfast_ids, 1.0, rounds),
+    )
+    return demo.Comparison([prompt], [baseline], [failfast], "cpu", Letters())
+
+
+def test_report_in_plain_text_and_in_color(monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    plain = demo.render(comparison([0, 1, 2, 3]), io.StringIO())
+    assert "\033" not in plain
+    assert "    1      4         2  bc[d] (2)" in plain
+    assert "batch 1, float32, cpu" in plain
+    assert "2.00 x" in plain
+    assert "3.00 tokens per round" in plain  # the prefill's token is no round
+    assert "identical" in plain
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    colored = demo.render(comparison([0, 1, 2, 3]), io.StringIO())
+    assert "\033[32mbc\033[0m\033[33md\033[0m\033[2;9;31mjj\033[0m" in colored
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert demo.render(comparison([0, 1, 2, 3]), io.StringIO()) == plain
+
+
+def test_different_outputs_are_said_aloud():
+    result = comparison([0, 1, 2, 4])
+    assert not result.outputs_identical
+    assert "DIFFERENT" in demo.render(result, io.StringIO())
+
+
+def test_demo_fails_if_outputs_differ(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "compare", lambda *args: comparison([0, 1, 2, 4]))
+    assert cli.main(["demo", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["outputs_identical"] is False
+
+
+@pytest.mark.parametrize("command", ["models", "doctor"])
+def test_a_reader_that_has_seen_enough(command):
+    """Catches a traceback behind `failfast models | head -c1`."""
+    done = subprocess.run(
+        f"{COMMAND} {command} | head -c1", shell=True, capture_output=True, text=True, check=False
+    )
+    assert len(done.stdout) == 1
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    done = subprocess.run(
+        f"{COMMAND} models > /dev/full", shell=True, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "failfast models: cannot write the output (No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interrupt_is_one_line_and_130(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_demo", interrupted)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "failfast demo: interrupted\n"

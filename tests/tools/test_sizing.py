@@ -1,0 +1,332 @@
+"""`failfast plan`: bytes against real models, times against an independent table."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from failfast_vllm.config import MODELS_DIR
+from failfast_vllm.tools import cli
+from failfast_vllm.tools import sizing as plan
+
+DOCS = Path(__file__).parents[2] / "docs" / "drafters.md"
+MODELS = {**plan.PUBLISHED_TARGETS, **plan.PUBLISHED_DRAFTERS}
+DRAFTER = "Efficient-Large-Model/Fast_dLLM_v2_1.5B"
+MOE = {  # Qwen3-30B-A3B
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "intermediate_size": 6144,
+    "decoder_sparse_step": 1,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+}
+
+
+def shape(name):
+    return plan.shape_of(name, MODELS[name])
+
+
+def write(path, config):
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def num_parameters(config):
+    """Of the model that transformers builds, without memory for it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kinds = {"Fast_dLLM_Qwen": "qwen2", "sdar": "qwen3", "sdar_moe": "qwen3_moe"}
+    kind = kinds.get(config["model_type"], config["model_type"])
+    fields = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MODELS["Qwen/Qwen2.5-7B-Instruct"],
+        MODELS["Qwen/Qwen3-4B"],
+        MODELS[DRAFTER],
+        MODELS["JetLM/SDAR-1.7B-Chat-b32"],
+        {**MODELS["Qwen/Qwen3-4B"], "attention_bias": True, "num_hidden_layers": 2},
+        {**MOE, "num_hidden_layers": 2},
+        {**MODELS["JetLM/SDAR-30B-A3B-Chat"], "num_hidden_layers": 2},
+    ],
+    ids=["qwen2", "qwen3-tied", "fast-dllm", "sdar", "qwen3-bias", "moe", "sdar-moe"],
+)
+def test_weights_are_those_of_the_model(config):
+    """Catches a forgotten bias, norm, router, or a tied head counted twice."""
+    assert plan.weight_bytes(plan.shape_of("it", config)) == 2 * num_parameters(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),  # of the safetensors, as the hub shows them
+    [
+        ("Qwen/Qwen2.5-14B-Instruct", 14770),
+        ("Qwen/Qwen2.5-32B-Instruct", 32764),
+        ("Qwen/Qwen2.5-72B-Instruct", 72706),
+        ("Qwen/Qwen3-8B", 8191),
+        ("Qwen/Qwen3-14B", 14768),
+        ("Qwen/Qwen3-32B", 32762),
+        ("JetLM/SDAR-4B-Chat", 4411),
+        ("JetLM/SDAR-8B-Chat-b16", 8191),
+        ("Gen-Verse/TraDo-8B-Instruct", 8191),
+        ("JetLM/SDAR-30B-A3B-Chat-b32", 30532),
+    ],
+)
+def test_published_sizes(name, millions):
+    """Catches a wrong field in our table of published configs."""
+    assert round(plan.weight_bytes(shape(name)) / 2e6) == millions
+
+
+@pytest.mark.parametrize("name", ["target", "drafter"])
+def test_weights_are_those_of_the_shipped_checkpoints(name):
+    """Catches a count that fits transformers but not what is on the disk."""
+    data = (MODELS_DIR / name / "model.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    spans = [entry["data_offsets"] for key, entry in header.items() if key != "__metadata__"]
+    _, config = plan.load_config(str(MODELS_DIR / name), {})
+    assert plan.weight_bytes(plan.shape_of(name, config)) == sum(b - a for a, b in spans)
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "floor_ms", "kv_kib"),
+    [
+        (DRAFTER, 3.09, 0.64, 28),
+        ("Qwen/Qwen2.5-7B-Instruct", 14.1, 2.95, 56),
+        ("Qwen/Qwen2.5-14B-Instruct", 28.0, 5.83, 192),
+        ("Qwen/Qwen2.5-32B-Instruct", 64.0, 13.3, 256),
+    ],
+)
+def test_floors_on_an_h200(name, gigabytes, floor_ms, kv_kib):
+    """Catches an untied embedding counted as read, and units that are off."""
+    part = shape(name)
+    assert plan.read_bytes(part, 1) / 1e9 == pytest.approx(gigabytes, rel=5e-3)
+    assert plan.pass_ms(plan.GPUS["H200"], part, [1], [0]) == pytest.approx(floor_ms, rel=1e-2)
+    assert plan.kv_bytes_per_token(part) == kv_kib * 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "rows", "expected_ms"),  # at 1k tokens of context
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", 8, 1, 3.04),
+        ("Qwen/Qwen2.5-7B-Instruct", 8, 33, 4.86),
+        ("Qwen/Qwen2.5-7B-Instruct", 32, 61, 36.0),
+        ("Qwen/Qwen2.5-32B-Instruct", 32, 8, 21.2),
+        (DRAFTER, 16, 10, 0.74),
+        (DRAFTER, 32, 10, 1.32),
+    ],
+)
+def test_roofline(name, batch, rows, expected_ms):
+    """Catches a lost term: the KV that is read, or the attention's flops."""
+    time = plan.pass_ms(plan.GPUS["H200"], shape(name), [rows] * batch, [1024] * batch)
+    assert time == pytest.approx(expected_ms, rel=1e-2)
+
+
+def test_experts_are_read_as_tokens_reach_them():
+    """Catches an MoE modelled as dense, or one that reads all experts for one token."""
+    moe = plan.shape_of("moe", MOE)
+    everything = plan.read_bytes(moe, 10_000)
+    assert plan.read_bytes(moe, 1) < everything / 6
+    assert everything == pytest.approx(
+        plan.weight_bytes(moe) - 2 * moe.vocab_size * moe.hidden_size, rel=1e-6
+    )
+
+
+def test_a_speedup_is_tokens_over_time():
+    """Catches a speed-up that leaves out the draft passes."""
+    result = plan.make_plan(
+        "Qwen2.5-14B-Instruct", concurrency=4, acceptance_length=5, passes_per_round=2
+    )
+    (line,) = result.lines
+    assert line.batch_size == 4
+    assert line.speedup == pytest.approx(
+        5 * line.plain_step_ms / (2 * line.draft_pass_ms + line.verify_ms)
+    )
+    known = 15.5 + 5 / 2
+    assert result.profile.draft_rows == pytest.approx(20 + known)
+
+
+def test_tensor_parallel_ranks():
+    """Catches KV heads split below one, and a drafter of 12 heads cut in 8."""
+    name = "Qwen/Qwen2.5-7B-Instruct"
+    half = plan.per_rank(name, shape(name), 2)
+    assert plan.kv_bytes_per_token(half) == 28 * 1024
+    whole = plan.weight_bytes(shape(name))
+    assert whole / 2 < plan.weight_bytes(half) < whole / 2 * 1.001  # norms on each
+    assert plan.kv_bytes_per_token(plan.per_rank(DRAFTER, shape(DRAFTER), 4)) == 14 * 1024
+    result = plan.make_plan("Qwen2.5-72B-Instruct", tensor_parallel_size=8)
+    assert result.draft_tensor_parallel_size == 1
+    assert any("draft_tensor_parallel_size" in note for note in result.notes)
+    with pytest.raises(ValueError, match="28 heads"):
+        plan.make_plan(name, tensor_parallel_size=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("SDAR-1.7B-Chat-b32", 32),
+        ("JetLM/SDAR-4B-Chat-b8", 8),
+        ("sdar-8b-chat", 4),
+        ("TraDo-8B-Thinking", 4),
+        ("SDAR-30B-A3B-Chat-b16", 16),
+        ("Fast_dLLM_v2_7B", 32),
+    ],
+)
+def test_published_drafters_have_the_blocks_of_their_names(name, size):
+    """Catches a size that only our table states: the published files of SDAR do not."""
+    result = plan.make_plan("Qwen3-8B", name)
+    assert result.block == (size, None)
+    assert ("block_size" in MODELS[result.drafter_name]) is False
+
+
+def test_the_block_size_can_be_given(tmp_path, capsys):
+    """Catches a plan that cannot be made for what `diffusion_block_size` serves."""
+    config = MODELS["JetLM/SDAR-1.7B-Chat"]
+    argv = ["plan", "Qwen3-8B", "--drafter", write(tmp_path / "mine", config)]
+    assert cli.main([*argv, "--diffusion-block-size", "16"]) == 0
+    text = capsys.readouterr().out
+    assert "blocks of 16)" in text
+    assert "neither its config.json nor its name" not in text
+    assert cli.main(argv) == 0
+    text = capsys.readouterr().out
+    assert "blocks of 4)" in text
+    assert "drafts in blocks of 4: the default of SDAR, as neither its config.json nor" in text
+
+
+def test_a_silent_drafter_is_counted_with_the_defaults_of_its_class(tmp_path):
+    """Catches a plan that refuses, or counts otherwise, what the server loads."""
+    config = {**MODELS["JetLM/SDAR-4B-Chat"], "num_key_value_heads": 32, "rope_theta": 10000.0}
+    defaults = ("head_dim", "num_key_value_heads", "rope_theta", "max_position_embeddings")
+    silent = {key: value for key, value in config.items() if key not in defaults}
+    assert plan.shape_of("it", silent) == plan.shape_of("it", config)
+    assert plan.make_plan("Qwen3-8B", write(tmp_path / "it", silent)).costs.drafter.head_dim == 128
+
+
+def test_a_drafter_is_shared_by_the_ranks_that_share_it_when_served(tmp_path):
+    """Catches a plan that cuts experts which the server leaves whole, or the other way round."""
+    config = {**MODELS["JetLM/SDAR-30B-A3B-Chat"], "moe_intermediate_size": 770}
+    path = write(tmp_path / "SDAR-30B-A3B-Chat", config)
+    assert plan.make_plan("Qwen3-8B", path, tensor_parallel_size=2).draft_tensor_parallel_size == 2
+    assert plan.make_plan("Qwen3-8B", path, tensor_parallel_size=4).draft_tensor_parallel_size == 1
+
+
+def test_a_small_block_takes_more_passes(tmp_path):
+    """Catches a plan for SDAR of block 4 with increments of 10."""
+    config = {**MODELS["JetLM/SDAR-1.7B-Chat-b32"], "block_size": 4}
+    small = plan.make_plan("Qwen3-8B", write(tmp_path / "sdar", config)).profile
+    large = plan.make_plan("Qwen3-8B").profile
+    assert small.passes_per_round == pytest.approx(large.passes_per_round * 10 / 4)
+
+
+def test_quantised_weights_are_not_called_exact(tmp_path):
+    """Catches bf16 bytes and times for weights of 4 bits, or of an unknown size."""
+    config = MODELS["Qwen/Qwen2.5-7B-Instruct"]
+    awq = {**config, "quantization_config": {"quant_method": "awq", "bits": 4}}
+    known = plan.make_plan(write(tmp_path / "known", awq))
+    assert known.costs.target.exact is False
+    bf16 = plan.weight_bytes(shape("Qwen/Qwen2.5-7B-Instruct"))
+    assert bf16 / 4 < plan.weight_bytes(known.costs.target) < bf16 / 2
+    assert "not exact" in plan.render(known)
+    other = {**config, "quantization_config": {"quant_method": "compressed-tensors"}}
+    unknown = plan.make_plan(write(tmp_path / "unknown", other))
+    assert unknown.lines == []
+    assert "(modelled)" not in plan.render(unknown)
+
+
+def test_command_prints_one_object_with_modelled_times(capsys):
+    """Catches a time that is not labelled, in text or in JSON."""
+    assert cli.main(["plan", "Qwen3-8B", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["drafter"] == "JetLM/SDAR-1.7B-Chat-b32"
+    assert report["modelled"] is True
+    assert [row["batch_size"] for row in report["by_batch_size"]] == list(plan.BATCH_SIZES)
+    assert all(row["modelled"] is True for row in report["by_batch_size"])
+    assert cli.main(["plan", "Qwen3-8B"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("(modelled)") == 4
+    assert "modelled, not measured" in text
+    assert "13.9 drafted and 5.6 accepted" in text
+
+
+@pytest.mark.parametrize("target", plan.PUBLISHED_TARGETS)
+def test_documented_table_is_what_the_command_computes(target):
+    """Catches docs/drafters.md left behind by a change of the model or of a config."""
+    result = plan.make_plan(target)
+    parts = (result.costs.target, result.costs.drafter)
+    cells = [
+        target.split("/")[1],
+        result.drafter_name.split("/")[1],
+        " + ".join(f"{plan.weight_bytes(part) / 1e9:.2f}" for part in parts),
+        " + ".join(f"{plan.kv_bytes_per_token(part) // 1024}" for part in parts),
+        f"{result.kv_share:.0%}",
+        *(f"{line.speedup:.2f}" for line in result.lines),
+    ]
+    assert "| " + " | ".join(cells) + " |" in DOCS.read_text(encoding="utf-8").splitlines()
+
+
+def test_the_shipped_pair_is_planned(capsys):
+    """Catches a config.json that is not taken for its directory."""
+    path = str(MODELS_DIR / "target" / "config.json")
+    assert cli.main(["plan", path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["drafter"] == str(MODELS_DIR / "drafter")
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["Qwen2.5-7B-Instruct", "--gpu", "H20"], "H200, H100, A100-80G, L40S, A6000"),
+        (["nowhere/model"], "Qwen/Qwen3-32B"),
+        (["Qwen3-8B", "--drafter", "some/drafter"], "JetLM/SDAR-1.7B-Chat-b32"),
+        (["Qwen3-8B", "--acceptance-length", "30"], "--acceptance-length must be"),
+        (["Qwen3-8B", "--tensor-parallel-size", "7"], "--tensor-parallel-size must divide"),
+        (["Qwen3-8B", "--diffusion-block-size", "64"], "must be one of 4, 8, 16, 32; got 64"),
+        ([str(Path(__file__))], "give a config.json"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(argv, hint, capsys):
+    """Catches a traceback, or an error without a way out."""
+    assert cli.main(["plan", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("failfast plan: ")
+    assert err.count("\n") == 1
+    assert hint in err
+
+
+@pytest.mark.parametrize(
+    ("changed", "hint"),
+    [
+        ({"model_type": "llama"}, "model type 'llama'"),
+        ({"hidden_size": "big"}, "'hidden_size'"),
+        ({"dtype": "int3"}, "int3"),
+        ({"vocab_size": 32000}, "no drafter is known"),
+        ({**MOE, "mlp_only_layers": [0]}, "mixes dense and expert"),
+    ],
+)
+def test_unknown_configs_are_refused(changed, hint, tmp_path):
+    """Catches bytes that are guessed for tensors we do not know."""
+    path = write(tmp_path / "it", {**MODELS["Qwen/Qwen2.5-7B-Instruct"], **changed})
+    with pytest.raises(ValueError, match=hint):
+        plan.make_plan(path)
+
+
+@pytest.mark.parametrize("argv", [["plan"], ["plan", "x", "--passes-per-round", "nan"]])
+def test_wrong_arguments_exit_with_2(argv, capsys):
+    """Catches a bad number that reaches the arithmetic."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code == 2
+    assert "failfast" in capsys.readouterr().err
