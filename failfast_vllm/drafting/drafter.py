@@ -35,10 +35,10 @@ import torch
 from failfast_kernels import TokenConfidence
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks, to_device
 from failfast_vllm.drafting.path_search import UNKNOWN, PathSearch
+from failfast_vllm.drafting.records import BUDGET, CAP, EOS, LOAD, REQUEST, Lengths
 from failfast_vllm.drafting.reuse import RejectedDrafts, RejectedTokens, continuation
-from failfast_vllm.observe.counters import BUDGET, CAP, EOS, LOAD, REQUEST
 from failfast_vllm.planning.planner import LoadPlanner
-from failfast_vllm.policies.rules import DraftSoFar, Lengths, Policy
+from failfast_vllm.policies.rules import DraftSoFar, Policy
 
 
 @dataclass(frozen=True)

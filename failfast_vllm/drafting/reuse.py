@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from failfast_vllm.policies.rules import Lengths, Outcome
+from failfast_vllm.drafting.records import Lengths, Round
 
 
 def continuation(
@@ -75,7 +75,7 @@ class RejectedDrafts:
         self._rows = {req_id: row for row, req_id in enumerate(req_ids)}
         self._bounds = {}
 
-    def observe(self, outcomes: Sequence[Outcome]) -> None:
+    def observe(self, outcomes: Sequence[Round]) -> None:
         for outcome in outcomes:
             if outcome.req_id in self._rows:
                 self._bounds[outcome.req_id] = (outcome.num_accepted + 1, outcome.num_drafted)

@@ -16,13 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from failfast_vllm.observe.counters import (
-    CONFIDENCE_SCALE,
-    NUM_BINS,
-    NUM_COUNTS,
-    SCALARS,
-    STOP_REASONS,
-)
+from failfast_vllm.drafting.records import STOP_REASONS
+from failfast_vllm.observe.counters import CONFIDENCE_SCALE, NUM_BINS, NUM_COUNTS, SCALARS
 
 if TYPE_CHECKING:
     from prometheus_client import Counter

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from failfast_vllm.drafting.drafter import Drafter, Drafts
+from failfast_vllm.drafting.ledger import PerRequest
+from failfast_vllm.drafting.records import Round as Outcome
 from failfast_vllm.observe.counters import Counts, Judged
 from failfast_vllm.observe.trace import TraceWriter
-from failfast_vllm.policies.learned import PerRequest
-from failfast_vllm.policies.rules import Outcome
 
 
 class Round(NamedTuple):

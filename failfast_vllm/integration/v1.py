@@ -22,10 +22,10 @@ from failfast_vllm.drafters.parallel import drafter_group, keep_apart
 from failfast_vllm.drafting.committed_blocks import to_device
 from failfast_vllm.drafting.drafter import Drafter, DraftStep
 from failfast_vllm.drafting.path_search import UNKNOWN
+from failfast_vllm.drafting.records import Lengths
 from failfast_vllm.integration.requests import asked
 from failfast_vllm.integration.session import DraftStats, Rounds, new_pages
 from failfast_vllm.integration.startup import make_drafter, safetensors_only, stop_token_ids
-from failfast_vllm.policies.rules import Lengths
 
 MIN_P_EPSILON = 1e-5  # below it vLLM takes min_p for 0
 

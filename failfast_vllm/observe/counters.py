@@ -6,10 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-# What ended a draft. doubt: the policy. cap: num_speculative_tokens. load: the planner. budget:
-# draft_budget. eos: it drafted a stop token. request: its own limit, max_tokens or the context.
-STOP_REASONS = ("doubt", "cap", "load", "budget", "eos", "request")
-DOUBT, CAP, LOAD, BUDGET, EOS, REQUEST = range(len(STOP_REASONS))
+from failfast_vllm.drafting.records import STOP_REASONS
+
 NUM_BINS = 10  # of confidence
 CONFIDENCE_SCALE = 1000  # confidences are added up as integers
 SCALARS = ("draft_passes", "draft_rows", "draft_us", "verify_us", "steps")

@@ -33,7 +33,7 @@ HALF_LIFE = 8192  # observed tokens after which an observation counts half
 
 
 class Verified(Protocol):
-    """What a draft's verification must say; `policy.Outcome` does."""
+    """What a draft's verification must say; `policy.Round` does."""
 
     @property
     def num_verified(self) -> int: ...

@@ -238,7 +238,7 @@ class Decision(NamedTuple):
 
 
 class Drafted(Verified, Protocol):
-    """What the planner learns from; `policy.Outcome` is one."""
+    """What the planner learns from; `policy.Round` is one."""
 
     @property
     def num_first(self) -> int: ...

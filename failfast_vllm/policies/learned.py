@@ -4,14 +4,15 @@ State of a request lives from its first draft to its end; of requests whose end 
 the latest `MAX_REQUESTS` are kept.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from failfast_vllm.config import policy_parameters
+from failfast_vllm.drafting.ledger import PerRequest
+from failfast_vllm.drafting.records import Lengths, Round
 from failfast_vllm.planning.calibration import CONFIDENCE_EDGES, Calibration, position_buckets
 from failfast_vllm.policies.rules import (
     Confidence,
@@ -19,41 +20,12 @@ from failfast_vllm.policies.rules import (
     FailFast,
     Fixed,
     Goodput,
-    Lengths,
-    Outcome,
     Policy,
     Survival,
     Svip,
     TokenRule,
     Verdict,
 )
-
-MAX_REQUESTS = 4096  # preempted ones included; far more than an engine runs at once
-T = TypeVar("T")
-
-
-class PerRequest(Generic[T]):
-    """A value per request, `initial` until it is set; the longest unused go first."""
-
-    def __init__(self, initial: T) -> None:
-        self.initial = initial
-        self._values: OrderedDict[str, T] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __getitem__(self, req_id: str) -> T:
-        return self._values.get(req_id, self.initial)
-
-    def __setitem__(self, req_id: str, value: T) -> None:
-        self._values[req_id] = value
-        self._values.move_to_end(req_id)
-        if len(self._values) > MAX_REQUESTS:
-            self._values.popitem(last=False)
-
-    def forget(self, req_ids: Iterable[str]) -> None:
-        for req_id in req_ids:
-            self._values.pop(req_id, None)
 
 
 class AdaEdl(TokenRule):
@@ -86,7 +58,7 @@ class AdaEdl(TokenRule):
         bounds = 1.0 - (self.entropy_factor * draft.entropies).sqrt()
         return bounds < thresholds[:, None]
 
-    def observe(self, outcomes: Sequence[Outcome]) -> None:
+    def observe(self, outcomes: Sequence[Round]) -> None:
         for outcome in outcomes:
             threshold, rate = self.states[outcome.req_id]
             acceptance = outcome.num_accepted / outcome.num_verified
@@ -161,7 +133,7 @@ class DiffuSpecAdl(Policy):
     def extend(self, draft: DraftSoFar) -> Verdict:
         return Verdict(draft.lens, torch.ones_like(draft.lens, dtype=torch.bool))
 
-    def observe(self, outcomes: Sequence[Outcome]) -> None:
+    def observe(self, outcomes: Sequence[Round]) -> None:
         for outcome in outcomes:
             generated = float(outcome.num_drafted - outcome.ends_at_stop)
             found = (generated, float(outcome.num_accepted))
@@ -235,8 +207,8 @@ class TapOut(Policy):
             goes_on = torch.where(chosen == i, verdict.goes_on, goes_on)
         return Verdict(lens, goes_on)
 
-    def observe(self, outcomes: Sequence[Outcome]) -> None:
-        of_arm: list[list[Outcome]] = [[] for _ in self.arms]
+    def observe(self, outcomes: Sequence[Round]) -> None:
+        of_arm: list[list[Round]] = [[] for _ in self.arms]
         for outcome in outcomes:
             arm = self._arm_of[outcome.req_id]
             of_arm[arm].append(outcome)

@@ -13,14 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from failfast_vllm.observe.counters import DOUBT, LOAD
+from failfast_vllm.drafting.records import DOUBT, LOAD, Lengths, Round
 from failfast_vllm.planning.calibration import Calibration
-
-Lengths = npt.NDArray[np.int64]
 
 
 class DraftSoFar(NamedTuple):
@@ -37,20 +33,6 @@ class Verdict(NamedTuple):
 
     lens: torch.Tensor  # [n] int64, where the draft is cut: from 1 to the tokens drafted
     goes_on: torch.Tensor  # [n] bool, draft another increment if the cap allows; cuts nothing
-
-
-class Outcome(NamedTuple):
-    """One draft, and what the target made of it."""
-
-    req_id: str
-    num_drafted: int
-    num_first: int  # tokens that its first pass was to draft; a policy may have cut it
-    num_verified: int  # at least 1; less than `num_drafted` if the scheduler cut the draft
-    num_accepted: int
-    confidences: npt.NDArray[
-        np.float32
-    ]  # of what passes drafted, also if it was not worth verifying
-    ends_at_stop: bool  # the draft's last token is a stop token
 
 
 class Policy(ABC):
@@ -79,7 +61,7 @@ class Policy(ABC):
     def extend(self, draft: DraftSoFar) -> Verdict:
         """Decide after an increment."""
 
-    def observe(self, outcomes: Sequence[Outcome]) -> None:  # noqa: B027 - most do not learn
+    def observe(self, outcomes: Sequence[Round]) -> None:  # noqa: B027 - most do not learn
         """Learn from the step's verified drafts, in the order of the batch."""
 
     def forget(self, req_ids: Iterable[str]) -> None:  # noqa: B027

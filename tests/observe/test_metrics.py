@@ -8,19 +8,9 @@ from prometheus_client import REGISTRY
 
 from failfast_vllm import plugin
 from failfast_vllm.config import METHOD
+from failfast_vllm.drafting.records import BUDGET, CAP, DOUBT, EOS, LOAD, REQUEST, STOP_REASONS
 from failfast_vllm.integration.metrics import FailFastStatLogger
-from failfast_vllm.observe.counters import (
-    BUDGET,
-    CAP,
-    DOUBT,
-    EOS,
-    LOAD,
-    NUM_COUNTS,
-    REQUEST,
-    STOP_REASONS,
-    Counts,
-    Judged,
-)
+from failfast_vllm.observe.counters import NUM_COUNTS, Counts, Judged
 from failfast_vllm.policies.rules import FailFast
 from scripted import STOP, Script, make_drafter, make_step
 

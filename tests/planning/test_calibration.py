@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from failfast_vllm.drafting.records import Round
 from failfast_vllm.planning.calibration import (
     CONFIDENCE_EDGES,
     POSITION_EDGES,
@@ -11,7 +12,6 @@ from failfast_vllm.planning.calibration import (
     isotonic,
     position_buckets,
 )
-from failfast_vllm.policies.rules import Outcome
 
 MIDPOINTS = np.convolve(np.concatenate(([0.0], CONFIDENCE_EDGES, [1.0])), [0.5, 0.5], "valid")
 
@@ -19,7 +19,7 @@ MIDPOINTS = np.convolve(np.concatenate(([0.0], CONFIDENCE_EDGES, [1.0])), [0.5, 
 def outcome(confidences, accepted, verified=None):
     confidences = np.asarray(confidences, dtype=np.float32)
     verified = len(confidences) if verified is None else verified
-    return Outcome("r", len(confidences), len(confidences), verified, accepted, confidences, False)
+    return Round("r", len(confidences), len(confidences), verified, accepted, confidences, False)
 
 
 def drafter(rng, chance, num_drafts, length=24):

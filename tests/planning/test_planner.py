@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from failfast_vllm.drafting.records import Round
 from failfast_vllm.integration import startup
 from failfast_vllm.planning import planner as load
 from failfast_vllm.planning.planner import AcceptanceByPosition, Costs, CostTable, LoadPlanner
-from failfast_vllm.policies.rules import Outcome
 from failfast_vllm.tools.simulate import cost_tables
 
 INCREMENT, CAP = 10, 60
@@ -82,9 +82,7 @@ class Planned:
         self.drafts = []
         if planner.step_began([f"{num} {i}" for i in range(num)], int((kept + 1).sum())):
             rounds = zip(first, drafted, kept, accepted, confidences, strict=True)
-            planner.observe(
-                [Outcome("r", k, f, k, a, c[:n], False) for f, n, k, a, c in rounds if k]
-            )
+            planner.observe([Round("r", k, f, k, a, c[:n], False) for f, n, k, a, c in rounds if k])
             self.draft(sim, num)
         return num + accepted.sum(), self.clock.ms - began
 

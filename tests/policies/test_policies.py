@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from failfast_vllm.config import POLICIES, policy_parameters
+from failfast_vllm.drafting.ledger import PerRequest
+from failfast_vllm.drafting.records import Round
 from failfast_vllm.drafting.reuse import continuation
 from failfast_vllm.integration.session import Rounds
 from failfast_vllm.observe.counters import Counts
@@ -15,12 +17,11 @@ from failfast_vllm.policies import learned as learned_policy
 from failfast_vllm.policies.learned import (
     AdaEdl,
     DiffuSpecAdl,
-    PerRequest,
     SpecDecPlusPlus,
     TapOut,
     make_policy,
 )
-from failfast_vllm.policies.rules import Confidence, DraftSoFar, FailFast, Outcome
+from failfast_vllm.policies.rules import Confidence, DraftSoFar, FailFast
 from scripted import STOP, Script, make_drafter, make_step, random_script
 
 CAP = 60
@@ -30,7 +31,7 @@ SEEDS = range(40)
 def outcome(req_id="r", drafted=10, verified=None, accepted=0, confidences=(), stops=False):
     verified = drafted if verified is None else verified
     confidences = np.array(confidences, dtype=np.float32)
-    return Outcome(req_id, drafted, drafted, verified, accepted, confidences, stops)
+    return Round(req_id, drafted, drafted, verified, accepted, confidences, stops)
 
 
 def trained_calibration(seed):
