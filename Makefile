@@ -37,7 +37,7 @@ test: check
 # What meets vLLM's configuration, front end, scheduler and runners. Left out: what is the same on any
 # vLLM (the algorithm, kernels, plans, traces), and several ranks, which take too long.
 NEXT_TESTS := tests/test_imports.py tests/drafters/test_parity.py tests/observe/test_metrics.py \
-	tests/tools/test_cli.py $(addprefix tests/integration/test_,$(addsuffix .py,plugin hook_bodies \
+	tests/tools/test_cli.py $(addprefix tests/integration/test_,$(addsuffix .py,plugin hooks hook_bodies \
 	config lossless features http sampling drafter_state))
 
 test-next: .venv-next/.ready

@@ -274,7 +274,7 @@ def _version_checks() -> list[Check]:
             checks.append(Check(name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
             checks.append(Check(name, "", "not installed", remedy))
-    from failfast_vllm.plugin import version_problem
+    from failfast_vllm.integration.versions import version_problem
 
     with contextlib.suppress(ImportError):  # no vLLM at all: reported above
         problem = version_problem()
@@ -328,17 +328,16 @@ def _plugin_check() -> Check:
 
 
 def _hook_checks() -> list[Check]:
-    from failfast_vllm import plugin
-    from failfast_vllm.integration import hook_bodies
+    from failfast_vllm.integration import hook_bodies, hooks
 
     checks, bodies = [], hook_bodies.installed()
-    for hook in plugin.ALL_HOOKS:
-        problem = plugin.hook_problem(hook) or ""
+    for hook in hooks.all_hooks():
+        problem = hooks.hook_problem(hook) or ""
         warning = "" if problem else hook_bodies.change(hook, bodies)
         remedy = INSTALL_VLLM if problem else RUN_TESTS if warning else ""
-        name = "hook " + ".".join(filter(None, (hook.owner, hook.function)))
+        name = f"hook {hook.path}"
         since = ".".join(map(str, hook.since))
-        found = hook.module if plugin.is_due(hook) else f"not needed before vLLM {since}"
+        found = hook.module if hooks.is_due(hook) else f"not needed before vLLM {since}"
         checks.append(Check(name, found, problem, remedy, warning))
     return checks
 

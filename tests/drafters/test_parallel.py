@@ -13,12 +13,13 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from checkpoints import tiny_config, write_checkpoint
 from engine import TARGET, engine, generate, mixed_prompts, watch
 from failfast_vllm import config as user_config
-from failfast_vllm import plugin
 from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.drafters import hosted
 from failfast_vllm.drafters import parallel as ranks
 from failfast_vllm.drafters.families import SDAR, SDAR_MOE
 from failfast_vllm.drafting.drafter import DraftBatch
+from failfast_vllm.integration.configure import check_balancing
+from failfast_vllm.integration.hooks import logger
 from failfast_vllm.integration.session import DraftStats
 from rank_worker import EXTENSION
 from wide_models import equal_experts, four_heads, rewrite
@@ -264,10 +265,10 @@ def test_expert_parallelism_ends_at_the_target(expert_drafter, tmp_path):
 
 def test_experts_of_a_drafter_are_not_balanced():
     """Catches vLLM's balancer (no CPU has it) on a drafter whose experts are all on each rank."""
-    plugin._check_balancing(SDAR_MOE, "a-drafter", enable_eplb=False)
-    plugin._check_balancing(SDAR, "a-drafter", enable_eplb=True)
+    check_balancing(SDAR_MOE, "a-drafter", enable_eplb=False)
+    check_balancing(SDAR, "a-drafter", enable_eplb=True)
     with pytest.raises(ValueError, match=r"\Afailfast: [^\n]*got --enable-eplb") as caught:
-        plugin._check_balancing(SDAR_MOE, "a-drafter", enable_eplb=True)
+        check_balancing(SDAR_MOE, "a-drafter", enable_eplb=True)
     assert "'a-drafter'" in str(caught.value)
     assert "use a drafter without experts" in str(caught.value)
 
@@ -341,7 +342,7 @@ def num_drafter_ranks(built):
 
 def test_a_drafter_is_shared_where_possible(shared_drafter, monkeypatch):
     lines = []
-    monkeypatch.setattr(plugin.logger, "info", lambda text, *args: lines.append(text % args))
+    monkeypatch.setattr(logger, "info", lambda text, *args: lines.append(text % args))
     assert num_drafter_ranks(build({"model": shared_drafter})) == 2
     both = {"model": shared_drafter, "draft_tensor_parallel_size": 2}
     assert num_drafter_ranks(build(both)) == 2

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from failfast_vllm import plugin
 from failfast_vllm.config import FailFastConfig
+from failfast_vllm.integration import hooks as hook_registry
 from failfast_vllm.tools import cli, demo
 from failfast_vllm.tools.offline import TracedRound, traced
 
@@ -116,14 +116,15 @@ def test_doctor_is_content_here(capsys, monkeypatch):
     assert {"python", "vllm", "torch", "triton", "transformers", "platform"} <= set(found)
     assert found["model runner"].startswith("V1")
     hooks = [check for check in report["checks"] if check["name"].startswith("hook ")]
-    assert len(hooks) == len(plugin.ALL_HOOKS)
-    # a hook is new: run `python -m failfast_vllm.hook_bodies` on each supported vLLM
+    assert len(hooks) == len(hook_registry.all_hooks())
+    # a hook is new: run `python -m failfast_vllm.integration.hook_bodies` on each supported vLLM
     assert [hook["name"] for hook in hooks if hook["warning"]] == []
 
 
 def test_doctor_names_a_missing_hook_and_the_remedy(capsys, monkeypatch):
-    gone = plugin.V1_HOOKS[0]._replace(function="gone")
-    monkeypatch.setattr(plugin, "ALL_HOOKS", (gone,))
+    first = hook_registry.hooks_of("v1")[0]
+    gone = first._replace(target=f"{first.target}_gone")
+    monkeypatch.setattr(hook_registry, "all_hooks", lambda: (gone,))
     assert cli.main(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
     (where,) = [i for i, line in enumerate(lines) if line.startswith("PROBLEM")]
