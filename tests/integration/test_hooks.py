@@ -10,6 +10,7 @@ import pytest
 from failfast_vllm.integration import hooks, versions
 from failfast_vllm.integration.hook_table import table, why_and_until
 from failfast_vllm.integration.hooks import Hook
+from hook_stages import replace_stage
 
 ARCHITECTURE = Path(__file__).parents[2] / "docs" / "architecture.md"
 
@@ -117,13 +118,13 @@ def test_hook_on_something_that_is_gone(hook, monkeypatch):
     assert "vLLM has no" in hooks.hook_problem(hook("Walker.same"))
     elsewhere = hook("Runner.same")._replace(target="vllm.nowhere:Runner.same")
     assert hooks.hook_problem(elsewhere) == "vLLM has no vllm.nowhere.Runner.same"
-    monkeypatch.setitem(hooks._registered, "v1", [hook("Runner.same"), gone])
+    replace_stage(monkeypatch, "v1", hook("Runner.same"), gone)
     assert hooks.stage_problem("v1").startswith("vLLM has no vllm_of_tomorrow.Runner.gone; install")
 
 
 def test_a_stage_with_a_problem_is_not_wrapped(hook, monkeypatch):
     """Catches half an installation."""
-    monkeypatch.setitem(hooks._registered, "v1", [hook("Runner.same"), hook("Runner.renamed")])
+    replace_stage(monkeypatch, "v1", hook("Runner.same"), hook("Runner.renamed"))
     with pytest.raises(RuntimeError, match=r"failfast cannot run: vllm_of_tomorrow\.Runner"):
         hooks.install("v1")
     assert sys.modules["vllm_of_tomorrow"].Runner().same(3) == 3
@@ -135,7 +136,7 @@ def test_functions_are_wrapped_once(hook, monkeypatch):
         hook("Runner.extended"),
         *(hook(path, static_body) for path in ("Runner.static", "Runner.of_class", "alone")),
     ]
-    monkeypatch.setitem(hooks._registered, "v1", wrapped)
+    replace_stage(monkeypatch, "v1", *wrapped)
     module = sys.modules["vllm_of_tomorrow"]
     theirs = [hooks.original_of(h) for h in wrapped]
     for _ in range(2):
@@ -164,7 +165,7 @@ def test_the_newest_body_that_is_due_counts(hook, monkeypatch, version, expected
         hook("Runner.same", bodies["old"]),
         hook("Runner.same", bodies["new"], since=(0, 33)),
     ]
-    monkeypatch.setitem(hooks._registered, "v1", of_path)
+    replace_stage(monkeypatch, "v1", *of_path)
     monkeypatch.setattr(versions, "vllm_version", lambda: version)
     (chosen,) = hooks.hooks_of("v1")
     assert chosen.body is bodies[expected]

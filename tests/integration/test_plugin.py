@@ -18,6 +18,7 @@ from engine import TARGET, chat_ids, engine, generate, proposer, shipped_prompts
 from failfast_vllm import plugin
 from failfast_vllm.config import METHOD, MODELS_DIR
 from failfast_vllm.integration import hooks, versions
+from hook_stages import replace_stage
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 MAX_REGISTER_SECONDS = 0.5  # measured: 0.001 to 0.01; importing the model runner takes over 1
@@ -203,7 +204,7 @@ def test_vllm_without_metadata_names_its_version_itself(monkeypatch):
 def hook_another_signature(monkeypatch):
     changed = creation()._replace(body=lambda original, self, renamed: None)
     others = hooks.hooks_of("configuration")[1:]
-    monkeypatch.setitem(hooks._registered, "configuration", [changed, *others])
+    replace_stage(monkeypatch, "configuration", changed, *others)
 
 
 @pytest.mark.parametrize("reason", ["version", "signature"])
@@ -241,7 +242,7 @@ def renamed():
 
 @pytest.mark.parametrize("stage", ["v1", "v2"])
 def test_changed_runner_stops_the_worker_before_it_drafts(stage, monkeypatch, renamed):
-    monkeypatch.setitem(hooks._registered, stage, [renamed])
+    replace_stage(monkeypatch, stage, renamed)
     with pytest.raises(RuntimeError, match=r"failfast cannot run: vllm\.engine\.arg_utils"):
         hooks.install(stage)
 
@@ -249,7 +250,7 @@ def test_changed_runner_stops_the_worker_before_it_drafts(stage, monkeypatch, re
 @pytest.mark.parametrize("stage", ["requests", "engine"])
 def test_changed_process_stops_failfast_and_nobody_else(monkeypatch, renamed, stage):
     """Catches a plugin that breaks every server of a vLLM whose front end or core has changed."""
-    monkeypatch.setitem(hooks._registered, stage, [renamed])
+    replace_stage(monkeypatch, stage, renamed)
     plugin.register()
     with pytest.raises(RuntimeError, match=r"failfast cannot run: vllm\.engine\.arg_utils"):
         EngineArgs(model=TARGET, speculative_config=METHOD).create_engine_config()
