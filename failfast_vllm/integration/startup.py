@@ -15,13 +15,13 @@ from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.drafters.hosted import HostedDraftModel, row_class
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
 from failfast_vllm.drafting.drafter import Drafter
+from failfast_vllm.drafting.interfaces import Policy
 from failfast_vllm.drafting.path_search import PathSearch
 from failfast_vllm.drafting.reuse import RejectedDrafts
 from failfast_vllm.integration.session import DraftStats, Rounds, adapter_of
 from failfast_vllm.observe.trace import TraceWriter
 from failfast_vllm.planning.planner import Costs, CostTable, LoadPlanner
 from failfast_vllm.policies.learned import make_policy
-from failfast_vllm.policies.rules import Policy
 
 MAX_TURNS, MIN_TURNS, TURNS_SECONDS = 10, 3, 12.0  # of timing the models
 WARM_UP_MS = 8000.0  # of that for each model, on a CPU; a busy one has it seem longer

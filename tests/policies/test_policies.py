@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from failfast_vllm.config import POLICIES, policy_parameters
+from failfast_vllm.drafting import ledger
+from failfast_vllm.drafting.interfaces import DraftSoFar
 from failfast_vllm.drafting.ledger import PerRequest
 from failfast_vllm.drafting.records import Round
 from failfast_vllm.drafting.reuse import continuation
 from failfast_vllm.integration.session import Rounds
 from failfast_vllm.observe.counters import Counts
 from failfast_vllm.planning.calibration import Calibration
-from failfast_vllm.policies import learned as learned_policy
 from failfast_vllm.policies.learned import (
     AdaEdl,
     DiffuSpecAdl,
@@ -21,7 +22,7 @@ from failfast_vllm.policies.learned import (
     TapOut,
     make_policy,
 )
-from failfast_vllm.policies.rules import Confidence, DraftSoFar, FailFast
+from failfast_vllm.policies.rules import Confidence, FailFast
 from scripted import STOP, Script, make_drafter, make_step, random_script
 
 CAP = 60
@@ -367,7 +368,7 @@ def test_state_ends_with_its_request():
 
 
 def test_state_of_requests_that_nobody_ends_is_bounded(monkeypatch):
-    monkeypatch.setattr(learned_policy, "MAX_REQUESTS", 3)
+    monkeypatch.setattr(ledger, "MAX_REQUESTS", 3)
     states = PerRequest(0)
     for i in (1, 2, 3, 1, 4):
         states[f"r{i}"] = i
