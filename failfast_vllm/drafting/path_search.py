@@ -7,7 +7,7 @@ best token before it. The search walks through the candidates from left to right
 
 with a beam. Where the paper trains the 3-gram model on a corpus, this one counts what the server
 has read and written. It costs no pass, and changes drafts only, which the target verifies.
-NumPy only: a few small arrays per mask.
+The search is NumPy only: a few small arrays per mask.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,8 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from failfast_vllm.drafting.records import UNKNOWN
+from failfast_kernels import TokenConfidence
+from failfast_vllm.drafting.interfaces import DraftModel, TokenChooser
+from failfast_vllm.drafting.records import UNKNOWN, DraftStep, to_device
+from failfast_vllm.drafting.workspace import Masks, Workspace
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -75,7 +79,7 @@ def _places(mixed: Hashes) -> Ints:
     return places
 
 
-class PathSearch:
+class PathSearch(TokenChooser):
     """Chooses drafts by what the server has seen so far.
 
     Deterministic in the steps that it is given, so that the ranks of a tensor-parallel group agree.
@@ -84,6 +88,43 @@ class PathSearch:
     def __init__(self) -> None:
         self.trigrams = Trigrams()
         self._seen: dict[str, int] = {}  # request -> tokens that are counted
+
+    def see(self, step: DraftStep) -> None:
+        """Count what the sequences have said since the last step that was looked at."""
+        rows, positions = self.unseen(step.req_ids, step.known_lens)
+        columns = positions[:, None] + np.array([-2, -1, 0])
+        device = step.token_ids.device
+        slots = to_device(step.slots[rows][:, None], device)
+        grams = step.token_ids[slots, to_device(np.maximum(columns, 0), device)].cpu().numpy()
+        self.trigrams.see(np.where(columns < 0, UNKNOWN, grams))
+
+    def choose(
+        self,
+        model: DraftModel,
+        hidden_states: torch.Tensor,
+        work: Workspace,
+        masks: Masks,
+        *,
+        details: bool,
+    ) -> TokenConfidence:
+        """The best path through the masks' candidates.
+
+        A copy to the host and one back, on top of the one that every increment makes.
+        """
+        confidence, candidates = model.candidates(hidden_states, details=details)
+        columns = (work.first_columns + work.lens)[masks.seqs, None] + np.array([-2, -1])
+        owners = np.broadcast_to(masks.seqs[:, None], columns.shape)
+        at = work.to_device(np.array((owners, columns)))
+        tokens = work.canvas[at[0], at[1].clamp(min=0)].cpu().numpy()
+        before = np.where(columns < 0, UNKNOWN, tokens)
+        ids, probabilities = (
+            part.view(*masks.valid.shape, -1).cpu().numpy() for part in candidates
+        )
+        path = self.best(before, ids, probabilities, masks.valid)
+        return confidence._replace(
+            token_ids=work.to_device(path.token_ids).flatten(),
+            probabilities=work.to_device(path.confidences).flatten(),
+        )
 
     def unseen(self, req_ids: Sequence[str], known_lens: Ints) -> tuple[Ints, Ints]:
         """What is new since it was last asked: [n] rows of the step and [n] positions."""
