@@ -1,6 +1,6 @@
 """Reuse of rejected drafts (FailFast, arXiv 2512.20573, Appendix E): longer drafts, no pass. Torch.
 
-When the target corrects a draft, the tokens behind the correction are lost, though they are often
+When the target corrects a draft, the tokens after the correction are lost, though they are often
 right and only shifted. So when a new draft ends in doubt, its longest suffix is looked up in that
 tail, and what followed there is appended:
 

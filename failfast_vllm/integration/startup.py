@@ -54,6 +54,7 @@ def make_drafter(
         )
     assert vllm_config.speculative_config is not None
     knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
+    stop_ids = stop_token_ids(vllm_config.model_config)
     geometry = Geometry(
         vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
         mask_token_id=knobs["mask_token_id"],
@@ -69,9 +70,7 @@ def make_drafter(
         Unplanned(knobs["draft_increment"]),
         geometry,
         CommittedBlocks(num_pages, kv_block_size, knobs["diffusion_block_size"], device),
-        stop_token_ids=torch.tensor(
-            stop_token_ids(vllm_config.model_config), dtype=torch.int64, device=device
-        ),
+        stop_token_ids=torch.tensor(stop_ids, dtype=torch.int64, device=device),
         max_draft_len=knobs["num_speculative_tokens"],
         max_draft_budget=knobs["draft_budget"],
         tokens=_make_tokens(knobs),
