@@ -1,18 +1,20 @@
 """What the algorithm asks of a model, a policy, a planner and its options; and the defaults.
 
 All of them are deterministic: every rank of a tensor-parallel group runs its own and must decide
-alike.
+alike. A default inherits what it has nothing to do for: such methods do nothing.
+
+No torch is imported: configurations are checked without it.
 """
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from failfast_kernels import TokenConfidence
 from failfast_vllm.drafting.records import (
     BUDGET,
     DOUBT,
@@ -22,7 +24,12 @@ from failfast_vllm.drafting.records import (
     Lengths,
     Round,
 )
-from failfast_vllm.drafting.workspace import Judged, Masks, Workspace
+
+if TYPE_CHECKING:
+    import torch
+
+    from failfast_kernels import TokenConfidence
+    from failfast_vllm.drafting.workspace import Judged, Masks, Workspace
 
 
 class DraftModel(Protocol):
@@ -277,4 +284,4 @@ class NoReuse(Reuse):
     """The default: drafts end where the policy ends them."""
 
     def append(self, canvas: torch.Tensor, masks: Masks, judged: Judged) -> torch.Tensor:
-        return torch.zeros_like(judged.ends)
+        return judged.ends.new_zeros(judged.ends.shape)

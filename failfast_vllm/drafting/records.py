@@ -1,15 +1,19 @@
 """What travels through a draft: the step, the rows of a pass, the drafts and what becomes of them.
 
-NumPy and torch only.
+NumPy and torch only; torch is imported in functions, for configurations are checked without it.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 Lengths = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
@@ -40,7 +44,7 @@ class DraftStep:
     stops_at_eos: Flags  # the draft ends after a stop token
     min_confidences: npt.NDArray[np.float32]  # an increment with a token below it is the last
 
-    def drafting_only(self, drafts: Flags) -> "DraftStep":
+    def drafting_only(self, drafts: Flags) -> DraftStep:
         """The step in which sequences without a draft need no rows: their commits wait."""
         return replace(
             self,
@@ -118,6 +122,8 @@ def share(increments: Lengths, budget: int) -> Lengths:
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """Copy from the host without waiting for the device, which pageable memory would."""
+    import torch
+
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
