@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from failfast_vllm.drafting.drafter import Drafter, Drafts
+from failfast_vllm.drafting.drafter import Drafter
 from failfast_vllm.drafting.ledger import PerRequest
+from failfast_vllm.drafting.records import Drafts
 from failfast_vllm.drafting.records import Round as Outcome
 from failfast_vllm.observe.counters import Counts, Judged
 from failfast_vllm.observe.trace import TraceWriter
@@ -180,10 +181,8 @@ class Rounds:
         if policy.calibration is not None:
             policy.calibration.observe(outcomes)
         policy.observe(outcomes)
-        if self.drafter.rejected is not None:
-            self.drafter.rejected.observe(outcomes)
-        if self.drafter.planner is not None:
-            self.drafter.planner.observe(outcomes)
+        self.drafter.reuse.observe(outcomes)
+        self.drafter.planner.observe(outcomes)
 
     def drafted(self, req_ids: Sequence[str], drafts: Drafts) -> None:
         """Keep what was drafted until it is verified."""
@@ -204,8 +203,8 @@ class Rounds:
         """The requests have ended."""
         self._drafts.forget(req_ids)
         self.drafter.policy.forget(req_ids)
-        if self.drafter.paths is not None:
-            self.drafter.paths.forget(req_ids)
+        self.drafter.tokens.forget(req_ids)
+        self.drafter.reuse.forget(req_ids)
 
 
 def adapter_of(runner: Any) -> Any:

@@ -19,10 +19,8 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from failfast_vllm.drafters.hosted import max_positions, profile_pass
 from failfast_vllm.drafters.parallel import drafter_group, keep_apart
-from failfast_vllm.drafting.committed_blocks import to_device
-from failfast_vllm.drafting.drafter import Drafter, DraftStep
-from failfast_vllm.drafting.path_search import UNKNOWN
-from failfast_vllm.drafting.records import Lengths
+from failfast_vllm.drafting.drafter import Drafter
+from failfast_vllm.drafting.records import UNKNOWN, DraftStep, Lengths, to_device
 from failfast_vllm.integration.requests import asked
 from failfast_vllm.integration.session import DraftStats, Rounds, new_pages
 from failfast_vllm.integration.startup import make_drafter, safetensors_only, stop_token_ids
@@ -147,7 +145,7 @@ class FailFastProposer(DraftModelProposer):
                 if emitted and (num or self.stats.wants_plain_rounds):
                     self.stats.report(req_id, num, list(emitted), end - len(emitted), num_reqs)
         num_tokens = scheduler_output.total_num_scheduled_tokens
-        if planner is not None and not planner.step_began(req_ids, num_tokens):
+        if not planner.step_began(req_ids, num_tokens):
             return [[]] * num_reqs
         table = common_attn_metadata.block_table_tensor[:num_reqs]
         computed = np.minimum(batch.num_computed_tokens_cpu[:num_reqs], self.position_limit)
@@ -162,8 +160,7 @@ class FailFastProposer(DraftModelProposer):
         self.stats.count(drafts, (time.perf_counter() - began) * 1e3)
         if self.stats.wants_rounds:
             self.stats.remember(req_ids, drafts)
-        if planner is not None:
-            planner.step_ended(req_ids)
+        planner.step_ended(req_ids)
         return lists
 
     def target_step(self, runner: Any) -> Callable[[int], torch.Tensor]:

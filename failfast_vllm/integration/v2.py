@@ -26,10 +26,8 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from failfast_vllm.drafters.cuda_graphs import cuda_graph
 from failfast_vllm.drafters.hosted import HostedDraftModel, max_positions, profile_pass
 from failfast_vllm.drafters.parallel import drafter_group, keep_apart
-from failfast_vllm.drafting.committed_blocks import to_device
-from failfast_vllm.drafting.drafter import Drafter, Drafts, DraftStep
-from failfast_vllm.drafting.path_search import UNKNOWN
-from failfast_vllm.drafting.records import Lengths
+from failfast_vllm.drafting.drafter import Drafter
+from failfast_vllm.drafting.records import UNKNOWN, Drafts, DraftStep, Lengths, to_device
 from failfast_vllm.integration.requests import asked
 from failfast_vllm.integration.session import DraftStats, Rounds, new_pages
 from failfast_vllm.integration.startup import make_drafter, safetensors_only, stop_token_ids
@@ -215,7 +213,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         began = time.perf_counter()
         self.stats.step_began()
         planner, req_ids = self.drafter.planner, input_batch.req_ids
-        rests = planner is not None and not planner.step_began(req_ids, input_batch.num_tokens)
+        rests = not planner.step_began(req_ids, input_batch.num_tokens)
         if rests and not self.stats.wants_plain_rounds:
             return None
         num_verified = input_batch.num_draft_tokens_per_req
@@ -239,8 +237,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         self.stats.count(drafts, (time.perf_counter() - began) * 1e3)
         if self.stats.wants_rounds:
             self.stats.remember(req_ids, drafts)
-        if planner is not None:
-            planner.step_ended(req_ids)
+        planner.step_ended(req_ids)
         return drafts
 
     def target_step(self, runner: Any) -> Callable[[int], torch.Tensor]:
