@@ -163,13 +163,13 @@ def num_draft_tokens(llm):
 @contextlib.contextmanager
 def policy(llm, variant, **given):
     """Exchange the policy of a running engine; behind its name "+reuse" and "+paths"."""
-    from failfast_vllm.integration.session import Rounds
+    from failfast_vllm.integration.session import Session
 
     name = variant.removesuffix("+paths").removesuffix("+reuse")
     knobs = FailFastConfig.from_user({"policy": name, **given}).to_dict()
     own = proposer(llm)
     drafter = own.drafter
-    before = (drafter.policy, drafter.draft_increment, drafter.rejected, own.rounds)
+    before = (drafter.policy, drafter.draft_increment, drafter.rejected, own.session)
     if name == "goodput":
         costs = Costs(CostTable([1, 1000], [1.0, 2.0]), CostTable([1, 1000], [5.0, 9.0]))
         drafter.planner = LoadPlanner(costs, knobs["num_speculative_tokens"], 1)
@@ -178,11 +178,11 @@ def policy(llm, variant, **given):
     drafter.draft_increment = knobs["draft_increment"]
     drafter.rejected = RejectedDrafts() if "+reuse" in variant else None
     drafter.paths = PathSearch() if "+paths" in variant else None
-    own.rounds = Rounds(drafter, own.stats.counts)
+    own.session = Session(drafter, own.stats, own.eos_token_ids)
     try:
         yield drafter.policy
     finally:
-        drafter.policy, drafter.draft_increment, drafter.rejected, own.rounds = before
+        drafter.policy, drafter.draft_increment, drafter.rejected, own.session = before
         drafter.planner = drafter.paths = None
 
 
