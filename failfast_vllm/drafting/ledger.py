@@ -4,8 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
-from failfast_vllm.drafting.drafter import Drafts
-from failfast_vllm.drafting.records import Round
+from failfast_vllm.drafting.records import Drafts, Round
 
 MAX_REQUESTS = 4096  # preempted ones included; far more than an engine runs at once
 T = TypeVar("T")

@@ -8,9 +8,9 @@ import numpy.typing as npt
 import torch
 from vllm.v1.outputs import DraftTokenIds
 
-from failfast_vllm.drafting.drafter import Drafter, Drafts, DraftStep
+from failfast_vllm.drafting.drafter import Drafter
 from failfast_vllm.drafting.ledger import Ledger
-from failfast_vllm.drafting.records import Lengths, Round
+from failfast_vllm.drafting.records import Drafts, DraftStep, Lengths, Round
 from failfast_vllm.integration.requests import asked
 from failfast_vllm.observe.counters import DraftStats
 
@@ -82,7 +82,7 @@ class Session:
         """Settle, learn, commit and draft; nothing while the planner rests."""
         stats, planner, req_ids = self.stats, self.drafter.planner, view.req_ids
         stats.step_began()
-        rests = planner is not None and not planner.step_began(req_ids, view.num_tokens)
+        rests = not planner.step_began(req_ids, view.num_tokens)
         if rests and not stats.wants_plain:
             return []
         outcome = view.outcome()
@@ -102,25 +102,29 @@ class Session:
         lists = view.hand_out(drafts)
         self.ledger.open(req_ids, drafts, drafts.to_lists() if stats.wants_token_ids else ())
         stats.step_ended(drafts)
-        if planner is not None:
-            planner.step_ended(req_ids)
+        planner.step_ended(req_ids)
         return lists
 
     def learn(self, rounds: Sequence[Round]) -> None:
         """Tell those who learn from verified drafts, always in this order."""
-        drafter, policy = self.drafter, self.drafter.policy
-        calibration, reuse, planner = policy.calibration, drafter.rejected, drafter.planner
-        for observer in (self.stats.counts, calibration, policy, reuse, planner):
-            if observer is not None:
-                observer.observe(rounds)
+        policy = self.drafter.policy
+        calibrations = () if policy.calibration is None else (policy.calibration,)
+        for observer in (
+            self.stats.counts,
+            *calibrations,
+            policy,
+            self.drafter.reuse,
+            self.drafter.planner,
+        ):
+            observer.observe(rounds)
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended."""
         self.ledger.forget(req_ids)
         self.stats.forget(req_ids)
         self.drafter.policy.forget(req_ids)
-        if self.drafter.paths is not None:
-            self.drafter.paths.forget(req_ids)
+        self.drafter.reuse.forget(req_ids)
+        self.drafter.tokens.forget(req_ids)
 
     def _gather(
         self, view: View, emitted: Sequence[Sequence[int]], known_lens: Lengths

@@ -18,9 +18,8 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from failfast_vllm.drafters.hosted import profile_pass
 from failfast_vllm.drafters.parallel import drafter_group, keep_apart
-from failfast_vllm.drafting.committed_blocks import to_device
-from failfast_vllm.drafting.drafter import Drafter, Drafts
-from failfast_vllm.drafting.path_search import UNKNOWN
+from failfast_vllm.drafting.drafter import Drafter
+from failfast_vllm.drafting.records import UNKNOWN, Drafts, to_device
 from failfast_vllm.integration.adapter import Adapter
 from failfast_vllm.integration.session import Outcome, State
 from failfast_vllm.integration.startup import safetensors_only

@@ -25,10 +25,8 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from failfast_vllm.drafters.cuda_graphs import cuda_graph
 from failfast_vllm.drafters.hosted import HostedDraftModel, profile_pass
 from failfast_vllm.drafters.parallel import drafter_group, keep_apart
-from failfast_vllm.drafting.committed_blocks import to_device
-from failfast_vllm.drafting.drafter import Drafter, Drafts
-from failfast_vllm.drafting.path_search import UNKNOWN
-from failfast_vllm.drafting.records import Lengths
+from failfast_vllm.drafting.drafter import Drafter
+from failfast_vllm.drafting.records import UNKNOWN, Drafts, Lengths, to_device
 from failfast_vllm.integration.adapter import Adapter
 from failfast_vllm.integration.session import Outcome, State
 from failfast_vllm.integration.startup import safetensors_only

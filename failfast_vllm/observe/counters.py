@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from failfast_vllm.drafting.drafter import Drafts
-from failfast_vllm.drafting.records import STOP_REASONS, Round
+from failfast_vllm.drafting.records import STOP_REASONS, Drafts, Round
 from failfast_vllm.observe.trace import TraceWriter
 
 NUM_BINS = 10  # of confidence
