@@ -6,7 +6,7 @@ NumPy and torch only; torch is imported in functions, for configurations are che
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -94,17 +94,46 @@ class Drafts(NamedTuple):
         return [row[:length] for row, length in zip(rows, self.lens.tolist(), strict=True)]
 
 
-class Round(NamedTuple):
-    """One draft of one request; once it is verified, also what the target made of it."""
+NO_CONFIDENCES = np.empty(0, dtype=np.float32)
+
+
+@dataclass(eq=False)
+class Round:
+    """One draft of one request; once it is verified, also what the target made of it.
+
+    A step of the target without a draft is a round, too, with `num_verified` 0.
+    """
 
     req_id: str
-    num_drafted: int
-    num_first: int  # tokens that its first pass was to draft; a policy may have cut it
-    num_verified: int  # at least 1; less than `num_drafted` if the scheduler cut the draft
-    num_accepted: int
+    num_drafted: int = 0
+    num_first: int = 0  # tokens that its first pass was to draft; a policy may have cut it
+    num_verified: int = 0  # less than `num_drafted` if the scheduler cut the draft
+    num_accepted: int = 0
     # of what passes drafted, also if it was not worth verifying; fewer with reused tokens
-    confidences: npt.NDArray[np.float32]
-    ends_at_stop: bool  # the draft's last token is a stop token
+    confidences: npt.NDArray[np.float32] = field(default_factory=lambda: NO_CONFIDENCES)
+    ends_at_stop: bool = False  # the draft's last token is a stop token
+    num_passes: int = 0  # draft passes that the draft took
+    num_rows: int = 0  # of this sequence in them
+    token_ids: Sequence[int] = ()  # [num_drafted]; empty unless somebody wants them
+    emitted: Sequence[int] = ()  # accepted tokens and the bonus
+    known_len: int = 0  # tokens before the round
+    step: int = 0  # of the engine, from 1: the one that verified
+    num_seqs: int = 0  # in that step
+
+    @property
+    def drafted(self) -> list[int]:
+        """What the target verified, in token ids; empty if nobody wanted them."""
+        return list(self.token_ids[: self.num_verified])
+
+    @property
+    def verified_confidences(self) -> npt.NDArray[np.float32]:
+        """Of the tokens that the target verified."""
+        return self.confidences[: self.num_verified]
+
+    @property
+    def judged_confidences(self) -> npt.NDArray[np.float32]:
+        """Of the tokens that it judged: it judges none beyond the first that it rejects."""
+        return self.confidences[: min(self.num_verified, self.num_accepted + 1)]
 
 
 def share(increments: Lengths, budget: int) -> Lengths:

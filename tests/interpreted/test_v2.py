@@ -393,12 +393,16 @@ def test_batch_invariant_engines_start():
 
 def test_a_step_without_drafts_reports_nothing():
     """Catches lists that the scheduler goes through for nothing, and a step that is asked twice."""
-    from failfast_vllm.integration.session import DraftStats
+    from failfast_vllm.integration.session import Session
     from failfast_vllm.integration.v2 import FailFastSpeculator
+    from failfast_vllm.observe.counters import DraftStats
 
+    resting = types.SimpleNamespace(step_began=lambda req_ids, num_tokens: False)
     speculator = object.__new__(FailFastSpeculator)
-    speculator.stats, speculator._postponed = DraftStats(), (None,) * 4
-    speculator._draft = lambda *step: None  # the planner rests
+    drafter = types.SimpleNamespace(planner=resting)
+    speculator.session = Session(drafter, DraftStats(), frozenset())
+    speculator.postponed = ()
+    speculator.view = lambda drafter: types.SimpleNamespace(req_ids=["a"], num_tokens=1)
     drafts = speculator.take_drafts()
     assert (drafts.req_ids, drafts.draft_token_ids, drafts.failfast_counts) == ([], [], [])
     assert speculator.take_drafts() is None

@@ -12,8 +12,8 @@ from failfast_vllm.drafting.interfaces import DraftSoFar, NoReuse
 from failfast_vllm.drafting.ledger import PerRequest
 from failfast_vllm.drafting.records import Round
 from failfast_vllm.drafting.reuse import RejectedDrafts, continuation
-from failfast_vllm.integration.session import Rounds
-from failfast_vllm.observe.counters import Counts
+from failfast_vllm.integration.session import Session
+from failfast_vllm.observe.counters import DraftStats
 from failfast_vllm.planning.calibration import Calibration
 from failfast_vllm.policies.learned import (
     AdaEdl,
@@ -176,17 +176,25 @@ def test_one_copy_to_the_host_per_increment(name, reuse, monkeypatch):
     assert copies == ["cpu"] * script.num_forwards
 
 
+def verify(session, req_ids, num_verified, num_emitted):
+    """Tell a session what became of its open drafts."""
+    emitted = [[0] * num for num in num_emitted]
+    known_lens = [100] * len(req_ids)
+    rounds = session.ledger.settle(req_ids, num_verified, emitted, known_lens, step=1, plain=False)
+    session.learn(rounds)
+
+
 def run_rounds(policy, script, num_rounds, target, **drafter_settings):
     """Draft and verify; `target` says how many of a draft's tokens are accepted."""
     drafter = make_drafter(policy, script, **drafter_settings)
-    rounds = Rounds(drafter, Counts())
+    session = Session(drafter, DraftStats(), frozenset())
     step = make_step(script, [CAP] * len(script.known_lens))
     found = [(0, 0)] * len(step.req_ids)
     for _ in range(num_rounds):
         verified = [length for length, _ in found]
-        rounds.verified(step.req_ids, verified, [accepted + 1 for _, accepted in found])
+        verify(session, step.req_ids, verified, [accepted + 1 for _, accepted in found])
         drafts = drafter.propose(step)
-        rounds.drafted(step.req_ids, drafts)
+        session.ledger.open(step.req_ids, drafts)
         found = [(n, target(i, n)) for i, n in enumerate(drafts.lens.tolist())]
         yield drafts, found
 
@@ -334,18 +342,18 @@ def test_rounds_pair_each_draft_with_its_verification():
     """Catches outcomes of requests without a draft, skipped requests, drafts reported twice."""
     script = random_script(4, num_seqs=4)
     policy = AdaEdl(0.2, 0.9, 0.4)
-    rounds = Rounds(make_drafter(policy, script), Counts())
+    session = Session(make_drafter(policy, script), DraftStats(), frozenset())
     observed = []
     policy.observe = observed.extend
     step = make_step(script, [CAP, CAP, 0, CAP])
-    drafts = rounds.drafter.propose(step)
-    rounds.drafted(step.req_ids, drafts)
+    drafts = session.drafter.propose(step)
+    session.ledger.open(step.req_ids, drafts)
     n = drafts.lens.tolist()
     # r0 accepts all, r1 is not scheduled, r2 had no draft, r3 is preempted: nothing was verified
-    rounds.verified(["r3", "r2", "r0"], [0, 0, n[0]], [1, 1, n[0] + 1])
+    verify(session, ["r3", "r2", "r0"], [0, 0, n[0]], [1, 1, n[0] + 1])
     assert [(o.req_id, o.num_drafted, o.num_accepted) for o in observed] == [("r0", n[0], n[0])]
     assert observed[0].confidences.tolist() == script.confidences[0, : n[0]].tolist()
-    rounds.verified(["r0", "r1", "r3"], [3, n[1] - 1, 3], [1, 1, 1])
+    verify(session, ["r0", "r1", "r3"], [3, n[1] - 1, 3], [1, 1, 1])
     assert [(o.req_id, o.num_verified, o.num_accepted) for o in observed[1:]] == [
         ("r1", n[1] - 1, 0)
     ]

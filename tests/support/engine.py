@@ -164,14 +164,14 @@ def num_draft_tokens(llm):
 @contextlib.contextmanager
 def policy(llm, variant, **given):
     """Exchange the policy of a running engine; behind its name "+reuse" and "+paths"."""
-    from failfast_vllm.integration.session import Rounds
+    from failfast_vllm.integration.session import Session
 
     name = variant.removesuffix("+paths").removesuffix("+reuse")
     knobs = FailFastConfig.from_user({"policy": name, **given}).to_dict()
     own = proposer(llm)
     drafter = own.drafter
     exchanged = ("policy", "planner", "reuse", "tokens")
-    before, rounds = {key: getattr(drafter, key) for key in exchanged}, own.rounds
+    before, session = {key: getattr(drafter, key) for key in exchanged}, own.session
     drafter.planner = Unplanned(knobs["draft_increment"])
     if name == "goodput":
         costs = Costs(CostTable([1, 1000], [1.0, 2.0]), CostTable([1, 1000], [5.0, 9.0]))
@@ -180,12 +180,12 @@ def policy(llm, variant, **given):
     drafter.policy = make_policy(name, parameters, knobs["num_speculative_tokens"])
     drafter.reuse = RejectedDrafts() if "+reuse" in variant else NoReuse()
     drafter.tokens = PathSearch() if "+paths" in variant else BestTokens()
-    own.rounds = Rounds(drafter, own.stats.counts)
+    own.session = Session(drafter, own.stats, own.eos_token_ids)
     try:
         yield drafter.policy
     finally:
         vars(drafter).update(before)
-        own.rounds = rounds
+        own.session = session
 
 
 def shipped_prompts():
