@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from failfast_vllm import METHOD as METHOD
 from failfast_vllm.drafters.checkpoint import check_config, check_files
 from failfast_vllm.drafters.families import (
     DIFFUSION_BLOCK_SIZES,
@@ -23,7 +24,6 @@ from failfast_vllm.drafters.families import (
 )
 from failfast_vllm.observe.trace import is_trace
 
-METHOD = "failfast"
 MODELS_DIR = Path(__file__).parent / "small_pair"
 # vLLM's SpeculativeConfig changes the method of a draft model whose path contains one of these
 METHOD_WORDS = ("eagle-", "eagle3", "dflash", "dspark")

@@ -27,9 +27,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import failfast_vllm
+from failfast_vllm.drafting.records import Round as Verified
 
 logger = logging.getLogger("vllm.failfast")
 
@@ -39,29 +40,6 @@ FLUSH_SECONDS = 0.5
 MAX_PENDING = 32768  # lines that wait for a slow disk, some 50 MB
 LONG_DRAFT = 30  # tokens
 HISTOGRAM_EDGES = (1, 5, 10, 11, 20, 21, 30, 31, 40, 41, 50, 51, 60, 61)  # a bin starts at each
-
-
-class Verified(Protocol):
-    """What a line says of a round; `session.Round` does."""
-
-    @property
-    def req_id(self) -> str: ...
-    @property
-    def drafted(self) -> list[int]: ...
-    @property
-    def emitted(self) -> list[int]: ...
-    @property
-    def num_passes(self) -> int: ...
-    @property
-    def confidences(self) -> list[float]: ...
-    @property
-    def known_len(self) -> int: ...
-    @property
-    def num_rows(self) -> int: ...
-    @property
-    def step(self) -> int: ...
-    @property
-    def num_seqs(self) -> int: ...
 
 
 class TraceWriter:
@@ -87,34 +65,38 @@ class TraceWriter:
         self._thread = threading.Thread(target=self._run, name="failfast-trace", daemon=True)
         self._thread.start()
 
-    def __call__(self, verified: Verified) -> None:
-        """Take down a round."""
+    def observe(self, rounds: Sequence[Verified]) -> None:
+        """Take down verified rounds."""
         if self._stopped.is_set():
             return
+        self._pending.extend(self._line(verified) for verified in rounds)
+        if len(self._pending) > MAX_PENDING:
+            self._stop(f"{MAX_PENDING} rounds wait for the disk")
+
+    def _line(self, verified: Verified) -> dict[str, Any]:
         request = self._requests.get(verified.req_id)
         if request is None:
             request = self._requests[verified.req_id] = self._num_requests
             self._num_requests += 1
+        confidences = verified.verified_confidences.tolist()
         line = {
             "step": verified.step,
             "seqs": verified.num_seqs,
             "request": request,
             "known": verified.known_len,
-            "drafted": len(verified.drafted),
+            "drafted": verified.num_verified,
             "passes": verified.num_passes,
             "rows": verified.num_rows,
-            "accepted": len(verified.emitted) - 1,
-            "confidences": [round(confidence, 3) for confidence in verified.confidences],
+            "accepted": verified.num_accepted,
+            "confidences": [round(confidence, 3) for confidence in confidences],
         }
         if self.with_ids:
             line |= {
                 "id": verified.req_id,
                 "draft_ids": verified.drafted,
-                "emitted_ids": verified.emitted,
+                "emitted_ids": list(verified.emitted),
             }
-        self._pending.append(line)
-        if len(self._pending) > MAX_PENDING:
-            self._stop(f"{MAX_PENDING} rounds wait for the disk")
+        return line
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended; another with such an id is another."""

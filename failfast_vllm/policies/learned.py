@@ -11,20 +11,18 @@ import numpy as np
 import torch
 
 from failfast_vllm.config import policy_parameters
+from failfast_vllm.drafting.interfaces import DraftSoFar, Policy, Verdict
 from failfast_vllm.drafting.ledger import PerRequest
 from failfast_vllm.drafting.records import Lengths, Round
 from failfast_vllm.planning.calibration import CONFIDENCE_EDGES, Calibration, position_buckets
 from failfast_vllm.policies.rules import (
     Confidence,
-    DraftSoFar,
     FailFast,
     Fixed,
     Goodput,
-    Policy,
     Survival,
     Svip,
     TokenRule,
-    Verdict,
 )
 
 
@@ -77,6 +75,8 @@ class SpecDecPlusPlus(TokenRule):
     Theirs is a trained head; here f is the calibrated confidence, learned while serving.
     """
 
+    calibration: Calibration
+
     def __init__(
         self, rejection_threshold: float, min_draft_len: int, calibration: Calibration
     ) -> None:
@@ -87,7 +87,6 @@ class SpecDecPlusPlus(TokenRule):
         self._edges = torch.from_numpy(CONFIDENCE_EDGES)
 
     def begin(self, req_ids: Sequence[str], max_draft_lens: Lengths) -> Lengths:
-        assert self.calibration is not None
         buckets = position_buckets(np.arange(max_draft_lens.max(initial=0)))
         self._table = torch.from_numpy(self.calibration.table()[buckets]).float()
         return max_draft_lens

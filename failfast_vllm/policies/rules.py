@@ -8,64 +8,13 @@ token is dropped for its own probability, and goes on while no token has fired.
 What learns from verification is in `learned_policy`.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
-from failfast_vllm.drafting.records import DOUBT, LOAD, Lengths, Round
-from failfast_vllm.planning.calibration import Calibration
-
-
-class DraftSoFar(NamedTuple):
-    """What some sequences of a step have drafted, the last increment included."""
-
-    seqs: torch.Tensor  # [n] int64, index of each sequence in the step
-    lens: torch.Tensor  # [n] int64, tokens drafted
-    confidences: torch.Tensor  # [n, longest] float32, top-1 probability; 1.0 beyond `lens`
-    entropies: torch.Tensor | None  # likewise, nats, 0.0 beyond `lens`; None: not asked for
-
-
-class Verdict(NamedTuple):
-    """What a policy says after an increment."""
-
-    lens: torch.Tensor  # [n] int64, where the draft is cut: from 1 to the tokens drafted
-    goes_on: torch.Tensor  # [n] bool, draft another increment if the cap allows; cuts nothing
-
-
-class Policy(ABC):
-    """A rule for the length of drafts.
-
-    Deterministic: every rank of a tensor-parallel group runs its own and must decide alike.
-    """
-
-    needs_entropy = False
-    learns = False  # whether it wants `observe`
-    ends_by = DOUBT  # why a draft that does not go on is complete, see `counts`
-    calibration: Calibration | None = None  # kept up to date for it, if it has one
-
-    def begin(self, req_ids: Sequence[str], max_draft_lens: Lengths) -> Lengths:
-        """Prepare a step; called once, before its first increment.
-
-        Args:
-            max_draft_lens: [num_seqs] most tokens to draft; 0 = no draft.
-
-        Returns:
-            [num_seqs] the same or less.
-        """
-        return max_draft_lens
-
-    @abstractmethod
-    def extend(self, draft: DraftSoFar) -> Verdict:
-        """Decide after an increment."""
-
-    def observe(self, outcomes: Sequence[Round]) -> None:  # noqa: B027 - most do not learn
-        """Learn from the step's verified drafts, in the order of the batch."""
-
-    def forget(self, req_ids: Iterable[str]) -> None:  # noqa: B027
-        """Drop what belongs to requests that have ended."""
+from failfast_vllm.drafting.interfaces import DraftSoFar, Policy, Verdict
+from failfast_vllm.drafting.records import LOAD
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from failfast_vllm.config import MODELS_DIR
+from failfast_vllm.drafting.records import Round
 from failfast_vllm.integration.requests import MAX_LEN
 from failfast_vllm.tools.offline import TracedRound, adapter, encode, engine, traced
 
@@ -164,7 +165,7 @@ class Watch:
     """Tallies the verified drafts of an engine, in whose process it must be."""
 
     def __init__(self, llm: Any, speculative_config: dict[str, Any] | None) -> None:
-        from failfast_vllm.integration.session import DraftStats
+        from failfast_vllm.observe.counters import DraftStats
 
         self.tally, self.first_rounds = Tally(), list[Any]()
         core = llm.llm_engine.engine_core.engine_core
@@ -184,7 +185,7 @@ class Watch:
 
     def stood_still(self, seconds: float) -> None:
         """The engine was not asked for that long: not a time for the planner to learn."""
-        if self._adapter is not None and self._adapter.drafter.planner is not None:
+        if self._adapter is not None:
             self._adapter.drafter.planner.stood_still(seconds)
 
     def _on_round(self, round_: Any) -> None:
@@ -192,7 +193,8 @@ class Watch:
             self.first_rounds.append(round_)
         if round_.drafted:
             num_accepted = len(round_.emitted) - 1
-            self.tally.add(len(round_.drafted), num_accepted, round_.num_passes, round_.confidences)
+            confidences = round_.verified_confidences.tolist()
+            self.tally.add(len(round_.drafted), num_accepted, round_.num_passes, confidences)
 
     def _count_in(self, scheduler: Any, num_passes: int) -> None:
         observe = scheduler.make_spec_decoding_stats
@@ -260,16 +262,16 @@ def closed_loop(
 
 
 def whole_trajectory(
-    rounds: Sequence[Any], prompt_len: int, answer: list[int]
+    rounds: Sequence[Round], prompt_len: int, answer: list[int]
 ) -> list[TracedRound]:
     """The rounds of an answer, of which those without a draft were not reported."""
-    found, begin = list[Any](), 0
+    found, begin = list[Round](), 0
     for round_ in rounds:
         end = round_.known_len - prompt_len
-        found += [("", [], [token], 0) for token in answer[begin:end]]
+        found += [Round("", emitted=[token]) for token in answer[begin:end]]
         found.append(round_)
         begin = end + len(round_.emitted)
-    found += [("", [], [token], 0) for token in answer[begin:]]
+    found += [Round("", emitted=[token]) for token in answer[begin:]]
     return traced(found, len(answer))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from failfast_vllm.config import MODELS_DIR
 
 if TYPE_CHECKING:
-    from failfast_vllm.integration.session import Round
+    from failfast_vllm.drafting.records import Round
 
 
 @contextlib.contextmanager
@@ -72,14 +72,14 @@ class TracedRound(NamedTuple):
 def traced(rounds: "list[Round]", num_tokens: int) -> list[TracedRound]:
     """Split what each round emitted; the engine drops what comes after the answer's end."""
     found = []
-    for _, drafted, emitted, num_passes, *_ in rounds:
-        kept = emitted[:num_tokens]
+    for round_ in rounds:
+        drafted, kept = round_.drafted, list(round_.emitted[:num_tokens])
         num_tokens -= len(kept)
         pairs = zip(drafted, kept, strict=False)
         num_accepted = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         found.append(
             TracedRound(
-                kept[:num_accepted], drafted[num_accepted:], kept[num_accepted:], num_passes
+                kept[:num_accepted], drafted[num_accepted:], kept[num_accepted:], round_.num_passes
             )
         )
     return found

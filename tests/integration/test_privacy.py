@@ -76,7 +76,7 @@ def test_nothing_by_request_outlives_it(traced, name):
         for _ in range(4):
             outputs |= {o.request_id: o.outputs[0].token_ids for o in llm.llm_engine.step()}
         own = proposer(llm)
-        state = [own.stats, own.rounds, own.drafter]
+        state = [own.stats, own.session, own.drafter]
         assert names <= strings(state), "the search finds what is there"
         llm.llm_engine.abort_request(list(outputs))
         answers(llm, [{"prompt_token_ids": [5] * 40}], params)

@@ -134,7 +134,12 @@ class BusyMachine:
             scheduler_config=types.SimpleNamespace(max_num_seqs=256, max_num_batched_tokens=2048),
             parallel_config=types.SimpleNamespace(data_parallel_size=1, tensor_parallel_size=1),
         )
-        return startup.measure_costs(lambda n: self.spend(self.true.verify(n)), drafter, config)
+        return startup.measure_costs(
+            lambda n: self.spend(self.true.verify(n)),
+            drafter,
+            config,
+            clock=lambda: self.clock.ms / 1e3,
+        )
 
 
 @pytest.fixture
@@ -143,7 +148,6 @@ def clock(monkeypatch):
     clock = types.SimpleNamespace(ms=0.0)
     fake_time = types.SimpleNamespace(perf_counter=lambda: clock.ms / 1e3)
     monkeypatch.setattr(load, "time", fake_time)
-    monkeypatch.setattr(startup, "time", fake_time)
     return clock
 
 

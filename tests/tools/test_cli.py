@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from failfast_vllm.config import FailFastConfig
+from failfast_vllm.drafting.records import Round
 from failfast_vllm.integration import hooks as hook_registry
 from failfast_vllm.tools import cli, demo
 from failfast_vllm.tools.offline import TracedRound, traced
@@ -181,9 +182,16 @@ def test_prompts_are_mixed(tmp_path):
     assert [prompt.task for prompt in demo.choose_prompts(path, 5)] == ["a", "b", "c", "a", "b"]
 
 
+def a_round(drafted, emitted, num_passes):
+    num = len(drafted)
+    return Round(
+        "r", num, num_verified=num, token_ids=drafted, emitted=emitted, num_passes=num_passes
+    )
+
+
 def test_rounds_end_where_the_answer_ends():
     """What the target adds after an accepted stop token is dropped by the engine; so do we."""
-    rounds = [("r", [], [5], 1), ("r", [6, 7, 8], [6, 9], 1), ("r", [1, 2], [1, 2, 4], 2)]
+    rounds = [a_round([], [5], 1), a_round([6, 7, 8], [6, 9], 1), a_round([1, 2], [1, 2, 4], 2)]
     assert traced(rounds, num_tokens=5) == [
         TracedRound([], [], [5], 1),
         TracedRound([6], [7, 8], [9], 1),
@@ -199,7 +207,7 @@ class Letters:
 
 
 def comparison(failfast_ids):
-    rounds = traced([("r", [], [0], 1), ("r", [1, 2, 9, 9], [1, 2, 3], 1)], 4)
+    rounds = traced([a_round([], [0], 1), a_round([1, 2, 9, 9], [1, 2, 3], 1)], 4)
     prompt = demo.Prompt("task", [{"role": "user", "content": "why\nnot"}])
     baseline, failfast = (
         demo.Answer([0, 1, 2, 3], 2.0, []),
