@@ -7,7 +7,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ from failfast_vllm.drafters.families import (
     published_names,
 )
 from failfast_vllm.observe.trace import is_trace
+from failfast_vllm.policies.parameters import read_flag, read_integer
+from failfast_vllm.policies.table import PARAMETERS, POLICIES, policy_parameters
 
 METHOD = "failfast"
 MODELS_DIR = Path(__file__).parent / "small_pair"
@@ -36,91 +38,6 @@ MAX_SPECULATIVE_TOKENS = 128  # MAX_SPEC_LEN of vLLM's rejection sampler
 _NAMES = " or ".join(family.name for family in FAMILIES)
 _SIZES = ", ".join(map(str, DIFFUSION_BLOCK_SIZES))
 
-# (parameters of the user, key, cap) -> the checked value; raises ValueError
-Check = Callable[[Mapping[str, Any], str, int], Any]
-
-
-def _number_in(default: float, low: float, high: float) -> Check:
-    return lambda given, key, cap: _number(given, key, default, low, high)
-
-
-def _length(default: int, low: int) -> Check:
-    """A number of draft tokens, at most the cap."""
-    return lambda given, key, cap: _integer(given, key, min(default, cap), low, cap)
-
-
-def _arms(given: Mapping[str, Any], key: str, cap: int) -> list[str]:
-    names = given.get(key, DEFAULT_ARMS)
-    known = [name for name in POLICIES if name not in ("tapout", "goodput")]
-    is_list = isinstance(names, list | tuple)
-    if not is_list or not names or any(n not in known or names.count(n) > 1 for n in names):
-        raise ValueError(
-            f"failfast: {key!r} must be a list of different policies among {', '.join(known)}; "
-            f"got {names!r}."
-        )
-    return list(names)
-
-
-def _bandit(given: Mapping[str, Any], key: str, cap: int) -> str:
-    name = given.get(key, "ucb1")
-    if name not in ("ucb1", "thompson"):
-        raise ValueError(f"failfast: {key!r} must be 'ucb1' or 'thompson'; got {name!r}.")
-    return str(name)
-
-
-# Each policy's own parameters; sources of rules and defaults: the classes in `policy` and
-# `learned_policy`.
-POLICIES: dict[str, dict[str, Check]] = {
-    "failfast": {"confidence_threshold": _number_in(0.45, 0, 1)},
-    "fixed": {},
-    "confidence": {"confidence_threshold": _number_in(0.4, 0, 1)},
-    "svip": {
-        "entropy_factor": _number_in(0.15, 0, 100),
-        "entropy_threshold": _number_in(0.3, 0, 100),
-    },
-    "adaedl": {
-        "entropy_factor": _number_in(0.2, 0, 100),
-        "target_acceptance": _number_in(0.9, 0, 1),
-        "initial_threshold": _number_in(0.4, 0, 1),
-    },
-    "specdec++": {
-        "rejection_threshold": _number_in(0.3, 0, 1),
-        "min_draft_len": _length(2, 1),
-    },
-    "survival": {"survival_threshold": _number_in(0.01, 0, 1)},
-    "goodput": {},
-    "tapout": {
-        "arms": _arms,
-        "bandit": _bandit,
-        "reward_weight": _number_in(0.5, 0, 1),
-        "seed": lambda given, key, cap: _integer(given, key, 0, 0, 2**32 - 1),
-    },
-    "diffuspec-adl": {
-        "min_draft_len": _length(20, 1),
-        "length_step": _length(10, 0),
-        "smoothing": _number_in(0.5, 0, 1),
-    },
-}
-DEFAULT_ARMS = ("failfast", "confidence", "svip", "adaedl", "specdec++", "survival")
-DEFAULT_CAPS = {"svip": 40, "specdec++": 20, "diffuspec-adl": 30}  # the others: 60
-ONE_PASS = ("fixed", "goodput", "diffuspec-adl")  # the length is known beforehand: no second look
-
-
-def policy_parameters(policy: str, given: Mapping[str, Any], cap: int) -> dict[str, Any]:
-    """All parameters of a policy, checked; raises ValueError, also on another policy's."""
-    owners = {
-        key: [name for name, parameters in POLICIES.items() if key in parameters]
-        for parameters in POLICIES.values()
-        for key in parameters
-    }
-    for key in given:
-        if key in owners and policy not in owners[key]:
-            raise ValueError(
-                f"failfast: {key!r} belongs to the policy {' or '.join(map(repr, owners[key]))}; "
-                f"got the policy {policy!r}. Remove the key or change 'policy'."
-            )
-    return {key: check(given, key, cap) for key, check in POLICIES[policy].items()}
-
 
 @dataclass(frozen=True)
 class FailFastConfig:
@@ -130,8 +47,8 @@ class FailFastConfig:
     draft_increment: int
     policy: str
     draft_budget: int  # tokens drafted in one step, over all sequences
-    reuse_rejected: bool  # lengthen doubtful drafts by what was rejected before
-    path_search: bool  # choose among the candidates of a pass by what was said before
+    reuse_rejected: bool  # experimental: lengthen doubtful drafts by what was rejected before
+    path_search: bool  # experimental: choose among the candidates of a pass by earlier text
     load_aware: bool  # draft only where it is expected to raise throughput
     trace: str | None  # the file that rounds are written to
     trace_ids: bool  # with token ids
@@ -145,21 +62,23 @@ class FailFastConfig:
             raise ValueError(
                 f"failfast: 'policy' must be one of {', '.join(POLICIES)}; got {policy!r}."
             )
-        cap = DEFAULT_CAPS.get(policy, 60)
-        cap = _integer(given, "num_speculative_tokens", cap, 1, MAX_SPECULATIVE_TOKENS)
-        increment = cap if policy in ONE_PASS else min(10, cap)
-        increment = _integer(given, "draft_increment", increment, 1, cap)
-        budget = _integer(given, "draft_budget", 512, 1, MAX_DRAFT_BUDGET)
-        reuse = _flag(given, "reuse_rejected", False)
-        path_search = _flag(given, "path_search", False)
-        load_aware = _flag(given, "load_aware", True)
-        if policy == "goodput" and not load_aware:
+        rule = POLICIES[policy]
+        cap = read_integer(
+            given, "num_speculative_tokens", rule.default_cap, 1, MAX_SPECULATIVE_TOKENS
+        )
+        increment = cap if rule.one_pass else min(10, cap)
+        increment = read_integer(given, "draft_increment", increment, 1, cap)
+        budget = read_integer(given, "draft_budget", 512, 1, MAX_DRAFT_BUDGET)
+        reuse = read_flag(given, "reuse_rejected", False)
+        path_search = read_flag(given, "path_search", False)
+        load_aware = read_flag(given, "load_aware", True)
+        if rule.needs_planner and not load_aware:
             raise ValueError(
-                "failfast: the policy 'goodput' is made of measured times; got 'load_aware' false. "
-                "Remove it or take another policy."
+                f"failfast: the policy {policy!r} is made of measured times; "
+                "got 'load_aware' false. Remove it or take another policy."
             )
         parameters = policy_parameters(policy, given, cap)
-        trace, trace_ids = _trace_file(given), _flag(given, "trace_ids", False)
+        trace, trace_ids = _trace_file(given), read_flag(given, "trace_ids", False)
         return FailFastConfig(
             cap,
             increment,
@@ -179,7 +98,7 @@ class FailFastConfig:
         Beyond it every mask of a pass would depend on blocks that hold only masks, which no
         drafter has seen in training.
         """
-        if "draft_increment" in given or self.policy in ONE_PASS:
+        if "draft_increment" in given or POLICIES[self.policy].one_pass:
             return self
         return replace(self, draft_increment=min(self.draft_increment, size))
 
@@ -198,7 +117,7 @@ KNOWN_KEYS = (
     *PASSED_ON,
     BLOCK_SIZE,
     *(field.name for field in fields(FailFastConfig) if field.name != "parameters"),
-    *dict.fromkeys(key for parameters in POLICIES.values() for key in parameters),
+    *dict.fromkeys(key for parameters in PARAMETERS.values() for key in parameters),
 )
 
 
@@ -245,7 +164,7 @@ def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any] 
         if key in given and (not isinstance(value, str) or not value.strip()):
             raise ValueError(f"failfast: {key!r} must be a non-empty string; got {_echo(value)}.")
     if "draft_tensor_parallel_size" in given:
-        _integer(given, "draft_tensor_parallel_size", 1, 1, 1024)
+        read_integer(given, "draft_tensor_parallel_size", 1, 1, 1024)
     if BLOCK_SIZE in given and not _is_block_size(given[BLOCK_SIZE]):
         raise ValueError(
             f"failfast: {BLOCK_SIZE!r} must be one of {_SIZES}; got {given[BLOCK_SIZE]!r}."
@@ -460,7 +379,7 @@ def mask_token_id(
 ) -> int:
     """MASK of a drafter: from its config, its tokenizer, or the table; raises ValueError."""
     if config.get("mask_token_id") is not None:
-        return _integer(config, "mask_token_id", 0, 0, config["vocab_size"] - 1)
+        return read_integer(config, "mask_token_id", 0, 0, config["vocab_size"] - 1)
     if family.mask_token in drafter_vocab:
         return drafter_vocab[family.mask_token]
     if config.get("vocab_size") in QWEN_VOCAB_SIZES:
@@ -502,27 +421,3 @@ def _trace_file(given: Mapping[str, Any]) -> str | None:
             f"got {_echo(value)} ({error.strerror or error}). Create the folder."
         ) from None
     return str(path)
-
-
-def _flag(given: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = given.get(key, default)
-    if not isinstance(value, bool):
-        raise ValueError(f"failfast: {key!r} must be true or false; got {value!r}.")
-    return value
-
-
-def _integer(given: Mapping[str, Any], key: str, default: int, low: int, high: int) -> int:
-    value = given.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(
-            f"failfast: {key!r} must be an integer from {low} to {high}; got {value!r}."
-        )
-    return value
-
-
-def _number(given: Mapping[str, Any], key: str, default: float, low: float, high: float) -> float:
-    value = given.get(key, default)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
-        raise ValueError(f"failfast: {key!r} must be a number from {low} to {high}; got {value!r}.")
-    return float(value)

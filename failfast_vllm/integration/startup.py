@@ -10,7 +10,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.utils import replace
 
-from failfast_vllm.config import METHOD, POLICIES
+from failfast_vllm.config import METHOD
 from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.drafters.hosted import HostedDraftModel, row_class
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
@@ -20,8 +20,7 @@ from failfast_vllm.drafting.reuse import RejectedDrafts
 from failfast_vllm.integration.session import DraftStats, Rounds, adapter_of
 from failfast_vllm.observe.trace import TraceWriter
 from failfast_vllm.planning.planner import Costs, CostTable, LoadPlanner
-from failfast_vllm.policies.learned import make_policy
-from failfast_vllm.policies.rules import Policy
+from failfast_vllm.policies.table import make_policy
 
 MAX_TURNS, MIN_TURNS, TURNS_SECONDS = 10, 3, 12.0  # of timing the models
 WARM_UP_MS = 8000.0  # of that for each model, on a CPU; a busy one has it seem longer
@@ -48,7 +47,7 @@ def make_drafter(
     knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
     return Drafter(
         HostedDraftModel(model, vllm_config, layer_names, stats, table_width, device),
-        _make_policy(knobs),
+        make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"]),
         draft_increment=knobs["draft_increment"],
         vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
         mask_token_id=knobs["mask_token_id"],
@@ -67,11 +66,6 @@ def make_drafter(
     )
 
 
-def _make_policy(knobs: dict[str, Any]) -> Policy:
-    parameters = {name: knobs[name] for name in POLICIES[knobs["policy"]]}
-    return make_policy(knobs["policy"], parameters, knobs["num_speculative_tokens"])
-
-
 def start_serving(runner: Any) -> None:
     """End a worker's start-up: measure the models, and forget what vLLM's warm-up drafted."""
     adapter = adapter_of(runner)
@@ -83,7 +77,7 @@ def start_serving(runner: Any) -> None:
     stats.reset()
     if stats.trace is None:  # may be open: some start-ups end twice
         stats.trace = _trace_writer(vllm_config, drafter.kv_block_size)
-    drafter.policy = _make_policy(knobs)
+    drafter.policy = make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"])
     drafter.rejected = RejectedDrafts() if knobs["reuse_rejected"] else None
     drafter.paths = PathSearch() if knobs["path_search"] else None
     drafter.blocks.bits.zero_()
