@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from evaluate import answered
-from failfast_vllm.drafting.path_search import MAX_CANDIDATES, UNKNOWN, PathSearch
+from failfast_vllm.drafting.path_search import MAX_CANDIDATES, PathSearch
+from failfast_vllm.drafting.records import UNKNOWN
 from train import MODELS_DIR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))

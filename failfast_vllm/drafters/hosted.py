@@ -13,8 +13,8 @@ from failfast_vllm.config import METHOD
 from failfast_vllm.drafters.attention import BlockDiffusionMetadata
 from failfast_vllm.drafters.cuda_graphs import Capture, PassGraphs, make_buckets, rows_per_seq
 from failfast_vllm.drafters.parallel import draft_context, drafter_group
-from failfast_vllm.drafting.drafter import Candidates, DraftBatch
 from failfast_vllm.drafting.path_search import MAX_CANDIDATES
+from failfast_vllm.drafting.records import Candidates, DraftBatch
 from failfast_vllm.integration.session import DraftStats
 
 

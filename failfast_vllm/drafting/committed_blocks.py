@@ -6,19 +6,10 @@ to a request anew; a page that a request gets as a prefix hit has kept its token
 nothing is copied to the host.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import torch
 
-
-def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Copy from the host without waiting for the device, which pageable memory would."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+from failfast_vllm.drafting.records import to_device
 
 
 class CommittedBlocks:

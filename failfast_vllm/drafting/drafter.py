@@ -24,102 +24,33 @@ copies to the device, and `_denoise` makes the only copy back.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from failfast_kernels import TokenConfidence
-from failfast_vllm.drafting.committed_blocks import CommittedBlocks, to_device
-from failfast_vllm.drafting.path_search import UNKNOWN, PathSearch
-from failfast_vllm.drafting.records import BUDGET, CAP, EOS, LOAD, REQUEST, Lengths
+from failfast_vllm.drafting.committed_blocks import CommittedBlocks
+from failfast_vllm.drafting.interfaces import DraftModel, DraftSoFar, Policy
+from failfast_vllm.drafting.path_search import PathSearch
+from failfast_vllm.drafting.records import (
+    BUDGET,
+    CAP,
+    EOS,
+    LOAD,
+    REQUEST,
+    UNKNOWN,
+    Candidates,
+    DraftBatch,
+    Drafts,
+    DraftStep,
+    Lengths,
+    share,
+    to_device,
+)
 from failfast_vllm.drafting.reuse import RejectedDrafts, RejectedTokens, continuation
 from failfast_vllm.planning.planner import LoadPlanner
-from failfast_vllm.policies.rules import DraftSoFar, Policy
-
-
-@dataclass(frozen=True)
-class DraftStep:
-    """All sequences of one engine step. Lengths are host arrays of [num_seqs]."""
-
-    req_ids: Sequence[str]
-    # [num_slots, max_len] int, known tokens, UNKNOWN where there is an embedding instead; the rest
-    # is undefined
-    token_ids: torch.Tensor
-    slots: Lengths  # row of each sequence in `token_ids`
-    block_table: torch.Tensor  # [num_seqs, max_pages] int
-    known_lens: Lengths  # prompt and accepted tokens
-    committed_lens: Lengths  # tokens whose KV is in the cache; multiples of the block size
-    final_lens: Lengths  # tokens whose KV must be there after this step; likewise
-    max_draft_lens: Lengths  # most tokens to draft; 0 = commit only
-    draft_budget: int  # most tokens to draft over all sequences
-    stops_at_eos: npt.NDArray[np.bool_]  # the draft ends after a stop token
-    # [num_seqs] float32: an increment with a token below it is the last; None = 0 for all
-    min_confidences: npt.NDArray[np.float32] | None = None
-
-
-class DraftBatch(NamedTuple):
-    """The rows of one forward pass."""
-
-    input_ids: torch.Tensor  # [num_rows] int64
-    positions: torch.Tensor  # [num_rows] int64
-    query_start_loc: torch.Tensor  # [num_seqs + 1] int64
-    committed_lens: torch.Tensor  # [num_seqs] int64, position of each sequence's first row
-    slot_mapping: torch.Tensor | None  # [num_rows] int64, -1 = not committed; None: none is
-    block_table: torch.Tensor  # [num_seqs, max_pages] int
-
-
-class Candidates(NamedTuple):
-    """The most probable tokens after each row."""
-
-    token_ids: torch.Tensor  # [num_rows, k] int64
-    probabilities: torch.Tensor  # [num_rows, k] float32, falling
-
-
-class DraftModel(Protocol):
-    """What the drafter needs of a model."""
-
-    def forward(self, batch: DraftBatch) -> torch.Tensor:
-        """Run all layers; returns hidden states [num_rows, hidden_size]."""
-        ...
-
-    def confidence(self, hidden_states: torch.Tensor, *, details: bool = False) -> TokenConfidence:
-        """Best token after each row and its probability; MASK and foreign ids never win.
-
-        `details` asks for the entropy, too.
-        """
-        ...
-
-    def candidates(
-        self, hidden_states: torch.Tensor, *, details: bool = False
-    ) -> tuple[TokenConfidence, Candidates]:
-        """The same, and the most probable tokens; MASK and foreign ids have probability 0."""
-        ...
-
-
-class Drafts(NamedTuple):
-    """What one step proposes, and what it took."""
-
-    token_ids: torch.Tensor  # [num_seqs, longest] int64, on the device; undefined beyond `lens`
-    lens: Lengths  # [num_seqs], 0 = no draft
-    first_lens: Lengths  # [num_seqs] tokens that the first pass was to draft
-    num_passes: Lengths  # [num_seqs] increments drafted
-    num_forwards: int
-    num_rows: int  # over all forwards
-    confidences: npt.NDArray[np.float32]  # [num_seqs, cap], of `num_confidences` tokens each
-    # [num_seqs], less than `lens` where rejected tokens were reused, more where the draft was cut
-    num_confidences: Lengths
-    ends_at_stop: npt.NDArray[np.bool_]  # [num_seqs], a pass drafted a stop token
-    stop_reasons: Lengths  # [num_seqs] what ended each draft, see `counts`
-    seq_rows: Lengths  # [num_seqs], of `num_rows`
-
-    def to_lists(self) -> list[list[int]]:
-        """One list per sequence: a copy to the host."""
-        rows = self.token_ids.tolist()
-        return [row[:length] for row, length in zip(rows, self.lens.tolist(), strict=True)]
 
 
 class _Judged(NamedTuple):
@@ -130,15 +61,6 @@ class _Judged(NamedTuple):
     confidences: npt.NDArray[np.float32]  # these three as in `Drafts`
     num_confidences: Lengths
     ends_at_stop: npt.NDArray[np.bool_]
-
-
-def share(increments: Lengths, budget: int) -> Lengths:
-    """Cut increments to a budget, evenly: the longest first, of equals the last sequences first."""
-    while increments.sum() > budget:
-        seqs = np.flatnonzero(increments == increments.max())
-        surplus = int(increments.sum()) - budget
-        increments[seqs[-surplus:]] -= 1
-    return increments
 
 
 def _postponing(step: DraftStep, drafts: npt.NDArray[np.bool_]) -> DraftStep:

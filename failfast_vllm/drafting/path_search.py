@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from failfast_vllm.drafting.records import UNKNOWN
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Hashes = npt.NDArray[np.uint64]
@@ -29,7 +31,6 @@ ORDER_SHARES = (0.1, 0.3, 0.6)  # of 1-, 2- and 3-grams in a probability
 FLOOR = 1e-6  # of what was never seen
 TABLE_BITS = 22  # 4 M counts, 16 MiB
 MAX_SEEN = 2 ** (TABLE_BITS - 2)  # tokens after which all counts are halved
-UNKNOWN = -1  # a token in front of what is known, or of a prompt that is given as embeddings
 
 # odd, random: of a 3-gram's first, second and last token
 FACTORS = np.array([0xD6E8FEB86659FD93, 0xC2B2AE3D27D4EB4F, 0x9E3779B97F4A7C15], dtype=np.uint64)

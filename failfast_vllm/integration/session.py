@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from failfast_vllm.drafting.drafter import Drafter, Drafts
+from failfast_vllm.drafting.drafter import Drafter
 from failfast_vllm.drafting.ledger import PerRequest
+from failfast_vllm.drafting.records import Drafts
 from failfast_vllm.drafting.records import Round as Outcome
 from failfast_vllm.observe.counters import Counts, Judged
 from failfast_vllm.observe.trace import TraceWriter

@@ -19,10 +19,8 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from failfast_vllm.drafters.hosted import max_positions, profile_pass
 from failfast_vllm.drafters.parallel import drafter_group, keep_apart
-from failfast_vllm.drafting.committed_blocks import to_device
-from failfast_vllm.drafting.drafter import Drafter, DraftStep
-from failfast_vllm.drafting.path_search import UNKNOWN
-from failfast_vllm.drafting.records import Lengths
+from failfast_vllm.drafting.drafter import Drafter
+from failfast_vllm.drafting.records import UNKNOWN, DraftStep, Lengths, to_device
 from failfast_vllm.integration.requests import asked
 from failfast_vllm.integration.session import DraftStats, Rounds, new_pages
 from failfast_vllm.integration.startup import make_drafter, safetensors_only, stop_token_ids

@@ -86,8 +86,8 @@ class AdaEdl(TokenRule):
         bounds = 1.0 - (self.entropy_factor * draft.entropies).sqrt()
         return bounds < thresholds[:, None]
 
-    def observe(self, outcomes: Sequence[Round]) -> None:
-        for outcome in outcomes:
+    def observe(self, rounds: Sequence[Round]) -> None:
+        for outcome in rounds:
             threshold, rate = self.states[outcome.req_id]
             acceptance = outcome.num_accepted / outcome.num_verified
             rate += (1 - self.rate_smoothing) * (acceptance - rate)
@@ -135,8 +135,8 @@ class DiffuSpecAdl(NamedPolicy):
     def extend(self, draft: DraftSoFar) -> Verdict:
         return Verdict(draft.lens, draft.lens > 0)  # always, up to the length set before
 
-    def observe(self, outcomes: Sequence[Round]) -> None:
-        for outcome in outcomes:
+    def observe(self, rounds: Sequence[Round]) -> None:
+        for outcome in rounds:
             generated = float(outcome.num_drafted - outcome.ends_at_stop)
             found = (generated, float(outcome.num_accepted))
             g, a = self.averages[outcome.req_id] or found

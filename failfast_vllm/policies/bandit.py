@@ -82,17 +82,17 @@ class TapOut(NamedPolicy):
             goes_on = torch.where(chosen == i, verdict.goes_on, goes_on)
         return Verdict(lens, goes_on)
 
-    def observe(self, outcomes: Sequence[Round]) -> None:
+    def observe(self, rounds: Sequence[Round]) -> None:
         of_arm: list[list[Round]] = [[] for _ in self.policies]
-        for outcome in outcomes:
+        for outcome in rounds:
             arm = self._arm_of[outcome.req_id]
             of_arm[arm].append(outcome)
             share = self.reward_weight * outcome.num_accepted / self.cap
             share += (1 - self.reward_weight) * outcome.num_accepted / outcome.num_verified
             self.num_rewards[arm] += 1
             self.sum_rewards[arm] += min(share, 1.0)
-        for policy, its_outcomes in zip(self.policies, of_arm, strict=True):
-            policy.observe(its_outcomes)
+        for policy, its_rounds in zip(self.policies, of_arm, strict=True):
+            policy.observe(its_rounds)
 
     def forget(self, req_ids: Iterable[str]) -> None:
         ended = tuple(req_ids)

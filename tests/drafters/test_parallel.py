@@ -18,7 +18,7 @@ from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.drafters import hosted
 from failfast_vllm.drafters import parallel as ranks
 from failfast_vllm.drafters.families import SDAR, SDAR_MOE
-from failfast_vllm.drafting.drafter import DraftBatch
+from failfast_vllm.drafting.records import DraftBatch
 from failfast_vllm.integration.session import DraftStats
 from rank_worker import EXTENSION
 from wide_models import equal_experts, four_heads, rewrite

@@ -15,7 +15,7 @@ from checkpoints import fuse_experts, tiny_config, write_checkpoint, write_weigh
 from engine import engine, proposer
 from failfast_vllm.config import check_local_drafter
 from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR, SDAR_MOE
-from failfast_vllm.drafting.drafter import DraftBatch
+from failfast_vllm.drafting.records import DraftBatch
 from failfast_vllm.plugin import register_model
 from independent import IndependentDrafter
 

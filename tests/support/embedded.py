@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 
 from engine import core, proposer
 from failfast_vllm.config import MODELS_DIR
-from failfast_vllm.drafting.path_search import FACTORS, UNKNOWN, _numbers
+from failfast_vllm.drafting.path_search import FACTORS, _numbers
+from failfast_vllm.drafting.records import UNKNOWN
 
 EMBEDS = {"enable_prompt_embeds": True}
 

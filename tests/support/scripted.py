@@ -5,7 +5,8 @@ import torch
 
 from failfast_kernels import TokenConfidence
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
-from failfast_vllm.drafting.drafter import Drafter, DraftStep
+from failfast_vllm.drafting.drafter import Drafter
+from failfast_vllm.drafting.records import DraftStep
 
 STOP = 7
 MASK = 99
@@ -65,6 +66,7 @@ def make_step(script, max_draft_lens, *, budget=4096, stops_at_eos=True):
         max_draft_lens=np.asarray(max_draft_lens, dtype=np.int64),
         draft_budget=budget,
         stops_at_eos=np.full(len(known), stops_at_eos),
+        min_confidences=np.zeros(len(known), dtype=np.float32),
     )
 
 
