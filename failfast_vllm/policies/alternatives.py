@@ -1,4 +1,4 @@
-"""Rules that papers name and that measured within noise of `failfast` (see docs/policies.md).
+"""Rules of other papers; none measured better than `failfast` beyond noise (docs/policies.md).
 
 State of a request lives from its first draft to its end; of requests whose end nobody reports only
 the latest `ledger.MAX_REQUESTS` are kept.
@@ -29,8 +29,10 @@ class Svip(TokenRule):
     default_cap = 40
     needs_entropy = True
 
-    entropy_factor: float = number(0.15, 0, 100, "c, of the entropy in nats")
-    entropy_threshold: float = number(0.3, 0, 100, "h, greatest sqrt(c * entropy) to go on")
+    entropy_factor: float = number(0.15, 0, 100, "factor of the entropy in nats")
+    entropy_threshold: float = number(
+        0.3, 0, 100, "a draft ends after a token with sqrt(entropy_factor * entropy) above this"
+    )
 
     def fires(self, draft: DraftSoFar) -> torch.Tensor:
         assert draft.entropies is not None
@@ -44,7 +46,9 @@ class Survival(TokenRule):
     One token longer than theirs, max{i: s_i >= eps}: the token that fires stays.
     """
 
-    survival_threshold: float = number(0.01, 0, 1, "least probability of the whole draft to go on")
+    survival_threshold: float = number(
+        0.01, 0, 1, "a draft ends where it is less probable than this as a whole"
+    )
 
     def fires(self, draft: DraftSoFar) -> torch.Tensor:
         return draft.confidences.cumprod(dim=1) < self.survival_threshold
@@ -65,9 +69,9 @@ class AdaEdl(TokenRule):
     threshold_smoothing: ClassVar[float] = 0.9
     threshold_step: ClassVar[float] = 0.01
 
-    entropy_factor: float = number(0.2, 0, 100, "g, of the entropy in nats")
-    target_acceptance: float = number(0.9, 0, 1, "alpha, the acceptance that the threshold seeks")
-    initial_threshold: float = number(0.4, 0, 1, "lambda before the first outcome of a request")
+    entropy_factor: float = number(0.2, 0, 100, "factor of the entropy in nats")
+    target_acceptance: float = number(0.9, 0, 1, "acceptance rate that the threshold steers to")
+    initial_threshold: float = number(0.4, 0, 1, "threshold until a request has its first outcome")
     states: PerRequest[tuple[float, float]] = field(init=False, repr=False)  # lambda, r
     _thresholds: torch.Tensor = field(init=False, repr=False)  # [num_seqs] lambda, of this step
 
@@ -112,9 +116,9 @@ class DiffuSpecAdl(NamedPolicy):
     one_pass = True
     learns = True
 
-    min_draft_len: int = length(20, 1, "k_min, also the length of a request's first draft")
-    length_step: int = length(10, 0, "d, tokens to add where all that was drafted is accepted")
-    smoothing: float = number(0.5, 0, 1, "weight of the latest outcome in the averages G and A")
+    min_draft_len: int = length(20, 1, "least length, and the length of a request's first draft")
+    length_step: int = length(10, 0, "tokens added while the average draft is accepted whole")
+    smoothing: float = number(0.5, 0, 1, "weight of the latest outcome in the averages")
     averages: PerRequest[tuple[float, float] | None] = field(init=False, repr=False)  # G, A
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A bandit over the other policies; it measured within noise of `failfast` (docs/policies.md)."""
+"""A bandit over the other policies; it measured no better than `failfast` (docs/policies.md)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ class TapOut(NamedPolicy):
 
     arms: Sequence[str] = arm_names(DEFAULT_ARMS, "the policies to choose among")
     bandit: str = choice("ucb1", ("ucb1", "thompson"), "how an arm is chosen")
-    reward_weight: float = number(0.5, 0, 1, "a, of the tokens accepted against their share")
-    seed: int = integer(0, 0, 2**32 - 1, "of the draws of `thompson`")
+    reward_weight: float = number(
+        0.5, 0, 1, "weight of the accepted length; the rest is for the accepted share"
+    )
+    seed: int = integer(0, 0, 2**32 - 1, "seed of the draws of `thompson`")
     policies: Sequence[Policy] = ()  # of the arms
     cap: int = NamedPolicy.default_cap  # num_speculative_tokens
 

@@ -6,8 +6,10 @@ Errors are one line: what is wrong, what was got, what to do. No torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import Any, NamedTuple
+
+PARAMETER = "parameter"  # key of a field's metadata
 
 
 class Limits(NamedTuple):
@@ -22,8 +24,7 @@ class Limits(NamedTuple):
 Check = Callable[[Mapping[str, Any], str, Limits], Any]
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """What a user may give for one field of a policy."""
 
     default: Any
@@ -34,48 +35,52 @@ class Parameter:
 
 def parameters_of(policy: type) -> dict[str, Parameter]:
     """The parameters that a policy class declares, by field name, in the order of its fields."""
-    found = ((field.name, field.metadata.get("parameter")) for field in fields(policy))
-    return {name: parameter for name, parameter in found if parameter is not None}
+    return {f.name: f.metadata[PARAMETER] for f in fields(policy) if PARAMETER in f.metadata}
 
 
 def number(default: float, low: float, high: float, meaning: str) -> Any:
     """Declare a number from `low` to `high`."""
-
-    def check(given: Mapping[str, Any], key: str, limits: Limits) -> float:
-        return read_number(given, key, default, low, high)
-
-    return _declare(default, f"{low} to {high}", meaning, check)
+    return _declare(
+        default,
+        f"{low} to {high}",
+        meaning,
+        lambda given, key, limits: read_number(given, key, default, low, high),
+    )
 
 
 def integer(default: int, low: int, high: int, meaning: str) -> Any:
     """Declare an integer from `low` to `high`."""
-
-    def check(given: Mapping[str, Any], key: str, limits: Limits) -> int:
-        return read_integer(given, key, default, low, high)
-
-    return _declare(default, f"{low} to {high}", meaning, check)
+    return _declare(
+        default,
+        f"{low} to {high}",
+        meaning,
+        lambda given, key, limits: read_integer(given, key, default, low, high),
+    )
 
 
 def length(default: int, low: int, meaning: str) -> Any:
     """Declare a number of draft tokens, at most the cap; so is the default."""
-
-    def check(given: Mapping[str, Any], key: str, limits: Limits) -> int:
-        return read_integer(given, key, min(default, limits.cap), low, limits.cap)
-
-    return _declare(default, f"{low} to the cap", meaning, check)
+    return _declare(
+        default,
+        f"{low} to the cap",
+        meaning,
+        lambda given, key, limits: read_integer(
+            given, key, min(default, limits.cap), low, limits.cap
+        ),
+    )
 
 
 def choice(default: str, options: Sequence[str], meaning: str) -> Any:
     """Declare one of some names."""
+    known = " or ".join(map(repr, options))
 
     def check(given: Mapping[str, Any], key: str, limits: Limits) -> str:
         name = given.get(key, default)
         if name not in options:
-            known = " or ".join(map(repr, options))
             raise ValueError(f"failfast: {key!r} must be {known}; got {name!r}.")
         return str(name)
 
-    return _declare(default, " or ".join(f"`{option}`" for option in options), meaning, check)
+    return _declare(default, known, meaning, check)
 
 
 def arm_names(default: Sequence[str], meaning: str) -> Any:
@@ -84,23 +89,18 @@ def arm_names(default: Sequence[str], meaning: str) -> Any:
     def check(given: Mapping[str, Any], key: str, limits: Limits) -> list[str]:
         names = given.get(key, default)
         is_list = isinstance(names, list | tuple)
-        if not is_list or not names or any(_is_no_arm(name, names, limits) for name in names):
+        if not (is_list and names and all(n in limits.arms and names.count(n) == 1 for n in names)):
             raise ValueError(
                 f"failfast: {key!r} must be a list of different policies among "
                 f"{', '.join(limits.arms)}; got {names!r}."
             )
         return list(names)
 
-    return _declare(tuple(default), "a list of different policies", meaning, check)
-
-
-def _is_no_arm(name: Any, names: Sequence[Any], limits: Limits) -> bool:
-    return name not in limits.arms or names.count(name) > 1
+    return _declare(default, "a list of different policies", meaning, check)
 
 
 def _declare(default: Any, values: str, meaning: str, check: Check) -> Any:
-    parameter = Parameter(default, values, meaning, check)
-    return field(default=default, metadata={"parameter": parameter})
+    return field(default=default, metadata={PARAMETER: Parameter(default, values, meaning, check)})
 
 
 def read_flag(given: Mapping[str, Any], key: str, default: bool) -> bool:

@@ -5,11 +5,11 @@ to draft another increment. `failfast` and `fixed` judge increments, which they 
 token rules judge tokens: the draft ends *after* the first token at which the rule fires, so that no
 token is dropped for its own probability, and goes on while no token has fired.
 
-Here are the rules that differ from each other in what they measure; `alternatives` and `bandit`
-hold those that papers name and that do no better or worse than `failfast`.
+Here are the default and the rules that it is worth comparing with. `alternatives` and `bandit` hold
+those of other papers, none of which measured better than the default.
 
-Torch is imported in functions: a configuration is checked against the fields of these classes by
-commands that start without torch, which takes seconds to import.
+Torch is imported in functions: the fields of these classes are what configurations are checked
+against, also by commands that start without torch, which takes seconds to import.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class FailFast(NamedPolicy):
     easy text a long draft.
     """
 
-    confidence_threshold: float = number(0.45, 0, 1, "least probability of a token to go on")
+    confidence_threshold: float = number(
+        0.45, 0, 1, "a draft goes on while every token is at least this probable"
+    )
 
     def extend(self, draft: DraftSoFar) -> Verdict:
         return Verdict(draft.lens, draft.confidences.amin(dim=1) >= self.confidence_threshold)
@@ -96,7 +98,9 @@ class TokenRule(NamedPolicy):
 class Confidence(TokenRule):
     """p_i < c: assisted generation's dynamic threshold (Hugging Face transformers)."""
 
-    confidence_threshold: float = number(0.4, 0, 1, "least probability of a token to go on")
+    confidence_threshold: float = number(
+        0.4, 0, 1, "a draft ends after the first token less probable than this"
+    )
 
     def fires(self, draft: DraftSoFar) -> torch.Tensor:
         return draft.confidences < self.confidence_threshold
@@ -111,8 +115,10 @@ class SpecDecPlusPlus(TokenRule):
 
     default_cap = 20
 
-    rejection_threshold: float = number(0.3, 0, 1, "greatest chance of a rejection to go on")
-    min_draft_len: int = length(2, 1, "tokens before the rule may fire, the last included")
+    rejection_threshold: float = number(
+        0.3, 0, 1, "a draft ends where a rejection is more probable than this"
+    )
+    min_draft_len: int = length(2, 1, "the rule ends no draft before this many tokens")
     calibration: Calibration = field(default_factory=Calibration)
     _table: torch.Tensor = field(init=False, repr=False)  # [longest draft, num_bins]
     _edges: torch.Tensor = field(init=False, repr=False)
