@@ -57,7 +57,7 @@ def test_the_page_lists_every_policy():
 
 @pytest.mark.parametrize(("name", "policy"), POLICIES.items())
 def test_a_policy_has_the_defaults_that_it_declares(name, policy):
-    """Catches a declared default that is not the one of the field, and a field without a meaning."""
+    """Catches a declared default that is not the one of the field; a field without a meaning."""
     built = policy()
     for key, item in PARAMETERS[name].items():
         assert getattr(built, key) == item.default
