@@ -40,10 +40,10 @@ class CommittedBlocks:
     def committed_lens(
         self, block_table: torch.Tensor, computed_lens: torch.Tensor
     ) -> torch.Tensor:
-        """Tokens in front of each sequence's first block without KV, [num_seqs] int64.
+        """Tokens before each sequence's first block without KV, [num_seqs] int64.
 
         Args:
-            block_table: [num_seqs, max_pages] int; undefined behind the pages of `computed_lens`.
+            block_table: [num_seqs, max_pages] int; undefined after the pages of `computed_lens`.
             computed_lens: [num_seqs] int, tokens whose target KV is there.
         """
         inside = torch.arange(self.per_page, device=self.bits.device)

@@ -100,10 +100,10 @@ class Policy(ABC):
     def extend(self, draft: DraftSoFar) -> Verdict:
         """Decide after an increment."""
 
-    def observe(self, rounds: Sequence[Round]) -> None:  # noqa: B027 - most do not learn
+    def observe(self, rounds: Sequence[Round]) -> None:
         """Learn from the step's verified drafts, in the order of the batch."""
 
-    def forget(self, req_ids: Iterable[str]) -> None:  # noqa: B027
+    def forget(self, req_ids: Iterable[str]) -> None:
         """Drop what belongs to requests that have ended."""
 
 
@@ -168,7 +168,7 @@ class Planner(Protocol):
         """For so long nobody has asked the engine for its next step."""
 
 
-class Unplanned(Planner):
+class Unplanned:
     """The default planner, the paper's rule: drafts grow as the policy says, at any load."""
 
     postpones_commits = False
@@ -198,13 +198,26 @@ class Unplanned(Planner):
     def step_began(self, req_ids: Sequence[str], num_tokens: int) -> bool:
         return True
 
+    def step_ended(self, req_ids: Sequence[str]) -> None:
+        """Times do not matter."""
 
-class TokenChooser(Protocol):
+    def pass_took(self, num_rows: int, ms: float) -> None:
+        """Times do not matter."""
+
+    def stood_still(self, seconds: float) -> None:
+        """Times do not matter."""
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        """Nothing is learned."""
+
+
+class TokenChooser(ABC):
     """Chooses the tokens of an increment."""
 
     def see(self, step: DraftStep) -> None:
         """Read a step's known tokens, before anything is drafted."""
 
+    @abstractmethod
     def choose(
         self,
         model: DraftModel,
@@ -243,12 +256,13 @@ class BestTokens(TokenChooser):
         return model.confidence(hidden_states, details=details)
 
 
-class Reuse(Protocol):
+class Reuse(ABC):
     """Lengthens drafts that end in doubt without a pass."""
 
     def begin(self, req_ids: Sequence[str]) -> None:
         """Prepare a step; called once, before its first increment."""
 
+    @abstractmethod
     def append(self, canvas: torch.Tensor, masks: Masks, judged: Judged) -> torch.Tensor:
         """Append tokens in `canvas` to drafts that neither go on nor have stopped.
 

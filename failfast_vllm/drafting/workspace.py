@@ -108,7 +108,7 @@ class Workspace:
         self.first_columns = step.known_lens - step.committed_lens
         self.canvas = self._canvas()
         self.grow(first_lens)
-        self.starts = step.committed_lens
+        self.starts = step.committed_lens  # the first pass commits, too
 
     def _canvas(self) -> torch.Tensor:
         """[num_seqs, width] int64: the uncommitted tokens, then MASK, from `committed_lens` on."""

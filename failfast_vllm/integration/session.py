@@ -181,10 +181,8 @@ class Rounds:
         if policy.calibration is not None:
             policy.calibration.observe(outcomes)
         policy.observe(outcomes)
-        if self.drafter.rejected is not None:
-            self.drafter.rejected.observe(outcomes)
-        if self.drafter.planner is not None:
-            self.drafter.planner.observe(outcomes)
+        self.drafter.reuse.observe(outcomes)
+        self.drafter.planner.observe(outcomes)
 
     def drafted(self, req_ids: Sequence[str], drafts: Drafts) -> None:
         """Keep what was drafted until it is verified."""
@@ -205,8 +203,8 @@ class Rounds:
         """The requests have ended."""
         self._drafts.forget(req_ids)
         self.drafter.policy.forget(req_ids)
-        if self.drafter.paths is not None:
-            self.drafter.paths.forget(req_ids)
+        self.drafter.tokens.forget(req_ids)
+        self.drafter.reuse.forget(req_ids)
 
 
 def adapter_of(runner: Any) -> Any:

@@ -15,8 +15,16 @@ from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.drafters.hosted import HostedDraftModel, row_class
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
 from failfast_vllm.drafting.drafter import Drafter
+from failfast_vllm.drafting.interfaces import (
+    BestTokens,
+    NoReuse,
+    Reuse,
+    TokenChooser,
+    Unplanned,
+)
 from failfast_vllm.drafting.path_search import PathSearch
 from failfast_vllm.drafting.reuse import RejectedDrafts
+from failfast_vllm.drafting.workspace import Geometry
 from failfast_vllm.integration.session import DraftStats, Rounds, adapter_of
 from failfast_vllm.observe.trace import TraceWriter
 from failfast_vllm.planning.planner import Costs, CostTable, LoadPlanner
@@ -45,25 +53,36 @@ def make_drafter(
         )
     assert vllm_config.speculative_config is not None
     knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
+    stop_ids = stop_token_ids(vllm_config.model_config)
+    geometry = Geometry(
+        vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
+        mask_token_id=knobs["mask_token_id"],
+        kv_block_size=kv_block_size,
+        max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
+        device=device,
+        diffusion_block_size=knobs["diffusion_block_size"],
+        logit_shift=knobs["logit_shift"],
+    )
     return Drafter(
         HostedDraftModel(model, vllm_config, layer_names, stats, table_width, device),
         make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"]),
-        draft_increment=knobs["draft_increment"],
-        vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
-        mask_token_id=knobs["mask_token_id"],
-        stop_token_ids=torch.tensor(
-            stop_token_ids(vllm_config.model_config), dtype=torch.int64, device=device
-        ),
-        kv_block_size=kv_block_size,
-        blocks=CommittedBlocks(num_pages, kv_block_size, knobs["diffusion_block_size"], device),
-        max_draft_budget=knobs["draft_budget"],
+        Unplanned(knobs["draft_increment"]),
+        geometry,
+        CommittedBlocks(num_pages, kv_block_size, knobs["diffusion_block_size"], device),
+        stop_token_ids=torch.tensor(stop_ids, dtype=torch.int64, device=device),
         max_draft_len=knobs["num_speculative_tokens"],
-        max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
-        diffusion_block_size=knobs["diffusion_block_size"],
-        logit_shift=knobs["logit_shift"],
-        reuse_rejected=knobs["reuse_rejected"],
-        paths=PathSearch() if knobs["path_search"] else None,
+        max_draft_budget=knobs["draft_budget"],
+        tokens=_make_tokens(knobs),
+        reuse=_make_reuse(knobs),
     )
+
+
+def _make_tokens(knobs: dict[str, Any]) -> TokenChooser:
+    return PathSearch() if knobs["path_search"] else BestTokens()
+
+
+def _make_reuse(knobs: dict[str, Any]) -> Reuse:
+    return RejectedDrafts() if knobs["reuse_rejected"] else NoReuse()
 
 
 def start_serving(runner: Any) -> None:
@@ -76,10 +95,9 @@ def start_serving(runner: Any) -> None:
         drafter.planner = make_planner(costs, vllm_config)
     stats.reset()
     if stats.trace is None:  # may be open: some start-ups end twice
-        stats.trace = _trace_writer(vllm_config, drafter.kv_block_size)
+        stats.trace = _trace_writer(vllm_config, drafter.geometry.kv_block_size)
     drafter.policy = make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"])
-    drafter.rejected = RejectedDrafts() if knobs["reuse_rejected"] else None
-    drafter.paths = PathSearch() if knobs["path_search"] else None
+    drafter.tokens, drafter.reuse = _make_tokens(knobs), _make_reuse(knobs)
     drafter.blocks.bits.zero_()
     adapter.rounds = Rounds(drafter, stats.counts)
 

@@ -145,7 +145,7 @@ class FailFastProposer(DraftModelProposer):
                 if emitted and (num or self.stats.wants_plain_rounds):
                     self.stats.report(req_id, num, list(emitted), end - len(emitted), num_reqs)
         num_tokens = scheduler_output.total_num_scheduled_tokens
-        if planner is not None and not planner.step_began(req_ids, num_tokens):
+        if not planner.step_began(req_ids, num_tokens):
             return [[]] * num_reqs
         table = common_attn_metadata.block_table_tensor[:num_reqs]
         computed = np.minimum(batch.num_computed_tokens_cpu[:num_reqs], self.position_limit)
@@ -160,8 +160,7 @@ class FailFastProposer(DraftModelProposer):
         self.stats.count(drafts, (time.perf_counter() - began) * 1e3)
         if self.stats.wants_rounds:
             self.stats.remember(req_ids, drafts)
-        if planner is not None:
-            planner.step_ended(req_ids)
+        planner.step_ended(req_ids)
         return lists
 
     def target_step(self, runner: Any) -> Callable[[int], torch.Tensor]:

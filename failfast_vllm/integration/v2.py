@@ -213,7 +213,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         began = time.perf_counter()
         self.stats.step_began()
         planner, req_ids = self.drafter.planner, input_batch.req_ids
-        rests = planner is not None and not planner.step_began(req_ids, input_batch.num_tokens)
+        rests = not planner.step_began(req_ids, input_batch.num_tokens)
         if rests and not self.stats.wants_plain_rounds:
             return None
         num_verified = input_batch.num_draft_tokens_per_req
@@ -237,8 +237,7 @@ class FailFastSpeculator(DraftModelSpeculator):
         self.stats.count(drafts, (time.perf_counter() - began) * 1e3)
         if self.stats.wants_rounds:
             self.stats.remember(req_ids, drafts)
-        if planner is not None:
-            planner.step_ended(req_ids)
+        planner.step_ended(req_ids)
         return drafts
 
     def target_step(self, runner: Any) -> Callable[[int], torch.Tensor]:

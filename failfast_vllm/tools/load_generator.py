@@ -184,7 +184,7 @@ class Watch:
 
     def stood_still(self, seconds: float) -> None:
         """The engine was not asked for that long: not a time for the planner to learn."""
-        if self._adapter is not None and self._adapter.drafter.planner is not None:
+        if self._adapter is not None:
             self._adapter.drafter.planner.stood_still(seconds)
 
     def _on_round(self, round_: Any) -> None:

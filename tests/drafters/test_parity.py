@@ -62,7 +62,7 @@ class Hosted:
     def __init__(self, llm):
         self.drafter = proposer(llm).drafter
         self.model = self.drafter.model
-        self.page_size = self.drafter.kv_block_size
+        self.page_size = self.drafter.geometry.kv_block_size
         self.layers = []
         for layer in self.model.model.model.layers:
             layer.register_forward_hook(lambda _m, _i, out: self.layers.append(out[0] + out[1]))

@@ -129,6 +129,8 @@ def test_a_planner_that_refuses_is_the_load():
     for kept in (10, 3):
         drafter = make_drafter(FailFast(0.45), script)
         drafter.planner = types.SimpleNamespace(
+            postpones_commits=True,
+            refusal=LOAD,
             first=lambda wanted, *_: np.minimum(wanted, 10),
             following=lambda wanted, *_: 0 * wanted,
             keep=lambda lens, *_, kept=kept: np.minimum(lens, kept),

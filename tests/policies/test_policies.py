@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from failfast_vllm.drafting import ledger
-from failfast_vllm.drafting.interfaces import DraftSoFar
+from failfast_vllm.drafting.interfaces import DraftSoFar, NoReuse
 from failfast_vllm.drafting.ledger import PerRequest
 from failfast_vllm.drafting.records import Round
-from failfast_vllm.drafting.reuse import continuation
+from failfast_vllm.drafting.reuse import RejectedDrafts, continuation
 from failfast_vllm.integration.session import Rounds
 from failfast_vllm.observe.counters import Counts
 from failfast_vllm.planning.calibration import Calibration
@@ -148,10 +148,10 @@ def test_one_copy_to_the_host_per_increment(name, reuse, monkeypatch):
     """Catches a policy that reads a tensor on the host: every such read waits for the device."""
     script = random_script(5)
     policy = make_policy(name, policy_parameters(name, {}, CAP), CAP)
-    drafter = make_drafter(policy, script, reuse_rejected=reuse)
+    drafter = make_drafter(policy, script, reuse=RejectedDrafts() if reuse else NoReuse())
     if reuse:
-        drafter.rejected.remember([f"r{i}" for i in range(6)], script.tokens[:, :20])
-        drafter.rejected.observe([outcome(f"r{i}", drafted=20, accepted=2) for i in range(6)])
+        drafter.reuse.remember([f"r{i}" for i in range(6)], script.tokens[:, :20])
+        drafter.reuse.observe([outcome(f"r{i}", drafted=20, accepted=2) for i in range(6)])
     copies = []
 
     def spying(method):
@@ -409,7 +409,11 @@ def test_drafts_that_end_in_doubt_are_continued(name):
         policy = make_policy(name, policy_parameters(name, {}, CAP), CAP)
         tails = [[]] * 6
         for drafts, found in run_rounds(
-            policy, script, 4, lambda seq, n: int(rng.integers(n // 2 + 1)), reuse_rejected=True
+            policy,
+            script,
+            4,
+            lambda seq, n: int(rng.integers(n // 2 + 1)),
+            reuse=RejectedDrafts(),
         ):
             drafted = drafts.to_lists()
             for i, draft in enumerate(drafted):
@@ -429,8 +433,8 @@ def test_drafts_that_end_in_doubt_are_continued(name):
 
 def test_reuse_keeps_to_the_budget():
     script = Script([3, 3], [[1, 2, 3, 4]] * 2, [[0.1] * 4] * 2, np.zeros((2, 4)))
-    drafter = make_drafter(FailFast(0.45), script, increment=4, reuse_rejected=True)
-    drafter.rejected.remember(["r0", "r1"], torch.tensor([[0, 3, 4, 5, 5, 5, 5, 5, 5]] * 2))
-    drafter.rejected.observe([outcome(f"r{i}", drafted=9, accepted=0) for i in range(2)])
+    drafter = make_drafter(FailFast(0.45), script, increment=4, reuse=RejectedDrafts())
+    drafter.reuse.remember(["r0", "r1"], torch.tensor([[0, 3, 4, 5, 5, 5, 5, 5, 5]] * 2))
+    drafter.reuse.observe([outcome(f"r{i}", drafted=9, accepted=0) for i in range(2)])
     assert drafter.propose(make_step(script, [CAP] * 2)).lens.tolist() == [10, 10]
     assert drafter.propose(make_step(script, [4, 6])).lens.tolist() == [4, 4]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from failfast_vllm.config import METHOD, MODELS_DIR, FailFastConfig
+from failfast_vllm.drafting.interfaces import BestTokens, NoReuse, Unplanned
 from failfast_vllm.drafting.path_search import PathSearch
 from failfast_vllm.drafting.reuse import RejectedDrafts
 from failfast_vllm.planning.planner import Costs, CostTable, LoadPlanner
@@ -169,20 +170,21 @@ def policy(llm, variant, **given):
     knobs = FailFastConfig.from_user({"policy": name, **given}).to_dict()
     own = proposer(llm)
     drafter = own.drafter
-    before = (drafter.policy, drafter.draft_increment, drafter.rejected, own.rounds)
+    exchanged = ("policy", "planner", "reuse", "tokens")
+    before, rounds = {key: getattr(drafter, key) for key in exchanged}, own.rounds
+    drafter.planner = Unplanned(knobs["draft_increment"])
     if name == "goodput":
         costs = Costs(CostTable([1, 1000], [1.0, 2.0]), CostTable([1, 1000], [5.0, 9.0]))
         drafter.planner = LoadPlanner(costs, knobs["num_speculative_tokens"], 1)
     drafter.policy = make_policy(name, knobs, knobs["num_speculative_tokens"])
-    drafter.draft_increment = knobs["draft_increment"]
-    drafter.rejected = RejectedDrafts() if "+reuse" in variant else None
-    drafter.paths = PathSearch() if "+paths" in variant else None
+    drafter.reuse = RejectedDrafts() if "+reuse" in variant else NoReuse()
+    drafter.tokens = PathSearch() if "+paths" in variant else BestTokens()
     own.rounds = Rounds(drafter, own.stats.counts)
     try:
         yield drafter.policy
     finally:
-        drafter.policy, drafter.draft_increment, drafter.rejected, own.rounds = before
-        drafter.planner = drafter.paths = None
+        vars(drafter).update(before)
+        own.rounds = rounds
 
 
 def shipped_prompts():
