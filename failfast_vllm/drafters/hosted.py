@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from vllm.config import VllmConfig
 
 from failfast_kernels import TokenConfidence, confidence_argmax, uses_triton
-from failfast_vllm.config import METHOD
+from failfast_vllm import METHOD
 from failfast_vllm.drafters.attention import BlockDiffusionMetadata
 from failfast_vllm.drafters.cuda_graphs import Capture, PassGraphs, make_buckets, rows_per_seq
 from failfast_vllm.drafters.parallel import draft_context, drafter_group
