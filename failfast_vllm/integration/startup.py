@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.config.utils import replace
 
 from failfast_kernels import TokenConfidence
-from failfast_vllm.config import METHOD, POLICIES
+from failfast_vllm.config import METHOD
 from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.drafters.hosted import HostedDraftModel, row_class
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
@@ -18,7 +18,6 @@ from failfast_vllm.drafting.drafter import Drafter
 from failfast_vllm.drafting.interfaces import (
     BestTokens,
     NoReuse,
-    Policy,
     Reuse,
     TokenChooser,
     Unplanned,
@@ -32,7 +31,7 @@ from failfast_vllm.integration.session import adapter_of
 from failfast_vllm.observe.counters import DraftStats, Stopwatch
 from failfast_vllm.observe.trace import TraceWriter
 from failfast_vllm.planning.planner import Costs, CostTable, LoadPlanner
-from failfast_vllm.policies.learned import make_policy
+from failfast_vllm.policies.table import make_policy
 
 MAX_TURNS, MIN_TURNS, TURNS_SECONDS = 10, 3, 12.0  # of timing the models
 SLOW_MS = 500.0  # wider passes than one that takes longer are extrapolated
@@ -102,7 +101,7 @@ def make_drafter(
     )
     return Drafter(
         TimedDraftModel(model, vllm_config, layer_names, table_width, device, stats.in_model),
-        _make_policy(knobs),
+        make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"]),
         Unplanned(knobs["draft_increment"]),
         geometry,
         CommittedBlocks(num_pages, kv_block_size, knobs["diffusion_block_size"], device),
@@ -112,11 +111,6 @@ def make_drafter(
         tokens=_make_tokens(knobs),
         reuse=_make_reuse(knobs),
     )
-
-
-def _make_policy(knobs: dict[str, Any]) -> Policy:
-    parameters = {name: knobs[name] for name in POLICIES[knobs["policy"]]}
-    return make_policy(knobs["policy"], parameters, knobs["num_speculative_tokens"])
 
 
 def _make_tokens(knobs: dict[str, Any]) -> TokenChooser:
@@ -139,7 +133,7 @@ def start_serving(runner: Any) -> None:
     stats.reset()
     if stats.trace is None:  # may be open: some start-ups end twice
         stats.trace = _trace_writer(vllm_config, drafter.geometry.kv_block_size)
-    drafter.policy = _make_policy(knobs)
+    drafter.policy = make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"])
     drafter.tokens, drafter.reuse = _make_tokens(knobs), _make_reuse(knobs)
     drafter.blocks.bits.zero_()
     session.ledger = Ledger()

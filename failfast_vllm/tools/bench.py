@@ -30,8 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import failfast_vllm
-from failfast_vllm.config import MODELS_DIR, POLICIES, FailFastConfig, check_local_drafter
+from failfast_vllm.config import MODELS_DIR, FailFastConfig
+from failfast_vllm.drafters.checks import check_local_drafter
 from failfast_vllm.integration.requests import MAX_LEN
+from failfast_vllm.policies.table import POLICIES
 from failfast_vllm.tools.load_generator import (
     EngineProcess,
     Prompt,

@@ -22,6 +22,7 @@ import numpy as np
 from failfast_vllm.observe.trace import Round, Trace, describe
 from failfast_vllm.planning.planner import Costs, CostTable
 from failfast_vllm.tools import sizing as plan
+from failfast_vllm.tools.published_models import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
 
 Item = TypeVar("Item")
 
@@ -76,8 +77,8 @@ def latency_of(hardware: str, target: str) -> Latency:
     name = TARGETS[target]
     return plan.CostModel(
         plan.GPUS[hardware.upper()],
-        plan.shape_of(name, plan.PUBLISHED_TARGETS[name]),
-        plan.shape_of(DRAFTER, plan.PUBLISHED_DRAFTERS[DRAFTER]),
+        plan.shape_of(name, PUBLISHED_TARGETS[name]),
+        plan.shape_of(DRAFTER, PUBLISHED_DRAFTERS[DRAFTER]),
     )
 
 

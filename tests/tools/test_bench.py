@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from failfast_vllm.config import POLICIES, FailFastConfig
+from failfast_vllm.config import FailFastConfig
+from failfast_vllm.policies.table import POLICIES
 from failfast_vllm.tools import bench, cli
 from failfast_vllm.tools import load_generator as closed_loop
 from failfast_vllm.tools.load_generator import Run, Served, Server, Tally
