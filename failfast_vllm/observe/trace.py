@@ -1,7 +1,7 @@
 """Rounds on disk: what a server drafted and the target accepted, one JSON object per line.
 
 The first rank writes it if the speculative config says `"trace": "FILE.jsonl"`; `failfast trace`
-and `failfast simulate` read it. The first line of each run is a header, each other line a round:
+reads it. The first line of each run is a header, each other line a round:
 
     step         of the engine, from 1: the one that verified the round
     seqs         sequences in that step

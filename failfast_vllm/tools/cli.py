@@ -157,28 +157,6 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument(
         "--max-tokens", type=_positive, default=256, metavar="N", help="per answer; default: 256"
     )
-    simulate = add("simulate", _simulate, "Model (not measure) a trace's speed-up elsewhere.")
-    simulate.add_argument(
-        "file",
-        metavar="FILE.jsonl",
-        type=Path,
-        nargs="?",
-        help="default: drawn at random, see --acceptance-length",
-    )
-    simulate.add_argument("--hardware", default="h200", metavar="NAME", help="or a6000-2x")
-    simulate.add_argument("--target", default="7B", metavar="SIZE", help="7B (default), 14B, 32B")
-    simulate.add_argument(
-        "--concurrency", type=_positive, default=1, metavar="N", help="default: 1"
-    )
-    simulate.add_argument(
-        "--policy", default="recorded", metavar="NAME", help="or hindsight: drafts as if foreseen"
-    )
-    simulate.add_argument(
-        "--acceptance-length", type=_at_least_one, metavar="X", help="of drawn rounds, default: 6.6"
-    )
-    simulate.add_argument(
-        "--passes-per-round", type=_at_least_one, metavar="X", help="likewise, default: 1.4"
-    )
     return parser
 
 
@@ -458,25 +436,6 @@ def _record(args: argparse.Namespace) -> None:
             demo.record(target, None, chosen, args.max_tokens, args.file, args.ids)
         except (ValueError, OSError) as error:
             raise UsageError(" ".join(str(error).split()).removeprefix("failfast: ")) from error
-
-
-def _simulate(args: argparse.Namespace) -> int:
-    from failfast_vllm.observe import trace
-    from failfast_vllm.tools import simulate
-
-    drawn = (args.acceptance_length, args.passes_per_round)
-    try:
-        if args.file is None:
-            found = simulate.synthetic(drawn[0] or 6.6, drawn[1] or 1.4)
-        elif any(drawn):
-            raise UsageError("--acceptance-length and --passes-per-round do not go with a file.")
-        else:
-            found = trace.read(args.file)
-        result = simulate.simulate(found, args.hardware, args.target, args.concurrency, args.policy)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    print(json.dumps(result.to_dict(), indent=2) if args.json else simulate.render(result))
-    return 0
 
 
 @contextlib.contextmanager
