@@ -1,7 +1,7 @@
-"""`failfast bench`: drafting methods side by side, by concurrency, offline or against a server.
+"""`failfast bench`: drafting methods side by side, by concurrency, in engines of its own.
 
-A closed loop keeps `concurrency` requests in flight; each that ends is replaced at once. Offline,
-every method has an engine in a process of its own (vLLM's ngram imports numba, after which no
+A closed loop keeps `concurrency` requests in flight; each that ends is replaced at once. Every
+method has an engine in a process of its own (vLLM's ngram imports numba, after which no
 second engine starts in a process), and one of them works at a time. Within each repeat they take
 turns of a quarter second, so that all see the same machine; a figure is the median over the repeats
 or the sum of their counts, a speed-up the median of the ratios within a repeat. The first round of
@@ -14,7 +14,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import random
@@ -31,15 +30,12 @@ from typing import Any
 
 import failfast_vllm
 from failfast_vllm.config import MODELS_DIR, POLICIES, FailFastConfig, check_local_drafter
-from failfast_vllm.integration.requests import MAX_LEN
 from failfast_vllm.tools.load_generator import (
     EngineProcess,
     Prompt,
     Run,
-    Server,
     Tally,
     padded_ar_drafter,
-    rounded,
 )
 
 PROMPTS = MODELS_DIR / "prompts.jsonl"
@@ -47,7 +43,6 @@ SHIPPED_PAIR = "the shipped small pair"  # failfast_vllm/small_pair/README.md
 BASELINE = "none"
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
 DEFAULT_METHODS = (BASELINE, "ngram", "draft_model", "fixed K8", "failfast")
-OFFLINE_FLAGS = ("methods", "target", "drafter", "ar_drafter", "dtype", "compile", "max_model_len")
 CHANGING = ("command", "date")  # of the provenance, between a run and the one that resumes it
 
 Row = dict[str, Any]
@@ -75,8 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", "default: float32 on CPUs, else auto")
     add("--max-model-len", "default: 2048", type=int, metavar="N")
     add("--compile", "compile the models, as vLLM does by default", action="store_true")
-    add("--server", "measure an OpenAI-compatible server instead of own engines", metavar="URL")
-    add("--method-name", "what the server runs; default: failfast", metavar="NAME")
     add("--json", "write the results here, and a table to the same name with .md", metavar="FILE")
     add("--plots", "write PNGs into this folder (needs matplotlib)", metavar="DIR")
     add("--resume", "keep the points that --json FILE holds already", action="store_true")
@@ -118,13 +111,6 @@ class Job:
 
 def prepare(args: argparse.Namespace) -> Job:
     """Check a command; raises ValueError or OSError in one line."""
-    if args.server:
-        for name in OFFLINE_FLAGS:
-            if getattr(args, name):
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} does not go with --server, whose engine is not ours.")
-    elif args.method_name:
-        raise ValueError("--method-name names what a server runs. Add --server URL.")
     for name in ("concurrency", "repeats", "requests_per_point", "num_prompts", "max_tokens"):
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:
@@ -257,8 +243,8 @@ def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run
 def _percentiles(name: str, values: list[float]) -> dict[str, float | None]:
     import numpy as np
 
-    found = np.percentile(values, [50, 99]).tolist() if values else [math.nan, math.nan]
-    return {f"{name}_p50_ms": rounded(found[0]), f"{name}_p99_ms": rounded(found[1])}
+    p50, p99 = np.percentile(values, [50, 99]).round(3).tolist() if values else (None, None)
+    return {f"{name}_p50_ms": p50, f"{name}_p99_ms": p99}
 
 
 def provenance(**settings: Any) -> dict[str, Any]:
@@ -319,8 +305,7 @@ def run(job: Job) -> dict[str, Any]:
     for name, reason in job.left_out.items():
         print(f"failfast bench: {name} is left out: {reason}.", file=sys.stderr)
     with contextlib.ExitStack() as stack:
-        start = _server_methods if args.server else _offline_methods
-        chosen, settings = start(job, stack)
+        chosen, settings = _offline_methods(job, stack)
         facts = provenance(
             **settings,
             prompts=f"{Path(args.prompts).name if args.prompts else 'held-out'}, "
@@ -426,25 +411,6 @@ def _offline_methods(job: Job, stack: contextlib.ExitStack) -> tuple[Makers, dic
         "methods": {name: shown[name] for name in job.methods},
     }
     return {name: maker(name) for name in job.methods}, settings
-
-
-def _server_methods(job: Job, stack: contextlib.ExitStack) -> tuple[Makers, dict[str, Any]]:
-    """What a running server can be asked as: with drafts, and without where it can be told so."""
-    args = job.args
-    server = Server(args.server, job.prompts, args.max_tokens, {}).connect()
-    asked = {args.method_name or "failfast": server}
-    if server.understands_failfast():
-        plain = Server(args.server, job.prompts, args.max_tokens, {MAX_LEN: 0})
-        asked = {BASELINE: plain, **asked}
-    else:
-        print("failfast bench: the server has no failfast; only it is measured.", file=sys.stderr)
-    settings = {
-        "server": server.url,
-        "server_version": server.version(),
-        "target": server.model,
-        "methods": {name: each.extra for name, each in asked.items()},
-    }
-    return {name: each.connect for name, each in asked.items()}, settings
 
 
 def earlier_rows(path: Path, facts: dict[str, Any]) -> list[Row]:

@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--target", type=Path, metavar="PATH", help="default: the shipped target")
     demo.add_argument("--drafter", type=Path, metavar="PATH", help="default: the target's own")
-    text = "Compare drafting methods by concurrency, offline or against a server."
+    text = "Compare drafting methods by concurrency."
     measure = commands.add_parser("bench", help=text, description=text)
     measure.set_defaults(run=_bench)
     bench.add_arguments(measure)
@@ -367,7 +367,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    is_shipped = not args.server and not args.target
+    is_shipped = not args.target
     problems = [shipped_problem(MODELS_DIR / name) for name in SHIPPED if is_shipped]
     if any(problems):
         raise UsageError(f"{'; '.join(filter(None, problems))}. {REINSTALL}")

@@ -1,14 +1,12 @@
 """Closed loops: a number of requests in flight, each replaced at once when it ends.
 
-`EngineProcess` and `Server` answer prompts in such a loop and yield a `Run`: what was answered,
-how fast, and what became of the drafts. Engines take turns within a run, each on its own clock: a
+`EngineProcess` answers prompts in such a loop and yields a `Run`: what was answered, how fast, and
+what became of the drafts. Engines take turns within a run, each on its own clock: a
 machine's speed may drift by half within a minute, and ratios of whole runs show little else.
 """
 
-import asyncio
 import contextlib
 import json
-import math
 import multiprocessing
 import os
 import time
@@ -20,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from failfast_vllm.config import MODELS_DIR
-from failfast_vllm.integration.requests import MAX_LEN
 from failfast_vllm.tools.offline import TracedRound, adapter, encode, engine, traced
 
 NUM_BINS = 10  # of the confidence
@@ -39,7 +36,7 @@ class Tally:
     num_drafts: int = 0
     num_drafted: int = 0  # tokens
     num_accepted: int = 0
-    num_passes: float = 0.0  # of the drafter; nan = unknown
+    num_passes: int = 0  # of the drafter
     lengths: Counter[int] = field(default_factory=Counter)  # draft length -> drafts
     drafted: Counter[int] = field(default_factory=Counter)  # position -> tokens
     accepted: Counter[int] = field(default_factory=Counter)
@@ -48,7 +45,7 @@ class Tally:
     confidence: Counter[int] = field(default_factory=Counter)  # of them the sum
 
     def add(
-        self, num_drafted: int, num_accepted: int, num_passes: float, confidences: Sequence[float]
+        self, num_drafted: int, num_accepted: int, num_passes: int, confidences: Sequence[float]
     ) -> None:
         """Count one verified draft, which is not empty; `confidences` may be fewer than tokens."""
         self.num_drafts += 1
@@ -76,7 +73,7 @@ class Tally:
         rounds = max(1, self.num_drafts)
         return {
             "acceptance_length": round(1 + self.num_accepted / rounds, 3),
-            "passes_per_round": rounded(self.num_passes / rounds),
+            "passes_per_round": round(self.num_passes / rounds, 3),
             "drafts": self.num_drafts,
             "drafted_tokens": self.num_drafted,
             "accepted_tokens": self.num_accepted,
@@ -99,16 +96,11 @@ def _by_position(counts: Counter[int]) -> list[int]:
     return [counts[i] for i in range(max(counts, default=-1) + 1)]
 
 
-def rounded(value: float) -> float | None:
-    """For JSON, which has no nan."""
-    return None if math.isnan(value) else round(value, 3)
-
-
 class Served(NamedTuple):
     """One answered request."""
 
     num_tokens: int
-    ttft_ms: float  # to the first token; nan = unknown
+    ttft_ms: float  # to the first token
     latency_ms: float
 
     @property
@@ -122,7 +114,7 @@ class Run:
     """One closed loop of one method."""
 
     seconds: float
-    answers: list[Any]  # token ids or text, in the order of the prompts
+    answers: list[list[int]]  # token ids, in the order of the prompts
     served: list[Served]
     tally: Tally
     trajectory: list[TracedRound]  # of the first answer, where the drafter reports its rounds
@@ -344,140 +336,3 @@ def _work(
                             pipe.recv()  # our next turn
     except Exception as error:
         pipe.send(" ".join(f"{type(error).__name__}: {error}".split()))
-
-
-class Server:
-    """An OpenAI-compatible server, asked as one method."""
-
-    def __init__(self, url: str, prompts: list[Prompt], max_tokens: int, xargs: Prompt) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.prompts, self.max_tokens = prompts, max_tokens
-        self.extra = {"vllm_xargs": xargs} if xargs else {}
-        self.model = ""  # set by `connect`
-
-    def connect(self) -> "Server":
-        """Ask for the model's name; raises ValueError where there is no such server."""
-        found = asyncio.run(self._get("/v1/models"))
-        try:
-            self.model = json.loads(found)["data"][0]["id"]
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(
-                f"{self.url} is no OpenAI-compatible server. Correct --server."
-            ) from None
-        return self
-
-    def version(self) -> str:
-        """vLLM's, or what else it is."""
-        try:
-            return str(json.loads(asyncio.run(self._get("/version")))["version"])
-        except (ValueError, LookupError, TypeError):
-            return "unknown"
-
-    def understands_failfast(self) -> bool:
-        """Whether its drafts can be switched off per request: a wrong limit must be refused."""
-        probe = {"prompt": "a", "max_tokens": 1, "vllm_xargs": {MAX_LEN: -1}}
-        try:
-            asyncio.run(self._complete_once(probe))
-        except ValueError as error:
-            return MAX_LEN in str(error)
-        return False
-
-    def __call__(self, concurrency: int, num_requests: int) -> Iterator[Run]:
-        """A closed loop in a single turn: a server cannot be told to stand still."""
-        yield asyncio.run(self._closed_loop(concurrency, num_requests))
-
-    async def _closed_loop(self, concurrency: int, num_requests: int) -> Run:
-        import aiohttp
-
-        waiting = enumerate(islice(cycle(self.prompts), num_requests))
-        answers, served = dict[int, str](), dict[int, Served]()
-        before = await self._counters()
-        connector = aiohttp.TCPConnector(limit=0)
-        timeout = aiohttp.ClientTimeout(total=None)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-
-            async def client() -> None:
-                for i, prompt in waiting:
-                    body = {**prompt, "max_tokens": self.max_tokens, "temperature": 0, **self.extra}
-                    began = time.perf_counter()
-                    answers[i], num_tokens = await self._complete(session, body)
-                    latency_ms = (time.perf_counter() - began) * 1e3
-                    served[i] = Served(num_tokens, math.nan, latency_ms)
-
-            start = time.perf_counter()
-            await asyncio.gather(*(client() for _ in range(concurrency)))
-            seconds = time.perf_counter() - start
-        tally = _tally_of(before, await self._counters())
-        order = range(num_requests)
-        return Run(seconds, [answers[i] for i in order], [served[i] for i in order], tally, [])
-
-    async def _complete_once(self, body: Prompt) -> None:
-        import aiohttp
-
-        async with aiohttp.ClientSession() as session:
-            await self._complete(session, body)
-
-    async def _complete(self, session: Any, body: Prompt) -> tuple[str, int]:
-        """An answer and its number of tokens; raises ValueError with the server's complaint."""
-        import aiohttp
-
-        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-        try:
-            async with session.post(
-                self.url + path, json={"model": self.model, **body}
-            ) as response:
-                text = await response.text()
-        except (aiohttp.ClientError, OSError) as error:
-            raise ValueError(f"the server {self.url} went away ({error}).") from None
-        if response.status != 200:
-            raise ValueError(f"{self.url}{path} answered {response.status}: {text[:300]}")
-        found = json.loads(text)
-        (choice,) = found["choices"]
-        answer = choice["message"]["content"] if "messages" in body else choice["text"]
-        return answer or "", found["usage"]["completion_tokens"]
-
-    async def _counters(self) -> Counter[str | int]:
-        """vLLM's counters of drafts by name, and of accepted tokens by position; or nothing."""
-        from prometheus_client.parser import text_string_to_metric_families
-
-        try:
-            text = await self._get("/metrics")
-        except ValueError:
-            return Counter()
-        found: Counter[str | int] = Counter()
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                name = sample.name.removeprefix("vllm:spec_decode_num_").removesuffix("_total")
-                if sample.name == f"vllm:spec_decode_num_{name}_total":
-                    position = sample.labels.get("position")
-                    found[int(position) if position else name] += int(sample.value)
-        return found
-
-    async def _get(self, path: str) -> str:
-        import aiohttp
-
-        try:
-            async with (
-                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session,
-                session.get(self.url + path) as response,
-            ):
-                text = await response.text()
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise ValueError(
-                f"the server {self.url} is not reachable ({error}). Start it or correct --server."
-            ) from None
-        if response.status != 200:
-            raise ValueError(f"{self.url}{path} answered {response.status}. Correct --server.")
-        return text
-
-
-def _tally_of(before: Counter[str | int], after: Counter[str | int]) -> Tally:
-    """What a server's counters say of the time between; draft passes are not among them."""
-    grown = Counter({key: after[key] - before[key] for key in after})
-    return Tally(
-        grown["drafts"],
-        grown["draft_tokens"],
-        grown["accepted_tokens"],
-        math.nan if grown["drafts"] else 0.0,
-        accepted=Counter({key: n for key, n in grown.items() if isinstance(key, int) and n}),
-    )

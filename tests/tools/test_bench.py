@@ -1,24 +1,20 @@
-"""`failfast bench`: its arithmetic on made-up runs, a small real run, and a fake server."""
+"""`failfast bench`: its arithmetic on made-up runs, and a small real run."""
 
-import asyncio
 import json
-import math
 import multiprocessing
 import subprocess
 import sys
-import threading
 import types
-from collections import Counter, namedtuple
+from collections import namedtuple
 from itertools import count
 from pathlib import Path
 
 import pytest
-from aiohttp import web
 
 from failfast_vllm.config import POLICIES, FailFastConfig
 from failfast_vllm.tools import bench, cli
 from failfast_vllm.tools import load_generator as closed_loop
-from failfast_vllm.tools.load_generator import Run, Served, Server, Tally
+from failfast_vllm.tools.load_generator import Run, Served, Tally
 from failfast_vllm.tools.offline import TracedRound
 
 COMMAND = str(Path(sys.executable).with_name("failfast"))
@@ -261,13 +257,6 @@ def test_results_are_resumed_only_with_the_same_settings(tmp_path):
         (["--resume"], "--resume continues a file. Add --json FILE."),
         (["--target", "{tmp}"], "has no config.json"),
         (["--drafter", "./nowhere"], "has no config.json"),
-        (["--method-name", "eagle"], "Add --server URL."),
-        (
-            ["--server", "http://127.0.0.1:9", "--dtype", "auto"],
-            "--dtype does not go with --server",
-        ),
-        (["--server", "http://127.0.0.1:9"], "is not reachable"),
-        (["--server", "nonsense"], "is not reachable"),
     ],
 )
 def test_bad_input_is_one_line(argv, message, tmp_path, capsys, monkeypatch):
@@ -393,152 +382,41 @@ def test_a_complete_file_is_resumed_without_engines(real):
     assert "safetensors" not in done.stderr  # nothing was loaded
 
 
-class FakeServer:
-    """Enough of vLLM's server: answers after 20 ms, and drafts unless a request forbids it."""
-
-    def __init__(self, has_failfast=True):
-        self.has_failfast = has_failfast
-        self.counters = Counter()
-        self.in_flight, self.seen = [], []
-        self._running = 0
-        app = web.Application()
-        app.router.add_get("/v1/models", self.models)
-        app.router.add_get("/version", self.version)
-        app.router.add_get("/metrics", self.metrics)
-        app.router.add_post("/v1/completions", self.complete)
-        app.router.add_post("/v1/chat/completions", self.complete)
-        self.runner = web.AppRunner(app)
-        self.loop = asyncio.new_event_loop()
-        ready = threading.Event()
-        self.thread = threading.Thread(target=self.serve, args=(ready,), daemon=True)
-        self.thread.start()
-        assert ready.wait(10)
-
-    def serve(self, ready):
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_until_complete(self.runner.setup())
-        site = web.TCPSite(self.runner, "127.0.0.1", 0)
-        self.loop.run_until_complete(site.start())
-        self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
-        ready.set()
-        self.loop.run_forever()
-
-    def close(self):
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(10)
-        self.loop.run_until_complete(self.runner.cleanup())
-        self.loop.close()
-
-    async def models(self, request):
-        return web.json_response({"data": [{"id": "tiny"}]})
-
-    async def version(self, request):
-        return web.json_response({"version": "9.9"})
-
-    async def metrics(self, request):
-        lines = ["# TYPE vllm:other_total counter", "vllm:other_total 7.0"]
-        for name in ("drafts", "draft_tokens", "accepted_tokens"):
-            lines.append(f"# TYPE vllm:spec_decode_num_{name}_total counter")
-            lines.append(f'vllm:spec_decode_num_{name}_total{{engine="0"}} {self.counters[name]}')
-        name = "vllm:spec_decode_num_accepted_tokens_per_pos"
-        lines.append(f"# TYPE {name}_total counter")
-        for position in range(3):
-            lines.append(f'{name}_total{{position="{position}"}} {self.counters[position]}')
-        return web.Response(text="\n".join(lines) + "\n")
-
-    async def complete(self, request):
-        body = await request.json()
-        self.seen.append(body)
-        limit = body.get("vllm_xargs", {}).get("failfast_max_len")
-        if self.has_failfast and limit == -1:
-            return web.json_response({"message": "'failfast_max_len' must be"}, status=400)
-        self._running += 1
-        self.in_flight.append(self._running)
-        await asyncio.sleep(0.02)
-        self._running -= 1
-        if limit != 0:  # two drafts of 3 tokens: all accepted, and the first alone
-            self.counters.update({"drafts": 2, "draft_tokens": 6, "accepted_tokens": 4})
-            self.counters.update([0, 0, 1, 2])
-        answer = {"text": "b"} if "prompt" in body else {"message": {"content": "a"}}
-        return web.json_response({"choices": [answer], "usage": {"completion_tokens": 6}})
+def test_an_engine_that_cannot_start_says_why():
+    """Catches a parent that waits for ever, or shows a traceback of pickles."""
+    with pytest.raises(ValueError, match=r"the engine of 'x' failed: .*nowhere"):
+        closed_loop.EngineProcess("x", None, {"model": "/nowhere"}, [], 5)
 
 
-@pytest.fixture
-def fake():
-    servers = []
-
-    def make(**options):
-        servers.append(FakeServer(**options))
-        return servers[-1]
-
-    yield make
-    for server in servers:
-        server.close()
+def test_an_engine_that_died_is_named():
+    dead = object.__new__(closed_loop.EngineProcess)
+    dead.name, (dead._pipe, theirs) = "x", multiprocessing.Pipe()
+    theirs.close()
+    with pytest.raises(ValueError, match="the engine of 'x' died"):
+        next(dead(1, 2))
 
 
-def test_a_server_is_asked_with_and_without_drafts(fake, tmp_path, capsys):
-    """Catches counters of one method counted for the other, and loops with too few in flight."""
-    server = fake()
-    prompts = tmp_path / "prompts.jsonl"
-    messages = [{"role": "user", "content": "q"}]
-    prompts.write_text(json.dumps({"messages": messages}) + '\n{"prompt": "b"}\n')
-    path = tmp_path / "found.json"
-    argv = ["bench", "--server", server.url + "/v1/", "--prompts", str(prompts), "--repeats", "2"]
-    argv += ["--concurrency", "1", "3", "--requests-per-point", "6", "--json", str(path)]
-    assert cli.main(argv) == 0
-    assert "| 3 | failfast | " in capsys.readouterr().out
-    found = json.loads(path.read_text(encoding="utf-8"))
-    facts = found["provenance"]
-    assert (facts["target"], facts["server_version"]) == ("tiny", "9.9")
-    rows = {(row["method"], row["concurrency"]): row for row in found["rows"]}
-    assert list(rows) == [(m, c) for c in (1, 3) for m in ("none", "failfast")]
-    for (method, _), row in rows.items():
-        assert row["requests"] == 12  # the warm-up is not among them
-        assert row["answers_equal_to_none"] == 1.0
-        assert row["ttft_p50_ms"] is None
-        assert row["latency_p50_ms"] >= 20
-        if method == "none":
-            assert (row["drafts"], row["acceptance_length"]) == (0, 1.0)
-            assert row["passes_per_round"] == 0
-        else:
-            assert (row["drafts"], row["drafted_tokens"]) == (24, 72)
-            assert row["acceptance_length"] == 3.0
-            assert row["accepted_per_position"] == [24, 12, 12]
-            assert row["passes_per_round"] is None  # a server does not tell
-    assert max(server.in_flight) == 3
-    asked = server.seen[1:]  # after the probe
-    assert all(body["temperature"] == 0 and body["max_tokens"] == 200 for body in asked)
-    assert Counter(json.dumps(body.get("vllm_xargs")) for body in asked) == {
-        '{"failfast_max_len": 0}': 36,
-        "null": 36,
-    }
+class FakeProcess:
+    """In place of an engine's process: all answers at once, in the second turn."""
+
+    def __init__(self, name, *settings):
+        self.name = name
+
+    def __call__(self, concurrency, num_requests):
+        yield None
+        yield made_up(1.0, [[1, 2]] * num_requests)
+
+    @staticmethod
+    def close(engines):
+        pass
 
 
-def test_a_server_without_failfast_is_measured_alone(fake, tmp_path, capsys):
-    """Catches "none" measured with drafts, because the server does not know the key."""
-    server, path = fake(has_failfast=False), tmp_path / "found.json"
-    argv = ["bench", "--server", server.url, "--method-name", "eagle", "--repeats", "1"]
-    argv += ["--concurrency", "2", "--requests-per-point", "4", "--json", str(path)]
-    argv += ["--plots", str(tmp_path / "plots")]
-    assert cli.main(argv) == 0
-    assert "only it is measured" in capsys.readouterr().err
-    (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    assert (row["method"], row["speedup"], row["acceptance_length"]) == ("eagle", None, 3.0)
-    # a server tells neither draft lengths nor confidences
-    assert {p.name for p in (tmp_path / "plots").iterdir()} == {"throughput.png"}
-
-
-def test_a_complaint_of_the_server_is_one_line(fake):
-    server = Server(fake().url, [{"prompt": "a"}], 5, {"failfast_max_len": -1}).connect()
-    with pytest.raises(ValueError, match=r"/v1/completions answered 400: .*failfast_max_len"):
-        next(server(2, 4))
-
-
-def test_points_are_written_as_they_are_measured(fake, tmp_path, monkeypatch):
+def test_points_are_written_as_they_are_measured(tmp_path, monkeypatch):
     """Catches a killed run that has nothing to show, and one that begins from the start again."""
-    server, path = fake(), tmp_path / "found.json"
-    argv = ["bench", "--server", server.url, "--repeats", "1", "--requests-per-point", "2"]
+    path = tmp_path / "found.json"
+    argv = ["bench", "--methods", "failfast", "--repeats", "1", "--requests-per-point", "2"]
     argv += ["--json", str(path), "--concurrency", "1", "2"]
+    monkeypatch.setattr(bench, "EngineProcess", FakeProcess)
     point, calls = bench.measure_point, count()
 
     def measure_point(*args):
@@ -557,20 +435,8 @@ def test_points_are_written_as_they_are_measured(fake, tmp_path, monkeypatch):
     assert [row["concurrency"] for row in rows] == [1, 1, 2, 2]
 
 
-def test_an_engine_that_cannot_start_says_why():
-    """Catches a parent that waits for ever, or shows a traceback of pickles."""
-    with pytest.raises(ValueError, match=r"the engine of 'x' failed: .*nowhere"):
-        closed_loop.EngineProcess("x", None, {"model": "/nowhere"}, [], 5)
-
-
-def test_an_engine_that_died_is_named():
-    dead = object.__new__(closed_loop.EngineProcess)
-    dead.name, (dead._pipe, theirs) = "x", multiprocessing.Pipe()
-    theirs.close()
-    with pytest.raises(ValueError, match="the engine of 'x' died"):
-        next(dead(1, 2))
-
-
-def test_nan_is_no_json():
-    assert closed_loop.rounded(math.nan) is None
-    assert closed_loop.rounded(1.23456) == 1.235
+def test_what_was_not_measured_is_null():
+    """Catches nan, which is no JSON: answers of one token have no time per further token."""
+    row = bench.make_row("x", 1, [made_up(1.0, [[1]])], None)
+    assert (row["tpot_p50_ms"], row["tpot_p99_ms"]) == (None, None)
+    json.dumps(row, allow_nan=False)
