@@ -12,21 +12,22 @@ from pathlib import Path
 import pytest
 
 from failfast_vllm.config import POLICIES, FailFastConfig
-from failfast_vllm.tools import bench, cli
+from failfast_vllm.tools import bench, cli, report
 from failfast_vllm.tools import load_generator as closed_loop
-from failfast_vllm.tools.load_generator import Run, Served, Tally
+from failfast_vllm.tools.load_generator import Run, Served, StepTimes, Stopwatch
 from failfast_vllm.tools.offline import TracedRound
+from failfast_vllm.tools.tally import Tally
 
 COMMAND = str(Path(sys.executable).with_name("failfast"))
 PNG = b"\x89PNG\r\n\x1a\n"
 FIGURES = ("throughput", "draft_lengths", "acceptance", "reliability", "trajectory")
 
 
-def made_up(seconds, answers, tally=None):
+def made_up(seconds, answers, step_times=None):
     """A run of requests with 10 ms to the first token and 5 ms for each that follows."""
     served = [Served(len(ids), 10.0, 10.0 + 5.0 * (len(ids) - 1)) for ids in answers]
     traced = [TracedRound([], [], [1], 1), TracedRound([2, 3], [4], [5], 1)]
-    return Run(seconds, answers, served, tally or Tally(), traced)
+    return Run(seconds, answers, served, Tally(), traced, step_times)
 
 
 def test_a_row_by_hand():
@@ -85,13 +86,11 @@ def test_the_warm_up_is_not_counted_and_methods_take_turns():
 
     bar = types.SimpleNamespace(update=lambda: None, set_description=lambda text: None)
     contenders = {name: contender(name) for name in ("none", "x")}
-    rows = bench.measure_point(contenders, 4, 2, 12, bar)
+    runs = bench.measure_point(contenders, 4, 2, 12, bar)
     turns = [("none", 4, 12), ("x", 4, 12)] * 2 + [("none", "ends"), ("x", "ends")]
     assert order == turns * 3
-    assert [(row["method"], row["speedups"]) for row in rows] == [
-        ("none", [1.0, 1.0]),
-        ("x", [2.0, 2.0]),
-    ]
+    seconds = {name: [run.seconds for run in found] for name, found in runs.items()}
+    assert seconds == {"none": [1.0, 1.0], "x": [0.5, 0.5]}
 
 
 class FakeEngine:
@@ -134,6 +133,7 @@ def loop(monkeypatch, first_rounds, pause=lambda: None):
         stood_still=slept.append,
         tally=Tally(),
         first_rounds=first_rounds,
+        step_times=lambda: None,
         reports_rounds=first_rounds is not None,
     )
     llm, prompts = FakeEngine(), [{"prompt_token_ids": [i]} for i in (0, 1)]
@@ -212,32 +212,127 @@ def test_methods_cover_all_policies_and_say_what_load_does():
 def test_tables():
     none, other = made_up(1.0, [[1, 2]]), made_up(0.5, [[1, 2]])
     rows = [bench.make_row("none", 1, [none], [none]), bench.make_row("x", 1, [other], [none])]
-    assert bench.speedups_table(rows).splitlines() == [
+    assert report.speedups_table(rows).splitlines() == [
         "| concurrency | none, tokens/s | x |",
         "| --- | --- | --- |",
         "| 1 | 2 | 2.00x |",
     ]
-    last = bench.full_table(rows).splitlines()[-1]
+    last = report.full_table(rows).splitlines()[-1]
     assert last.startswith("| 1 | x | 4 | 2.00x | ")
     assert last.endswith(" | 100.0% |")
     rows[1]["ttft_p50_ms"] = None
-    assert " | - | " in bench.full_table(rows)
+    assert " | - | " in report.full_table(rows)
+
+
+def test_milliseconds_per_step():
+    """Catches means of means, and zeros where nothing was timed."""
+    times = [StepTimes(2, 8.0, 1.0, 6.0, 0.5), StepTimes(8, 12.0, 1.0, 34.0, 4.5)]
+    row = bench.make_row("x", 1, [made_up(1.0, [[1, 2]], each) for each in times], None)
+    found = [row[key] for key in ("draft_ms", "own_ms", "verify_ms", "other_ms")]
+    assert found == [2.0, 0.2, 4.0, 0.5]
+    assert " | 2.00 | 0.20 | 4.00 | 0.50 | " in report.full_table([row])
+    untimed = bench.make_row("x", 1, [made_up(1.0, [[1, 2]])], None)
+    assert " | - | - | - | - | " in report.full_table([untimed])
+
+
+def test_a_stopwatch(monkeypatch):
+    """Catches calls that fail and are not counted, and results that get lost."""
+    now = [0.0]
+    monkeypatch.setattr(closed_loop.time, "perf_counter", lambda: now[0])
+
+    def sleep(seconds, fails=False):
+        now[0] += seconds
+        if fails:
+            raise KeyError
+        return seconds
+
+    owner, stopwatch = types.SimpleNamespace(sleep=sleep), Stopwatch()
+    stopwatch.wrap(owner, "sleep", "asleep")
+    stopwatch.wrap(owner, "no such method", "never")
+    assert owner.sleep(0.5) == 0.5
+    with pytest.raises(KeyError):
+        owner.sleep(0.25, fails=True)
+    assert (stopwatch.ms, stopwatch.calls) == ({"asleep": 750.0}, {"asleep": 2})
+
+
+class FakeProcess:
+    """In place of an engine's process: all answers at once, in the second turn."""
+
+    running, started = [], []
+
+    def __init__(self, name, config, engine_args, prompts, max_tokens):
+        FakeProcess.running.append(name)
+        FakeProcess.started.append((list(FakeProcess.running), engine_args))
+
+    def __call__(self, concurrency, num_requests):
+        yield None
+        yield made_up(1.0, [[1, 2]] * num_requests)
+
+    @staticmethod
+    def close(engines):
+        FakeProcess.running = FakeProcess.running[len(engines) :]
+
+
+@pytest.fixture
+def fake_processes(monkeypatch):
+    monkeypatch.setattr(FakeProcess, "running", [])
+    monkeypatch.setattr(FakeProcess, "started", [])
+    monkeypatch.setattr(bench, "EngineProcess", FakeProcess)
+    return FakeProcess
+
+
+def bench_on(monkeypatch, device, argv):
+    """The exit code of a run with fake engines on a device of this type."""
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(current_platform, "device_type", device)
+    monkeypatch.setattr(report, "_device", lambda: device)
+    small = ["--repeats", "1", "--requests-per-point", "2", "--concurrency", "1", "2"]
+    return cli.main(["bench", "--methods", "ngram", "failfast", *small, *argv])
+
+
+def test_one_gpu_holds_one_engine_of_a_given_target(tmp_path, monkeypatch, capsys, fake_processes):
+    """Catches a GPU's memory cut into parts that no model fits into, and points that go missing."""
+    (tmp_path / "config.json").write_text("{}")
+    path = tmp_path / "found.json"
+    argv = ["--target", str(tmp_path), "--json", str(path)]
+    assert bench_on(monkeypatch, "cuda", argv) == 0
+    names = [["none"], ["ngram"], ["failfast"]]
+    assert [running for running, _ in fake_processes.started] == names
+    assert not any("gpu_memory_utilization" in given for _, given in fake_processes.started)
+    assert "one after another" in capsys.readouterr().err
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["provenance"]["engines"] == "one after another"
+    rows = [(row["concurrency"], row["method"]) for row in found["rows"]]
+    assert rows == [(c, name) for c in (1, 2) for (name,) in names]
+    assert {row["speedup"] for row in found["rows"]} == {1.0}
+
+
+@pytest.mark.parametrize(("device", "share"), [("cuda", 0.3), ("cpu", None)])
+def test_small_engines_take_turns(device, share, tmp_path, monkeypatch, capsys, fake_processes):
+    """The shipped pair fits in beside itself, and so does anything on a CPU."""
+    assert bench_on(monkeypatch, device, []) == 0
+    assert fake_processes.started[-1][0] == ["none", "ngram", "failfast"]
+    assert not fake_processes.running
+    shares = {given.get("gpu_memory_utilization") for _, given in fake_processes.started}
+    assert shares == {share}
+    assert "one after another" not in capsys.readouterr().err
 
 
 def test_results_are_resumed_only_with_the_same_settings(tmp_path):
     """Catches points of another measurement mixed in; a later date or more points are no other."""
     path = tmp_path / "found.json"
     facts = {"command": "a", "date": "today", "dtype": "float32"}
-    assert bench.earlier_rows(path, facts) == []
+    assert report.earlier_rows(path, facts) == []
     path.write_text(json.dumps({"provenance": facts, "rows": [{"concurrency": 1}]}))
-    assert bench.earlier_rows(path, {**facts, "command": "b", "date": "later"}) == [
+    assert report.earlier_rows(path, {**facts, "command": "b", "date": "later"}) == [
         {"concurrency": 1}
     ]
     with pytest.raises(ValueError, match="was measured with dtype 'float32'; got 'bfloat16'"):
-        bench.earlier_rows(path, {**facts, "dtype": "bfloat16"})
+        report.earlier_rows(path, {**facts, "dtype": "bfloat16"})
     path.write_text("[]")
     with pytest.raises(ValueError, match="holds no results"):
-        bench.earlier_rows(path, facts)
+        report.earlier_rows(path, facts)
 
 
 @pytest.mark.parametrize(
@@ -339,15 +434,23 @@ def test_a_real_run_agrees_with_itself(real):
         # requests overlap: their rates add up to at least the whole's
         assert row["tokens_per_second_per_request"] * concurrency > 0.9 * row["tokens_per_second"]
         assert sum(row["draft_lengths"].values()) == row["drafts"]
+        # a step's times are those of all requests in it
+        in_steps = [row[f"{part}_ms"] for part in ("draft", "verify", "other")]
+        assert min(in_steps[1:]) > 0
+        assert row["own_ms"] <= row["draft_ms"]
+        assert sum(in_steps) < row["latency_p99_ms"]
         assert sum(row["drafted_per_position"]) == row["drafted_tokens"]
         assert sum(row["accepted_per_position"]) == row["accepted_tokens"]
         if method == "none":
             assert (row["acceptance_length"], row["passes_per_round"], row["drafts"]) == (1, 0, 0)
+            assert row["own_ms"] == 0
+            assert row["draft_ms"] < 0.1 * row["verify_ms"]
             continue
         length = 1 + row["accepted_tokens"] / row["drafts"]
         assert row["acceptance_length"] == pytest.approx(length, abs=1e-3)
         assert row["acceptance_length"] > 1.5
         assert row["passes_per_round"] >= 1
+        assert 0 < row["own_ms"] < row["draft_ms"]
         judged = sum(each["count"] for each in row["reliability"])
         right = sum(each["accepted"] for each in row["reliability"])
         assert right <= judged <= row["drafted_tokens"]
@@ -396,27 +499,11 @@ def test_an_engine_that_died_is_named():
         next(dead(1, 2))
 
 
-class FakeProcess:
-    """In place of an engine's process: all answers at once, in the second turn."""
-
-    def __init__(self, name, *settings):
-        self.name = name
-
-    def __call__(self, concurrency, num_requests):
-        yield None
-        yield made_up(1.0, [[1, 2]] * num_requests)
-
-    @staticmethod
-    def close(engines):
-        pass
-
-
-def test_points_are_written_as_they_are_measured(tmp_path, monkeypatch):
+def test_points_are_written_as_they_are_measured(tmp_path, monkeypatch, fake_processes):
     """Catches a killed run that has nothing to show, and one that begins from the start again."""
     path = tmp_path / "found.json"
     argv = ["bench", "--methods", "failfast", "--repeats", "1", "--requests-per-point", "2"]
     argv += ["--json", str(path), "--concurrency", "1", "2"]
-    monkeypatch.setattr(bench, "EngineProcess", FakeProcess)
     point, calls = bench.measure_point, count()
 
     def measure_point(*args):
