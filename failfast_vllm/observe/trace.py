@@ -207,14 +207,7 @@ def read(path: str | Path) -> Trace:
     Raises:
         ValueError: no trace, or a damaged line, with its number.
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8", errors="replace")
-    except OSError as error:
-        raise ValueError(
-            f"cannot read {path} ({error.strerror}); give a file that a server has written, "
-            "see --record."
-        ) from None
-    lines = text.split("\n")[:-1]  # after the last newline: nothing, or a line that is cut
+    lines = _whole_lines(path)
     headers: list[dict[str, Any]] = []
     rounds: list[Round] = []
     first_request = 0  # of this run
@@ -241,6 +234,17 @@ def read(path: str | Path) -> Trace:
     if not headers:
         raise ValueError(f"{path} is empty; wait until the server has run a step.")
     return Trace(headers, rounds)
+
+
+def _whole_lines(path: str | Path) -> list[str]:
+    try:
+        text = Path(path).read_bytes().decode("utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {path} ({error.strerror}); give a file that a server has written, "
+            "see --record."
+        ) from None
+    return text.split("\n")[:-1]  # after the last newline: nothing, or a line that is cut
 
 
 def is_trace(path: Path) -> bool:

@@ -1,12 +1,13 @@
-"""`failfast bench`: drafting methods side by side, by concurrency, in engines of its own.
+"""`failfast bench`: drafting methods side by side, by concurrency.
 
 A closed loop keeps `concurrency` requests in flight; each that ends is replaced at once. Every
-method has an engine in a process of its own (vLLM's ngram imports numba, after which no
-second engine starts in a process), and one of them works at a time. Within each repeat they take
-turns of a quarter second, so that all see the same machine; a figure is the median over the repeats
-or the sum of their counts, a speed-up the median of the ratios within a repeat. The first round of
-every point is a warm-up (a CPU compiles its matrix kernels per row count) and is not counted.
-Results are written after every point.
+method has an engine in a process of its own (vLLM's ngram imports numba, after which no second
+engine starts in a process), and one of them works at a time. Within each repeat they take turns of
+a quarter second, so that all see the same machine; on a GPU, the engines of a `--target` run one
+after another instead, each with the whole memory. A figure is the median over the repeats or the
+sum of their counts, a speed-up the median of the ratios within a repeat. The first round of every
+point is a warm-up (a CPU compiles its matrix kernels per row count) and is not counted. Results are
+written as soon as all methods have a point.
 """
 
 import argparse
@@ -47,8 +48,8 @@ BASELINE = "none"
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
 DEFAULT_METHODS = (BASELINE, "ngram", "draft_model", "fixed K8", "failfast")
 ONE_AFTER_ANOTHER = (
-    "failfast bench: one GPU does not hold several engines of this target, so the methods run one "
-    "after another; speed-ups include what the machine's speed changed in between."
+    "failfast bench: each engine of --target gets the whole GPU, so the methods run one after "
+    "another; speed-ups include whatever changed on the machine in between."
 )
 
 # (concurrency, number of requests) -> the run; None before it, where others take their turns
@@ -161,6 +162,11 @@ def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
     return prompts[:: max(1, len(prompts) // count)][:count]
 
 
+def make_rows(concurrency: int, found: dict[str, list[Run]]) -> list[Row]:
+    """A row per method, of its runs at one concurrency."""
+    return [make_row(name, concurrency, runs, found[BASELINE]) for name, runs in found.items()]
+
+
 def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run] | None) -> Row:
     """One method at one concurrency; `baselines` are those of "none" in the same repeats."""
     tally = Tally()
@@ -253,10 +259,7 @@ def measure(job: Job) -> dict[str, Any]:
                     num_requests = args.requests_per_point or max(32, 4 * concurrency)
                     found |= measure_point(contenders, concurrency, args.repeats, num_requests, bar)
                     if len(found) == len(job.methods):
-                        rows += [
-                            make_row(name, concurrency, each, found[BASELINE])
-                            for name, each in found.items()
-                        ]
+                        rows += make_rows(concurrency, found)
                         rows.sort(key=lambda row: row["concurrency"])
                         save(result, args.json)
     save(result, args.json)

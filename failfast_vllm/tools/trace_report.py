@@ -87,16 +87,20 @@ def summarize(trace: Trace) -> dict[str, Any]:
             }
             for i in range(len(tally.drafted))
         ],
-        "reliability": [
-            {
-                "low": i / NUM_BINS,
-                "judged": judged,
-                "confidence": tally.confidence[i] / judged,
-                "acceptance": tally.right[i] / judged,
-            }
-            for i, judged in sorted(tally.judged.items())
-        ],
+        "reliability": _reliability(tally),
     }
+
+
+def _reliability(tally: Tally) -> list[dict[str, Any]]:
+    return [
+        {
+            "low": i / NUM_BINS,
+            "judged": judged,
+            "confidence": tally.confidence[i] / judged,
+            "acceptance": tally.right[i] / judged,
+        }
+        for i, judged in sorted(tally.judged.items())
+    ]
 
 
 def _histogram(tally: Tally) -> list[dict[str, int]]:
