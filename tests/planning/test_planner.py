@@ -10,7 +10,7 @@ import torch
 
 from cost_tables import cost_tables
 from failfast_vllm.drafting.records import Round
-from failfast_vllm.integration import startup
+from failfast_vllm.integration.measure import measure_costs
 from failfast_vllm.planning import planner as load
 from failfast_vllm.planning.planner import AcceptanceByPosition, Costs, CostTable, LoadPlanner
 
@@ -134,7 +134,7 @@ class BusyMachine:
             scheduler_config=types.SimpleNamespace(max_num_seqs=256, max_num_batched_tokens=2048),
             parallel_config=types.SimpleNamespace(data_parallel_size=1, tensor_parallel_size=1),
         )
-        return startup.measure_costs(
+        return measure_costs(
             lambda n: self.spend(self.true.verify(n)),
             drafter,
             config,
