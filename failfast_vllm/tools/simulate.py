@@ -22,7 +22,13 @@ import numpy as np
 from failfast_vllm.observe.trace import Round, Trace, describe
 from failfast_vllm.planning.planner import Costs, CostTable
 from failfast_vllm.tools import sizing as plan
-from failfast_vllm.tools.published_models import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
+from failfast_vllm.tools.model_size import Shape, shape_of
+from failfast_vllm.tools.published_models import (
+    GPUS,
+    PUBLISHED_DRAFTERS,
+    PUBLISHED_TARGETS,
+    Gpu,
+)
 
 Item = TypeVar("Item")
 
@@ -43,7 +49,7 @@ TABLE_SIZES = [2**i for i in range(14)]  # rows or tokens of a pass
 
 
 class Latency(Protocol):
-    """Times of one pass, in ms; `plan.CostModel` does."""
+    """Times of one pass, in ms; `CostModel` does."""
 
     def draft_ms(self, rows: Sequence[float], contexts: Sequence[float]) -> float:
         """One draft pass: [num_seqs] rows and known tokens."""
@@ -67,6 +73,23 @@ class FixedLatency(NamedTuple):
         return self.step_ms
 
 
+@dataclass(frozen=True)
+class CostModel:
+    """Modelled times of a pair on one GPU type; the shapes are those of a rank."""
+
+    gpu: Gpu
+    target: Shape
+    drafter: Shape
+
+    def draft_ms(self, rows: Sequence[float], contexts: Sequence[float]) -> float:
+        """One draft pass: [num_seqs] rows and cached tokens -> ms."""
+        return plan.pass_ms(self.gpu, self.drafter, rows, contexts)
+
+    def verify_ms(self, tokens: Sequence[float], contexts: Sequence[float]) -> float:
+        """One target step: [num_seqs] tokens (1 = no draft) and cached tokens -> ms."""
+        return plan.pass_ms(self.gpu, self.target, tokens, contexts)
+
+
 def latency_of(hardware: str, target: str) -> Latency:
     """The latency model of a machine and a target with the 1.5B drafter; raises ValueError."""
     for option, value, known in (("hardware", hardware, HARDWARE), ("target", target, TARGETS)):
@@ -75,10 +98,10 @@ def latency_of(hardware: str, target: str) -> Latency:
     if hardware == "a6000-2x":
         return FixedLatency(AUTHORS_DRAFT_PASS_MS, AUTHORS_STEP_MS[target])
     name = TARGETS[target]
-    return plan.CostModel(
-        plan.GPUS[hardware.upper()],
-        plan.shape_of(name, PUBLISHED_TARGETS[name]),
-        plan.shape_of(DRAFTER, PUBLISHED_DRAFTERS[DRAFTER]),
+    return CostModel(
+        GPUS[hardware.upper()],
+        shape_of(name, PUBLISHED_TARGETS[name]),
+        shape_of(DRAFTER, PUBLISHED_DRAFTERS[DRAFTER]),
     )
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from failfast_vllm.observe.trace import Round, Summary, Trace
 from failfast_vllm.tools import cli, simulate
-from failfast_vllm.tools import sizing as plan
 from failfast_vllm.tools.simulate import (
     TARGETS,
     FixedLatency,
@@ -87,7 +86,7 @@ def test_the_next_request_takes_the_place_at_once():
 def test_the_roofline_is_plans():
     """Catches tokens without the bonus, and a step that is charged for another context."""
     costs = latency_of("h200", "14B")
-    assert isinstance(costs, plan.CostModel)
+    assert isinstance(costs, simulate.CostModel)
     found = replay(TWO, costs, concurrency=2)
     verified = [([21, 11], [41, 71]), ([11], [53]), ([1], [54])]
     assert found.verify_ms == pytest.approx(sum(costs.verify_ms(*step) for step in verified))
