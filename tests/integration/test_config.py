@@ -676,7 +676,7 @@ def test_multiples_of_32_tokens_per_page_are_accepted():
 def test_the_shipped_target_has_the_shipped_drafter(monkeypatch):
     """Catches a comparison of spellings: the relative path is the same directory."""
     monkeypatch.chdir(MODELS_DIR.parent)
-    for name in (str(TARGET), "models/target", "./models/../models/target/"):
+    for name in (str(TARGET), "small_pair/target", "./small_pair/../small_pair/target/"):
         built = build("failfast", model=name)
         assert Path(built.speculative_config.draft_model_config.model) == DRAFTER
 
