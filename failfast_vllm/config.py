@@ -4,7 +4,7 @@ Errors are one line: what is wrong, what was got, what to do.
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,97 +13,13 @@ from failfast_vllm import METHOD as METHOD
 from failfast_vllm.drafters import families
 from failfast_vllm.drafters.errors import MAX_ECHO, echo
 from failfast_vllm.observe.trace import is_trace
+from failfast_vllm.policies.parameters import read_flag, read_integer
+from failfast_vllm.policies.table import PARAMETERS, POLICIES, policy_parameters
 
 MODELS_DIR = families.MODELS_DIR
 BLOCK_SIZE = families.BLOCK_SIZE
 MAX_DRAFT_BUDGET = 65536
 MAX_SPECULATIVE_TOKENS = 128  # MAX_SPEC_LEN of vLLM's rejection sampler
-
-
-# (parameters of the user, key, cap) -> the checked value; raises ValueError
-Check = Callable[[Mapping[str, Any], str, int], Any]
-
-
-def _number_in(default: float, low: float, high: float) -> Check:
-    return lambda given, key, cap: _number(given, key, default, low, high)
-
-
-def _length(default: int, low: int) -> Check:
-    """A number of draft tokens, at most the cap."""
-    return lambda given, key, cap: _integer(given, key, min(default, cap), low, cap)
-
-
-def _arms(given: Mapping[str, Any], key: str, cap: int) -> list[str]:
-    names = given.get(key, DEFAULT_ARMS)
-    known = [name for name in POLICIES if name not in ("tapout", "goodput")]
-    is_list = isinstance(names, list | tuple)
-    if not is_list or not names or any(n not in known or names.count(n) > 1 for n in names):
-        raise ValueError(
-            f"failfast: {key!r} must be a list of different policies among {', '.join(known)}; "
-            f"got {names!r}."
-        )
-    return list(names)
-
-
-def _bandit(given: Mapping[str, Any], key: str, cap: int) -> str:
-    name = given.get(key, "ucb1")
-    if name not in ("ucb1", "thompson"):
-        raise ValueError(f"failfast: {key!r} must be 'ucb1' or 'thompson'; got {name!r}.")
-    return str(name)
-
-
-# Each policy's own parameters; sources of rules and defaults: the classes in `policy` and
-# `learned_policy`.
-POLICIES: dict[str, dict[str, Check]] = {
-    "failfast": {"confidence_threshold": _number_in(0.45, 0, 1)},
-    "fixed": {},
-    "confidence": {"confidence_threshold": _number_in(0.4, 0, 1)},
-    "svip": {
-        "entropy_factor": _number_in(0.15, 0, 100),
-        "entropy_threshold": _number_in(0.3, 0, 100),
-    },
-    "adaedl": {
-        "entropy_factor": _number_in(0.2, 0, 100),
-        "target_acceptance": _number_in(0.9, 0, 1),
-        "initial_threshold": _number_in(0.4, 0, 1),
-    },
-    "specdec++": {
-        "rejection_threshold": _number_in(0.3, 0, 1),
-        "min_draft_len": _length(2, 1),
-    },
-    "survival": {"survival_threshold": _number_in(0.01, 0, 1)},
-    "goodput": {},
-    "tapout": {
-        "arms": _arms,
-        "bandit": _bandit,
-        "reward_weight": _number_in(0.5, 0, 1),
-        "seed": lambda given, key, cap: _integer(given, key, 0, 0, 2**32 - 1),
-    },
-    "diffuspec-adl": {
-        "min_draft_len": _length(20, 1),
-        "length_step": _length(10, 0),
-        "smoothing": _number_in(0.5, 0, 1),
-    },
-}
-DEFAULT_ARMS = ("failfast", "confidence", "svip", "adaedl", "specdec++", "survival")
-DEFAULT_CAPS = {"svip": 40, "specdec++": 20, "diffuspec-adl": 30}  # the others: 60
-ONE_PASS = ("fixed", "goodput", "diffuspec-adl")  # the length is known beforehand: no second look
-
-
-def policy_parameters(policy: str, given: Mapping[str, Any], cap: int) -> dict[str, Any]:
-    """All parameters of a policy, checked; raises ValueError, also on another policy's."""
-    owners = {
-        key: [name for name, parameters in POLICIES.items() if key in parameters]
-        for parameters in POLICIES.values()
-        for key in parameters
-    }
-    for key in given:
-        if key in owners and policy not in owners[key]:
-            raise ValueError(
-                f"failfast: {key!r} belongs to the policy {' or '.join(map(repr, owners[key]))}; "
-                f"got the policy {policy!r}. Remove the key or change 'policy'."
-            )
-    return {key: check(given, key, cap) for key, check in POLICIES[policy].items()}
 
 
 @dataclass(frozen=True)
@@ -114,8 +30,8 @@ class FailFastConfig:
     draft_increment: int
     policy: str
     draft_budget: int  # tokens drafted in one step, over all sequences
-    reuse_rejected: bool  # lengthen doubtful drafts by what was rejected before
-    path_search: bool  # choose among the candidates of a pass by what was said before
+    reuse_rejected: bool  # experimental: lengthen doubtful drafts by what was rejected before
+    path_search: bool  # experimental: choose among the candidates of a pass by earlier text
     load_aware: bool  # draft only where it is expected to raise throughput
     trace: str | None  # the file that rounds are written to
     trace_ids: bool  # with token ids
@@ -129,32 +45,30 @@ class FailFastConfig:
             raise ValueError(
                 f"failfast: 'policy' must be one of {', '.join(POLICIES)}; got {policy!r}."
             )
-        cap = DEFAULT_CAPS.get(policy, 60)
-        cap = _integer(given, "num_speculative_tokens", cap, 1, MAX_SPECULATIVE_TOKENS)
-        increment = cap if policy in ONE_PASS else min(10, cap)
-        increment = _integer(given, "draft_increment", increment, 1, cap)
-        budget = _integer(given, "draft_budget", 512, 1, MAX_DRAFT_BUDGET)
-        reuse = _flag(given, "reuse_rejected", False)
-        path_search = _flag(given, "path_search", False)
-        load_aware = _flag(given, "load_aware", True)
-        if policy == "goodput" and not load_aware:
+        rule, most = POLICIES[policy], MAX_SPECULATIVE_TOKENS
+        cap = read_integer(given, "num_speculative_tokens", rule.default_cap, 1, most)
+        increment = cap if rule.one_pass else min(10, cap)
+        increment = read_integer(given, "draft_increment", increment, 1, cap)
+        budget = read_integer(given, "draft_budget", 512, 1, MAX_DRAFT_BUDGET)
+        reuse = read_flag(given, "reuse_rejected", False)
+        path_search = read_flag(given, "path_search", False)
+        load_aware = read_flag(given, "load_aware", True)
+        if rule.needs_planner and not load_aware:
             raise ValueError(
-                "failfast: the policy 'goodput' is made of measured times; got 'load_aware' false. "
-                "Remove it or take another policy."
+                f"failfast: the policy {policy!r} is made of measured times; "
+                "got 'load_aware' false. Remove it or take another policy."
             )
-        parameters = policy_parameters(policy, given, cap)
-        trace, trace_ids = _trace_file(given), _flag(given, "trace_ids", False)
         return FailFastConfig(
-            cap,
-            increment,
-            policy,
-            budget,
-            reuse,
-            path_search,
-            load_aware,
-            trace,
-            trace_ids,
-            parameters,
+            num_speculative_tokens=cap,
+            draft_increment=increment,
+            policy=policy,
+            draft_budget=budget,
+            reuse_rejected=reuse,
+            path_search=path_search,
+            load_aware=load_aware,
+            parameters=policy_parameters(policy, given, cap),
+            trace=_trace_file(given),
+            trace_ids=read_flag(given, "trace_ids", False),
         )
 
     def for_block_size(self, size: int, given: Mapping[str, Any]) -> "FailFastConfig":
@@ -163,7 +77,7 @@ class FailFastConfig:
         Beyond it every mask of a pass would depend on blocks that hold only masks, which no
         drafter has seen in training.
         """
-        if "draft_increment" in given or self.policy in ONE_PASS:
+        if "draft_increment" in given or POLICIES[self.policy].one_pass:
             return self
         return replace(self, draft_increment=min(self.draft_increment, size))
 
@@ -181,7 +95,7 @@ KNOWN_KEYS = (
     *PASSED_ON,
     BLOCK_SIZE,
     *(field.name for field in fields(FailFastConfig) if field.name != "parameters"),
-    *dict.fromkeys(key for parameters in POLICIES.values() for key in parameters),
+    *dict.fromkeys(key for parameters in PARAMETERS.values() for key in parameters),
 )
 
 
@@ -194,7 +108,7 @@ def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any] 
     """The keys that the user gave, or None when failfast was not asked for.
 
     Raises:
-        ValueError: an unknown key, with the nearest known one.
+        ValueError: an unknown key, with the nearest known one, or a wrong value.
     """
     if isinstance(speculative_config, str):
         return {} if is_bare_word(speculative_config) else None
@@ -203,6 +117,24 @@ def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any] 
     method = speculative_config.get("method")
     if not isinstance(method, str) or not is_bare_word(method):
         return None
+    given = _known_keys(speculative_config)
+    for key in ("model", "revision"):
+        value = given.get(key)
+        if key in given and (not isinstance(value, str) or not value.strip()):
+            raise ValueError(f"failfast: {key!r} must be a non-empty string; got {echo(value)}.")
+    if "draft_tensor_parallel_size" in given:
+        read_integer(given, "draft_tensor_parallel_size", 1, 1, 1024)
+    if BLOCK_SIZE in given and not families.is_block_size(given[BLOCK_SIZE]):
+        raise ValueError(
+            f"failfast: {BLOCK_SIZE!r} must be one of {families.BLOCK_SIZE_NAMES}; "
+            f"got {given[BLOCK_SIZE]!r}."
+        )
+    del given["method"]
+    return given
+
+
+def _known_keys(speculative_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with '_' for '-' in its keys; raises ValueError on an unknown or repeated one."""
     given: dict[str, Any] = {}
     for spelt, value in speculative_config.items():
         key = str(spelt).replace("-", "_")
@@ -215,18 +147,6 @@ def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any] 
                 f"failfast: {key!r} must be given once; got it with '-' and with '_'. Remove one."
             )
         given[key] = value
-    for key in ("model", "revision"):
-        value = given.get(key)
-        if key in given and (not isinstance(value, str) or not value.strip()):
-            raise ValueError(f"failfast: {key!r} must be a non-empty string; got {echo(value)}.")
-    if "draft_tensor_parallel_size" in given:
-        _integer(given, "draft_tensor_parallel_size", 1, 1, 1024)
-    if BLOCK_SIZE in given and not families.is_block_size(given[BLOCK_SIZE]):
-        raise ValueError(
-            f"failfast: {BLOCK_SIZE!r} must be one of {families.BLOCK_SIZE_NAMES}; "
-            f"got {given[BLOCK_SIZE]!r}."
-        )
-    del given["method"]
     return given
 
 
@@ -260,27 +180,3 @@ def _trace_file(given: Mapping[str, Any]) -> str | None:
             f"got {echo(value)} ({error.strerror or error}). Create the folder."
         ) from None
     return str(path)
-
-
-def _flag(given: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = given.get(key, default)
-    if not isinstance(value, bool):
-        raise ValueError(f"failfast: {key!r} must be true or false; got {value!r}.")
-    return value
-
-
-def _integer(given: Mapping[str, Any], key: str, default: int, low: int, high: int) -> int:
-    value = given.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(
-            f"failfast: {key!r} must be an integer from {low} to {high}; got {value!r}."
-        )
-    return value
-
-
-def _number(given: Mapping[str, Any], key: str, default: float, low: float, high: float) -> float:
-    value = given.get(key, default)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
-        raise ValueError(f"failfast: {key!r} must be a number from {low} to {high}; got {value!r}.")
-    return float(value)

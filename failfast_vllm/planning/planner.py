@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from failfast_vllm.drafting.records import LOAD
 from failfast_vllm.planning.calibration import Calibration, Verified
 
 logger = logging.getLogger("vllm.failfast")
@@ -256,6 +257,9 @@ class LoadPlanner:
         agree: what this rank has measured, in ms -> what the first rank has. Called on all ranks in
             the same steps.
     """
+
+    postpones_commits = True
+    refusal = LOAD
 
     costs: Costs
     max_len: int

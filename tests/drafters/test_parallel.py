@@ -17,8 +17,7 @@ from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.drafters import checks, hosted
 from failfast_vllm.drafters import parallel as ranks
 from failfast_vllm.drafters.families import SDAR, SDAR_MOE
-from failfast_vllm.drafting.drafter import DraftBatch
-from failfast_vllm.integration.session import DraftStats
+from failfast_vllm.drafting.records import DraftBatch
 from rank_worker import EXTENSION
 from wide_models import equal_experts, four_heads, rewrite
 
@@ -74,7 +73,8 @@ def on_two_ranks(speculative_config, prompts):
 
 
 def decisions(record):
-    return record.proposals, record.draft_lens, record.rounds
+    rounds = [{**vars(r), "confidences": r.confidences.tolist()} for r in record.rounds]
+    return record.proposals, record.draft_lens, rounds
 
 
 @pytest.mark.slow
@@ -420,9 +420,7 @@ def test_passes_run_in_the_drafters_group(groups):
     hosted.profile_pass(model, config, 40, torch.device("cpu"))
     assert model.num_logits == [15]
 
-    model_in_vllm = hosted.HostedDraftModel(
-        model, config, ["layer"], DraftStats(), 1, torch.device("cpu")
-    )
+    model_in_vllm = hosted.HostedDraftModel(model, config, ["layer"], 1, torch.device("cpu"))
     rows, ends = torch.arange(2), torch.tensor([0, 2])
     batch = DraftBatch(
         input_ids=rows,

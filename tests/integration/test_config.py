@@ -16,11 +16,10 @@ from transformers import AutoTokenizer
 
 from build_config import build, edit, refusal
 from checkpoints import tiny_config, write_checkpoint, write_headers
-from failfast_vllm import config
 from failfast_vllm.config import METHOD, MODELS_DIR, FailFastConfig
 from failfast_vllm.drafters import checks
 from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR
-from failfast_vllm.policies.learned import make_policy
+from failfast_vllm.policies.table import PARAMETERS, make_policy
 from failfast_vllm.tools import sizing as plan
 from failfast_vllm.tools.published_models import PUBLISHED_TARGETS
 from published import SDAR_1_7B
@@ -168,7 +167,7 @@ def test_bad_parameter_of_a_policy_is_named(policy, key, value):
 def test_every_parameter_has_its_checks():
     """Catches a parameter that is added without a refusal."""
     checked = {(policy, key) for policy, key, _ in BAD_PARAMETERS}
-    listed = {(policy, key) for policy, keys in config.POLICIES.items() for key in keys}
+    listed = {(policy, key) for policy, keys in PARAMETERS.items() for key in keys}
     assert listed - checked == {("adaedl", "entropy_factor")}  # svip's
 
 
@@ -187,13 +186,12 @@ def test_a_parameter_of_another_policy_says_whose_it_is(policy, key, owners):
     assert f"{key!r} belongs to the policy {owners}; got the policy {policy!r}" in message
 
 
-@pytest.mark.parametrize("policy", config.POLICIES)
+@pytest.mark.parametrize("policy", PARAMETERS)
 def test_every_policy_is_built_from_its_defaults(policy):
     """Catches parameters that the policy's class does not take, or a cap below a minimum."""
     for given in ({}, {"num_speculative_tokens": 1}):
         flat = FailFastConfig.from_user({"policy": policy, **given}).to_dict()
-        names = config.POLICIES[policy]
-        make_policy(policy, {k: flat[k] for k in names}, flat["num_speculative_tokens"])
+        make_policy(policy, flat, flat["num_speculative_tokens"])
 
 
 def test_increment_may_not_exceed_a_lowered_cap():

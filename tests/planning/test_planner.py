@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from cost_tables import cost_tables
 from failfast_vllm.drafting.records import Round
 from failfast_vllm.integration import startup
 from failfast_vllm.planning import planner as load
 from failfast_vllm.planning.planner import AcceptanceByPosition, Costs, CostTable, LoadPlanner
-from failfast_vllm.tools.simulate import cost_tables
 
 INCREMENT, CAP = 10, 60
 TARGETS = ("7B", "32B")
@@ -27,7 +27,7 @@ class Simulation:
 
     def __init__(self, target, num_seqs, seed=0):
         self.rng = np.random.default_rng(seed)
-        costs = cost_tables("h200", target)
+        costs = cost_tables(target)
         self.draft_ms, self.verify_ms = costs.draft, costs.verify
         self.easy = np.zeros(num_seqs, dtype=bool)
 
@@ -134,7 +134,12 @@ class BusyMachine:
             scheduler_config=types.SimpleNamespace(max_num_seqs=256, max_num_batched_tokens=2048),
             parallel_config=types.SimpleNamespace(data_parallel_size=1, tensor_parallel_size=1),
         )
-        return startup.measure_costs(lambda n: self.spend(self.true.verify(n)), drafter, config)
+        return startup.measure_costs(
+            lambda n: self.spend(self.true.verify(n)),
+            drafter,
+            config,
+            clock=lambda: self.clock.ms / 1e3,
+        )
 
 
 @pytest.fixture
@@ -143,7 +148,6 @@ def clock(monkeypatch):
     clock = types.SimpleNamespace(ms=0.0)
     fake_time = types.SimpleNamespace(perf_counter=lambda: clock.ms / 1e3)
     monkeypatch.setattr(load, "time", fake_time)
-    monkeypatch.setattr(startup, "time", fake_time)
     return clock
 
 
@@ -173,7 +177,7 @@ def test_a_load_that_jumps(target, errors, monkeypatch):
     clock = types.SimpleNamespace(ms=0.0)
     fake_time = types.SimpleNamespace(perf_counter=lambda: clock.ms / 1e3)
     monkeypatch.setattr(load, "time", fake_time)
-    true = cost_tables("h200", target)
+    true = cost_tables(target)
     costs = Costs(scaled(true.draft, errors[0]), scaled(true.verify, errors[1]))
     server = Planned(costs, clock)
     for num_seqs in (1, 64, 1, 256, 2):
@@ -194,7 +198,7 @@ def test_slow_first_passes_are_got_over(target, num_hiccups, seconds, monkeypatc
     clock = types.SimpleNamespace(ms=0.0)
     fake_time = types.SimpleNamespace(perf_counter=lambda: clock.ms / 1e3)
     monkeypatch.setattr(load, "time", fake_time)
-    server, sim = Planned(cost_tables("h200", target), clock), Simulation(target, 1)
+    server, sim = Planned(cost_tables(target), clock), Simulation(target, 1)
     usual = sim.draft_ms
     sim.draft_ms = lambda rows: 100.0 * usual(rows)
     for _ in range(num_hiccups):
@@ -214,7 +218,7 @@ def test_time_that_the_engine_stood_still_is_not_learned(num_seqs, monkeypatch):
         clock = types.SimpleNamespace(ms=0.0)
         fake_time = types.SimpleNamespace(perf_counter=lambda clock=clock: clock.ms / 1e3)
         monkeypatch.setattr(load, "time", fake_time)
-        server, sim = Planned(cost_tables("h200", "7B"), clock), Simulation("7B", num_seqs)
+        server, sim = Planned(cost_tables("7B"), clock), Simulation("7B", num_seqs)
         for _ in range(300):
             server.step(sim)
             clock.ms += pause_ms
@@ -330,7 +334,7 @@ def test_a_busy_start_does_not_end_drafting_that_pays(target, num_seqs, clock):
     for seed in range(10):
         best, _ = best_fixed(target, num_seqs, seed)
         sim = Simulation(target, num_seqs, seed)
-        true = cost_tables("h200", target)
+        true = cost_tables(target)
         server = Planned(BusyMachine(true, 10.0, seed, clock).measure(), clock)
         shares.append(sim.run(server, steps=400, warm_up=60) / best)
     print(f"{target} x {num_seqs}: {np.round(shares, 2)} of the best fixed length")
@@ -383,7 +387,7 @@ def test_tries_where_drafting_does_not_pay_cost_little(num_seqs, dear, clock):
 @pytest.mark.parametrize("seed", range(6))
 def test_a_machine_that_is_busy_at_times_goes_on_drafting(num_seqs, seed, clock):
     """Catches drafting that is blamed for what slows down all that runs meanwhile."""
-    sim, true = Simulation("7B", num_seqs, seed), cost_tables("h200", "7B")
+    sim, true = Simulation("7B", num_seqs, seed), cost_tables("7B")
     rng, slowness = np.random.default_rng(seed), 1.0
 
     def slowed(table):
@@ -492,7 +496,7 @@ def test_positions_that_were_never_tried_follow_the_last_one_that_was():
 @pytest.mark.parametrize("size", [3, 40, 700])
 def test_a_cost_table_learns_what_a_pass_takes_beyond_its_start_up_time(size):
     """Catches corrections that never arrive, and one hiccup that moves the table."""
-    table = cost_tables("h200", "7B").verify
+    table = cost_tables("7B").verify
     truth = 1.5 * float(table(size)) + 4.0
     for _ in range(60):
         table.correct(size, truth)
@@ -545,7 +549,7 @@ def test_a_size_is_learned_soon_however_well_others_are_known():
 def test_ranks_of_unequal_speed_decide_alike(agree, monkeypatch):
     """The second rank is three times as slow in drafting; without agreement they part."""
     clocks = [types.SimpleNamespace(ms=0.0) for _ in range(2)]
-    true = cost_tables("h200", "7B")
+    true = cost_tables("7B")
     sims = [Simulation("7B", 8), Simulation("7B", 8)]
     sims[1].draft_ms = scaled(true.draft, 3.0)
     ranks = [Planned(Costs(true.draft, true.verify), clock) for clock in clocks]
