@@ -19,7 +19,8 @@ from failfast_vllm.drafting.path_search import PathSearch
 from failfast_vllm.drafting.reuse import RejectedDrafts
 from failfast_vllm.integration.session import DraftStats, Rounds, adapter_of
 from failfast_vllm.observe.trace import TraceWriter
-from failfast_vllm.planning.planner import Costs, CostTable, LoadPlanner
+from failfast_vllm.planning.costs import Costs, CostTable
+from failfast_vllm.planning.planner import LoadPlanner
 from failfast_vllm.policies.learned import make_policy
 from failfast_vllm.policies.rules import Policy
 

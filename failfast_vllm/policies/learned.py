@@ -13,7 +13,7 @@ import torch
 from failfast_vllm.config import policy_parameters
 from failfast_vllm.drafting.ledger import PerRequest
 from failfast_vllm.drafting.records import Lengths, Round
-from failfast_vllm.planning.calibration import CONFIDENCE_EDGES, Calibration, position_buckets
+from failfast_vllm.planning.acceptance import CONFIDENCE_EDGES, Calibration, position_buckets
 from failfast_vllm.policies.rules import (
     Confidence,
     DraftSoFar,

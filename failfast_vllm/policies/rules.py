@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from failfast_vllm.drafting.records import DOUBT, LOAD, Lengths, Round
-from failfast_vllm.planning.calibration import Calibration
+from failfast_vllm.planning.acceptance import Calibration
 
 
 class DraftSoFar(NamedTuple):

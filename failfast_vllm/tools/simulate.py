@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from failfast_vllm.observe.trace import Round, Trace, describe
-from failfast_vllm.planning.planner import Costs, CostTable
+from failfast_vllm.planning.costs import Costs, CostTable
 from failfast_vllm.tools import sizing as plan
 
 Item = TypeVar("Item")

@@ -12,7 +12,7 @@ from failfast_vllm.drafting.records import Round
 from failfast_vllm.drafting.reuse import continuation
 from failfast_vllm.integration.session import Rounds
 from failfast_vllm.observe.counters import Counts
-from failfast_vllm.planning.calibration import Calibration
+from failfast_vllm.planning.acceptance import Calibration
 from failfast_vllm.policies import learned as learned_policy
 from failfast_vllm.policies.learned import (
     AdaEdl,
