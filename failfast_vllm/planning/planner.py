@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from failfast_vllm.drafting.records import Lengths, Round
+from failfast_vllm.drafting.records import LOAD, Lengths, Round
 from failfast_vllm.planning.acceptance import AcceptanceByPosition, Calibration, learn
 from failfast_vllm.planning.costs import Costs, Floats, Stopwatch
 from failfast_vllm.planning.guard import AMORTISED_ROUNDS, TRY_ROUNDS, Guard
@@ -51,6 +51,9 @@ class LoadPlanner:
         calibration: of the drafter's confidences.
         clock: the time in seconds.
     """
+
+    postpones_commits = True
+    refusal = LOAD
 
     costs: Costs
     max_len: int
