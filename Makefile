@@ -4,7 +4,7 @@
 #   make check    formatting, lint, types, import direction
 #   make test-next  the part of the suite that meets vLLM, on vLLM 0.33 in .venv-next (CONTRIBUTING.md)
 #   make models   train the shipped models again (two cores, about an hour)
-#   make bench    offline benchmark
+#   make bench    drafting methods on the shipped pair, alone and by eight
 #   make clean    remove what the targets above left behind, except trained states (build/small_pair)
 
 PYTHON ?= python3
@@ -54,7 +54,7 @@ models: .venv/.ready
 	$(PY) benchmarks/small_pair/train.py
 
 bench: .venv/.ready
-	$(PY) benchmarks/bench_offline.py
+	.venv/bin/failfast bench --concurrency 1 8
 
 clean:
 	rm -rf .venv .venv-next .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info dist build/lib build/bdist.*

@@ -5,3 +5,4 @@ losslessly, and the draft length adapts per sequence in each step. docs/architec
 """
 
 __version__ = "0.1.0"
+METHOD = "failfast"  # of vLLM's speculative config; in its additional config the key of ours

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from failfast_vllm import config as user_config
 from failfast_vllm.config import METHOD, FailFastConfig
+from failfast_vllm.drafters import checks
 from failfast_vllm.drafters.families import FAMILIES, MAX_DIFFUSION_BLOCK_SIZE, Family, family_of
 from failfast_vllm.integration import requests as request
 
@@ -513,13 +514,13 @@ def _creating_speculative_config(original: Any) -> Any:
             return original(self, target_model_config, target_parallel_config)
         knobs = FailFastConfig.from_user(given)
         _check_engine_args(self, target_model_config, knobs, given)
-        drafter = given.get("model") or user_config.choose_drafter(
+        drafter = given.get("model") or checks.choose_drafter(
             target_model_config.model,
             target_model_config.hf_config.model_type,
             target_model_config.get_vocab_size(),
         )
         asked_size = given.get(user_config.BLOCK_SIZE)
-        published = user_config.check_local_drafter(drafter, self.load_format, asked_size)
+        published = checks.check_local_drafter(drafter, self.load_format, asked_size)
         if published is None:
             published = _check_hub_config(drafter, given.get("revision"), asked_size)
         register_model()
@@ -548,8 +549,8 @@ def _creating_speculative_config(original: Any) -> Any:
         speculative.target_model_config = target_model_config
         assert speculative.method == "draft_model", speculative.method
         hf_config = speculative.draft_model_config.hf_config.to_dict()
-        family = user_config.check_drafter_config(drafter, hf_config, asked_size)
-        block = user_config.find_block_size(drafter, family, published or hf_config, asked_size)
+        family = checks.check_drafter_config(drafter, hf_config, asked_size)
+        block = checks.find_block_size(drafter, family, published or hf_config, asked_size)
         if block.doubt:
             _warn_once(f"failfast: {drafter!r} drafts in blocks of {block.size}: {block.doubt}")
         knobs = knobs.for_block_size(block.size, given)
@@ -609,7 +610,7 @@ def _check_hub_config(
     fields = get_hf_file_to_dict("config.json", drafter, revision)
     if not isinstance(fields, dict):
         return None
-    user_config.check_drafter_config(drafter, fields, asked_size)
+    checks.check_drafter_config(drafter, fields, asked_size)
     return fields
 
 
@@ -634,7 +635,7 @@ def _spread_drafter(
     num_ranks = speculative.target_parallel_config.tensor_parallel_size
     if given.get("draft_tensor_parallel_size", num_ranks) == 1:
         return
-    undivided = user_config.undivided_size(hf_config, num_ranks)
+    undivided = checks.undivided_size(hf_config, num_ranks)
     if undivided is None:
         speculative.draft_tensor_parallel_size = num_ranks
         speculative.draft_parallel_config = speculative.create_draft_parallel_config(
@@ -665,7 +666,7 @@ def _token_facts(
 
     shared = min(target_model_config.get_vocab_size(), int(drafter_hf_config["vocab_size"]))
     if target_model_config.skip_tokenizer_init:  # the user vouches for the ids
-        mask = user_config.mask_token_id(family, drafter_hf_config, {})
+        mask = checks.mask_token_id(family, drafter_hf_config, {})
         return {"mask_token_id": mask, "num_draftable_tokens": shared}
     from vllm.tokenizers.registry import cached_tokenizer_from_config
 
@@ -684,10 +685,8 @@ def _token_facts(
         ) from None
     target_vocab = cached_tokenizer_from_config(target_model_config).get_vocab()
     drafter_vocab = drafter_tokenizer.get_vocab()
-    mask = user_config.mask_token_id(family, drafter_hf_config, drafter_vocab)
-    user_config.check_tokenizers(
-        target_model_config.model, target_vocab, drafter, drafter_vocab, mask
-    )
+    mask = checks.mask_token_id(family, drafter_hf_config, drafter_vocab)
+    checks.check_tokenizers(target_model_config.model, target_vocab, drafter, drafter_vocab, mask)
     return {
         "mask_token_id": mask,
         "num_draftable_tokens": min(shared, max(target_vocab.values()) + 1),

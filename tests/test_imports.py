@@ -19,11 +19,7 @@ FLOORS = (  # each room may import those before it, and itself; rooms of a floor
     {"failfast_vllm.tools"},
 )
 PENDING = {  # issue 16: cut in the following commits
-    "failfast_vllm/drafters/hosted.py",
-    "failfast_vllm/drafting/drafter.py",
-    "failfast_vllm/drafting/reuse.py",
     "failfast_vllm/integration/hook_bodies.py",
-    "failfast_vllm/policies/learned.py",
 }
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 INSIDE_VLLM = ("failfast_vllm.integration", "failfast_vllm.plugin", "failfast_vllm.tools")

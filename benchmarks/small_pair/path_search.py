@@ -1,4 +1,4 @@
-"""What the causal path search (`failfast_vllm/paths.py`) does for the small pair, and its cost.
+"""What the causal path search (`drafting/path_search.py`) does for the small pair, and its cost.
 
 One pass of masks, without a cache; the draft is the best token of each mask, or the best path
 through their candidates. Drafts are checked against the target's greedy answers. 3-grams are
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from evaluate import answered
-from failfast_vllm.drafting.path_search import MAX_CANDIDATES, UNKNOWN, PathSearch
+from failfast_vllm.drafting.path_search import MAX_CANDIDATES, PathSearch
+from failfast_vllm.drafting.records import UNKNOWN
 from train import MODELS_DIR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))

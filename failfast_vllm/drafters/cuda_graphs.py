@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from failfast_vllm.drafting.drafter import DraftBatch
+from failfast_vllm.drafting.records import DraftBatch
 
 logger = logging.getLogger("vllm.failfast")
 

@@ -1,6 +1,5 @@
 """The draft model inside vLLM: passes in its forward context, on its weights and KV cache."""
 
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,13 +8,12 @@ import torch.nn.functional as F
 from vllm.config import VllmConfig
 
 from failfast_kernels import TokenConfidence, confidence_argmax, uses_triton
-from failfast_vllm.config import METHOD
+from failfast_vllm import METHOD
 from failfast_vllm.drafters.attention import BlockDiffusionMetadata
 from failfast_vllm.drafters.cuda_graphs import Capture, PassGraphs, make_buckets, rows_per_seq
 from failfast_vllm.drafters.parallel import draft_context, drafter_group
-from failfast_vllm.drafting.drafter import Candidates, DraftBatch
 from failfast_vllm.drafting.path_search import MAX_CANDIDATES
-from failfast_vllm.integration.session import DraftStats
+from failfast_vllm.drafting.records import Candidates, DraftBatch
 
 
 def row_class(num_rows: int) -> int:
@@ -39,7 +37,6 @@ class HostedDraftModel:
         model: Any,
         vllm_config: VllmConfig,
         layer_names: Iterable[str],
-        stats: DraftStats,
         table_width: int,
         device: torch.device,
     ) -> None:
@@ -51,7 +48,6 @@ class HostedDraftModel:
         self.mask_token_id = knobs["mask_token_id"]
         self.diffusion_block_size = knobs["diffusion_block_size"]
         self.draft_increment = knobs["draft_increment"]
-        self.stats = stats
         self.table_width = table_width
         self.device = device
         self.graphs: PassGraphs | None = None
@@ -107,12 +103,10 @@ class HostedDraftModel:
         )
 
     def forward(self, batch: DraftBatch) -> torch.Tensor:
-        began = time.perf_counter()
         hidden_states = None if self.graphs is None else self.graphs.replay(batch)
         if hidden_states is None:
             num_rows = batch.input_ids.numel()
             hidden_states = self._run(self._widened(batch))[:num_rows]
-        self.stats.forward_ms += (time.perf_counter() - began) * 1e3
         return hidden_states
 
     def _num_padding(self, num_rows: int) -> int:
@@ -155,15 +149,11 @@ class HostedDraftModel:
         return hidden_states
 
     def confidence(self, hidden_states: torch.Tensor, *, details: bool = False) -> TokenConfidence:
-        began = time.perf_counter()
-        confidence = self._confidence(self._logits(hidden_states), details)
-        self.stats.forward_ms += (time.perf_counter() - began) * 1e3
-        return confidence
+        return self._confidence(self._logits(hidden_states), details)
 
     def candidates(
         self, hidden_states: torch.Tensor, *, details: bool = False
     ) -> tuple[TokenConfidence, Candidates]:
-        began = time.perf_counter()
         logits = self._logits(hidden_states)
         confidence = self._confidence(logits, details)
         num = min(MAX_CANDIDATES + 1, self.num_draftable_tokens)  # one of them may be MASK
@@ -173,7 +163,6 @@ class HostedDraftModel:
         probabilities = (shares * confidence.probabilities[:, None]).nan_to_num(0.0)
         undefined = confidence.probabilities[:, None] == 0
         token_ids = torch.where(undefined, confidence.token_ids[:, None], token_ids)
-        self.stats.forward_ms += (time.perf_counter() - began) * 1e3
         return confidence, Candidates(token_ids, probabilities)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

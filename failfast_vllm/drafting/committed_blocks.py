@@ -6,19 +6,10 @@ to a request anew; a page that a request gets as a prefix hit has kept its token
 nothing is copied to the host.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import torch
 
-
-def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Copy from the host without waiting for the device, which pageable memory would."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+from failfast_vllm.drafting.records import to_device
 
 
 class CommittedBlocks:
@@ -49,10 +40,10 @@ class CommittedBlocks:
     def committed_lens(
         self, block_table: torch.Tensor, computed_lens: torch.Tensor
     ) -> torch.Tensor:
-        """Tokens in front of each sequence's first block without KV, [num_seqs] int64.
+        """Tokens before each sequence's first block without KV, [num_seqs] int64.
 
         Args:
-            block_table: [num_seqs, max_pages] int; undefined behind the pages of `computed_lens`.
+            block_table: [num_seqs, max_pages] int; undefined after the pages of `computed_lens`.
             computed_lens: [num_seqs] int, tokens whose target KV is there.
         """
         inside = torch.arange(self.per_page, device=self.bits.device)

@@ -7,7 +7,7 @@ best token before it. The search walks through the candidates from left to right
 
 with a beam. Where the paper trains the 3-gram model on a corpus, this one counts what the server
 has read and written. It costs no pass, and changes drafts only, which the target verifies.
-NumPy only: a few small arrays per mask.
+The search is NumPy only: a few small arrays per mask.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,11 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from failfast_kernels import TokenConfidence
+from failfast_vllm.drafting.interfaces import DraftModel, TokenChooser
+from failfast_vllm.drafting.records import UNKNOWN, DraftStep, Flags, to_device
+from failfast_vllm.drafting.workspace import Masks, Workspace
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Hashes = npt.NDArray[np.uint64]
-Flags = npt.NDArray[np.bool_]
 
 MAX_CANDIDATES = 15
 MASS = 0.8  # candidates are the smallest top set with this much probability
@@ -29,7 +34,6 @@ ORDER_SHARES = (0.1, 0.3, 0.6)  # of 1-, 2- and 3-grams in a probability
 FLOOR = 1e-6  # of what was never seen
 TABLE_BITS = 22  # 4 M counts, 16 MiB
 MAX_SEEN = 2 ** (TABLE_BITS - 2)  # tokens after which all counts are halved
-UNKNOWN = -1  # a token in front of what is known, or of a prompt that is given as embeddings
 
 # odd, random: of a 3-gram's first, second and last token
 FACTORS = np.array([0xD6E8FEB86659FD93, 0xC2B2AE3D27D4EB4F, 0x9E3779B97F4A7C15], dtype=np.uint64)
@@ -74,7 +78,7 @@ def _places(mixed: Hashes) -> Ints:
     return places
 
 
-class PathSearch:
+class PathSearch(TokenChooser):
     """Chooses drafts by what the server has seen so far.
 
     Deterministic in the steps that it is given, so that the ranks of a tensor-parallel group agree.
@@ -83,6 +87,43 @@ class PathSearch:
     def __init__(self) -> None:
         self.trigrams = Trigrams()
         self._seen: dict[str, int] = {}  # request -> tokens that are counted
+
+    def see(self, step: DraftStep) -> None:
+        """Count what the sequences have said since the last step that was looked at."""
+        rows, positions = self.unseen(step.req_ids, step.known_lens)
+        columns = positions[:, None] + np.array([-2, -1, 0])
+        device = step.token_ids.device
+        slots = to_device(step.slots[rows][:, None], device)
+        grams = step.token_ids[slots, to_device(np.maximum(columns, 0), device)].cpu().numpy()
+        self.trigrams.see(np.where(columns < 0, UNKNOWN, grams))
+
+    def choose(
+        self,
+        model: DraftModel,
+        hidden_states: torch.Tensor,
+        work: Workspace,
+        masks: Masks,
+        *,
+        details: bool,
+    ) -> TokenConfidence:
+        """The best path through the masks' candidates.
+
+        A copy to the host and one back, on top of the one that every increment makes.
+        """
+        confidence, candidates = model.candidates(hidden_states, details=details)
+        columns = (work.first_columns + work.lens)[masks.seqs, None] + np.array([-2, -1])
+        owners = np.broadcast_to(masks.seqs[:, None], columns.shape)
+        at = work.to_device(np.array((owners, columns)))
+        tokens = work.canvas[at[0], at[1].clamp(min=0)].cpu().numpy()
+        before = np.where(columns < 0, UNKNOWN, tokens)
+        ids, probabilities = (
+            part.view(*masks.valid.shape, -1).cpu().numpy() for part in candidates
+        )
+        path = self.best(before, ids, probabilities, masks.valid)
+        return confidence._replace(
+            token_ids=work.to_device(path.token_ids).flatten(),
+            probabilities=work.to_device(path.confidences).flatten(),
+        )
 
     def unseen(self, req_ids: Sequence[str], known_lens: Ints) -> tuple[Ints, Ints]:
         """What is new since it was last asked: [n] rows of the step and [n] positions."""
@@ -103,30 +144,42 @@ class PathSearch:
         """The best path through each sequence's masks.
 
         Args:
-            before: [n, 2] the two tokens in front of the first mask; UNKNOWN where there is none.
+            before: [n, 2] the two tokens before the first mask; UNKNOWN where there is none.
             token_ids: [n, num_masks, k] candidates, the most probable first, at least one.
             probabilities: [n, num_masks, k] the drafter's; falling.
-            valid: [n, num_masks] false behind a sequence's last mask.
+            valid: [n, num_masks] false after a sequence's last mask.
         """
-        n, num_masks, _ = token_ids.shape
         candidate = probabilities.cumsum(axis=2) - probabilities < MASS
         candidate[:, :, 0] = True
         k = int(candidate.sum(axis=2).max(initial=1))
         candidate, token_ids = candidate[:, :, :k], token_ids[:, :, :k]
         shares = np.where(candidate, probabilities[:, :, :k], 0.0)
         logs = np.where(candidate, WEIGHT * np.log(np.maximum(shares, 1e-30)), -np.inf)
+        beams = self._search(_numbers(before), _numbers(token_ids), logs, valid)
+        sure = np.exp(beams.gains - beams.gains.max(axis=3, keepdims=True))
+        sure *= shares.sum(axis=2).T[:, :, None, None] / sure.sum(axis=3, keepdims=True)
+        return _follow_back(beams, token_ids, sure)
+
+    def _search(self, before: Hashes, numbers: Hashes, logs: Floats, valid: Flags) -> "_Beams":
+        """Extend the best paths mask by mask.
+
+        Args:
+            before: [n, 2] as in `best`; these two as `_numbers`.
+            numbers: [n, num_masks, k] candidates.
+            logs: [n, num_masks, k] what the drafter gives to each; -inf = no candidate.
+            valid: [n, num_masks] as in `best`.
+        """
+        (n, num_masks, k), times = numbers.shape, self.trigrams.times
         gains = np.empty((num_masks, n, BEAM, k))
         parents = np.empty((num_masks, n, BEAM), dtype=np.int64)
         choices = np.empty_like(parents)
-
-        numbers, times = _numbers(token_ids), self.trigrams.times
         num_seen = times(numbers * FACTORS[2])  # [n, num_masks, k]
         alone = FLOOR + ORDER_SHARES[0] * num_seen / max(self.trigrams.num_seen, 1)
         rows = np.arange(n)[:, None]
         scores = np.full((n, BEAM), -np.inf)
         scores[:, 0] = 0.0
-        # the two tokens in front, and how often they were seen: [n, BEAM] each
-        before_last, last = np.repeat(_numbers(before).T[:, :, None], BEAM, axis=2)
+        # the two tokens before, and how often they were seen: [n, BEAM] each
+        before_last, last = np.repeat(before.T[:, :, None], BEAM, axis=2)
         last_seen = times(last * FACTORS[2])
         both_seen = times(last * FACTORS[2] + before_last * FACTORS[1])
         for i in range(num_masks):
@@ -139,21 +192,37 @@ class PathSearch:
                 + (ORDER_SHARES[2] / np.maximum(both_seen, 1))[:, :, None] * triples_seen
             )
             gains[i] = logs[:, i, None] + (1 - WEIGHT) * np.log(chances)
-            if not valid[:, i].all():
-                gains[i, ~valid[:, i]] = np.where(np.arange(k) == 0, 0.0, -np.inf)
+            gains[i, ~valid[:, i]] = np.where(np.arange(k) == 0, 0.0, -np.inf)
             totals = (scores[:, :, None] + gains[i]).reshape(n, -1)
             order = np.argsort(-totals, axis=1, kind="stable")[:, :BEAM]
             scores = totals[rows, order]
             parents[i], choices[i] = parent, choice = np.divmod(order, k)
             before_last, last = last[rows, parent], numbers[rows, i, choice]
             last_seen, both_seen = num_seen[rows, i, choice], pairs_seen[rows, parent, choice]
-        found = np.empty((n, num_masks), dtype=np.int64)
-        confidences = np.empty((n, num_masks), dtype=np.float32)
-        sure = np.exp(gains - gains.max(axis=3, keepdims=True))
-        sure *= shares.sum(axis=2).T[:, :, None, None] / sure.sum(axis=3, keepdims=True)
-        seqs, beam = np.arange(n), np.zeros(n, dtype=np.int64)
-        for i in reversed(range(num_masks)):
-            choice, beam = choices[i, seqs, beam], parents[i, seqs, beam]
-            found[:, i] = token_ids[seqs, i, choice]
-            confidences[:, i] = sure[i, seqs, beam, choice]
-        return Path(found, confidences)
+        return _Beams(gains, parents, choices)
+
+
+class _Beams(NamedTuple):
+    """The paths that were kept at each mask, the best first."""
+
+    gains: Floats  # [num_masks, n, BEAM, k] of each candidate after each path
+    parents: Ints  # [num_masks, n, BEAM] the path that each extends
+    choices: Ints  # [num_masks, n, BEAM] its candidate
+
+
+def _follow_back(beams: _Beams, token_ids: Ints, sure: Floats) -> Path:
+    """The best path, from its end.
+
+    Args:
+        token_ids: [n, num_masks, k] candidates.
+        sure: [num_masks, n, BEAM, k] confidence of each after each path.
+    """
+    n, num_masks, _ = token_ids.shape
+    found = np.empty((n, num_masks), dtype=np.int64)
+    confidences = np.empty((n, num_masks), dtype=np.float32)
+    seqs, beam = np.arange(n), np.zeros(n, dtype=np.int64)
+    for i in reversed(range(num_masks)):
+        choice, beam = beams.choices[i, seqs, beam], beams.parents[i, seqs, beam]
+        found[:, i] = token_ids[seqs, i, choice]
+        confidences[:, i] = sure[i, seqs, beam, choice]
+    return Path(found, confidences)

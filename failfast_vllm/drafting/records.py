@@ -1,11 +1,24 @@
-"""What one step proposes and what becomes of it. NumPy and torch only."""
+"""What travels through a draft: the step, the rows of a pass, the drafts and what becomes of them.
 
-from typing import NamedTuple
+NumPy and torch only; torch is imported in functions, for configurations are checked without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+if TYPE_CHECKING:
+    import torch
+
 Lengths = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+UNKNOWN = -1  # instead of a token id: before the first token, or given as an embedding
 
 # What ended a draft. doubt: the policy. cap: num_speculative_tokens. load: the planner. budget:
 # draft_budget. eos: it drafted a stop token. request: its own limit, max_tokens or the context.
@@ -13,14 +26,134 @@ STOP_REASONS = ("doubt", "cap", "load", "budget", "eos", "request")
 DOUBT, CAP, LOAD, BUDGET, EOS, REQUEST = range(len(STOP_REASONS))
 
 
-class Round(NamedTuple):
-    """One draft of one request; once it is verified, also what the target made of it."""
+@dataclass(frozen=True)
+class DraftStep:
+    """All sequences of one engine step. Lengths are host arrays of [num_seqs]."""
+
+    req_ids: Sequence[str]
+    # [num_slots, max_len] int, known tokens, UNKNOWN where there is an embedding instead; the rest
+    # is undefined
+    token_ids: torch.Tensor
+    slots: Lengths  # row of each sequence in `token_ids`
+    block_table: torch.Tensor  # [num_seqs, max_pages] int
+    known_lens: Lengths  # prompt and accepted tokens
+    committed_lens: Lengths  # tokens whose KV is in the cache; multiples of the block size
+    final_lens: Lengths  # tokens whose KV must be there after this step; likewise
+    max_draft_lens: Lengths  # most tokens to draft; 0 = commit only
+    draft_budget: int  # most tokens to draft over all sequences
+    stops_at_eos: Flags  # the draft ends after a stop token
+    min_confidences: npt.NDArray[np.float32]  # an increment with a token below it is the last
+
+    def drafting_only(self, drafts: Flags) -> DraftStep:
+        """The step in which sequences without a draft need no rows: their commits wait."""
+        return replace(
+            self,
+            known_lens=np.where(drafts, self.known_lens, self.committed_lens),
+            final_lens=np.where(drafts, self.final_lens, self.committed_lens),
+            max_draft_lens=np.where(drafts, self.max_draft_lens, 0),
+        )
+
+
+class DraftBatch(NamedTuple):
+    """The rows of one forward pass."""
+
+    input_ids: torch.Tensor  # [num_rows] int64
+    positions: torch.Tensor  # [num_rows] int64
+    query_start_loc: torch.Tensor  # [num_seqs + 1] int64
+    committed_lens: torch.Tensor  # [num_seqs] int64, position of each sequence's first row
+    slot_mapping: torch.Tensor | None  # [num_rows] int64, -1 = not committed; None: none is
+    block_table: torch.Tensor  # [num_seqs, max_pages] int
+
+
+class Candidates(NamedTuple):
+    """The most probable tokens after each row."""
+
+    token_ids: torch.Tensor  # [num_rows, k] int64
+    probabilities: torch.Tensor  # [num_rows, k] float32, falling
+
+
+class Drafts(NamedTuple):
+    """What one step proposes, and what it took."""
+
+    token_ids: torch.Tensor  # [num_seqs, longest] int64, on the device; undefined beyond `lens`
+    lens: Lengths  # [num_seqs], 0 = no draft
+    first_lens: Lengths  # [num_seqs] tokens that the first pass was to draft
+    num_passes: Lengths  # [num_seqs] increments drafted
+    num_forwards: int
+    num_rows: int  # over all forwards
+    confidences: npt.NDArray[np.float32]  # [num_seqs, cap], of `num_confidences` tokens each
+    # [num_seqs], less than `lens` where rejected tokens were reused, more where the draft was cut
+    num_confidences: Lengths
+    ends_at_stop: Flags  # [num_seqs], a pass drafted a stop token
+    stop_reasons: Lengths  # [num_seqs] index into STOP_REASONS; meaningless where there is no draft
+    seq_rows: Lengths  # [num_seqs], of `num_rows`
+
+    def to_lists(self) -> list[list[int]]:
+        """One list per sequence: a copy to the host."""
+        rows = self.token_ids.tolist()
+        return [row[:length] for row, length in zip(rows, self.lens.tolist(), strict=True)]
+
+
+NO_CONFIDENCES = np.empty(0, dtype=np.float32)
+
+
+@dataclass(eq=False)
+class Round:
+    """One draft of one request; once it is verified, also what the target made of it.
+
+    A step of the target without a draft is a round, too, with `num_verified` 0.
+    """
 
     req_id: str
-    num_drafted: int
-    num_first: int  # tokens that its first pass was to draft; a policy may have cut it
-    num_verified: int  # at least 1; less than `num_drafted` if the scheduler cut the draft
-    num_accepted: int
+    num_drafted: int = 0
+    num_first: int = 0  # tokens that its first pass was to draft; a policy may have cut it
+    num_verified: int = 0  # less than `num_drafted` if the scheduler cut the draft
+    num_accepted: int = 0
     # of what passes drafted, also if it was not worth verifying; fewer with reused tokens
-    confidences: npt.NDArray[np.float32]
-    ends_at_stop: bool  # the draft's last token is a stop token
+    confidences: npt.NDArray[np.float32] = field(default_factory=lambda: NO_CONFIDENCES)
+    ends_at_stop: bool = False  # the draft's last token is a stop token
+    num_passes: int = 0  # draft passes that the draft took
+    num_rows: int = 0  # of this sequence in them
+    token_ids: Sequence[int] = ()  # [num_drafted]; empty unless somebody wants them
+    emitted: Sequence[int] = ()  # accepted tokens and the bonus
+    known_len: int = 0  # tokens before the round
+    step: int = 0  # of the engine, from 1: the one that verified
+    num_seqs: int = 0  # in that step
+
+    @property
+    def drafted(self) -> list[int]:
+        """What the target verified, in token ids; empty if nobody wanted them."""
+        return list(self.token_ids[: self.num_verified])
+
+    @property
+    def verified_confidences(self) -> npt.NDArray[np.float32]:
+        """Of the tokens that the target verified."""
+        return self.confidences[: self.num_verified]
+
+    @property
+    def judged_confidences(self) -> npt.NDArray[np.float32]:
+        """Of the tokens that it judged: it judges none beyond the first that it rejects."""
+        return self.confidences[: min(self.num_verified, self.num_accepted + 1)]
+
+
+def share(increments: Lengths, budget: int) -> Lengths:
+    """Cut increments to a budget, evenly: the longest first, of equals the last sequences first.
+
+    Args:
+        increments: [num_seqs], changed in place and returned.
+    """
+    while increments.sum() > budget:
+        seqs = np.flatnonzero(increments == increments.max())
+        surplus = int(increments.sum()) - budget
+        increments[seqs[-surplus:]] -= 1
+    return increments
+
+
+def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Copy from the host without waiting for the device, which pageable memory would."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -1,6 +1,6 @@
 """Reuse of rejected drafts (FailFast, arXiv 2512.20573, Appendix E): longer drafts, no pass. Torch.
 
-When the target corrects a draft, the tokens behind the correction are lost, though they are often
+When the target corrects a draft, the tokens after the correction are lost, though they are often
 right and only shifted. So when a new draft ends in doubt, its longest suffix is looked up in that
 tail, and what followed there is appended:
 
@@ -11,13 +11,15 @@ tail, and what followed there is appended:
 Both come from tokens that are known, so the draft stays a function of the prefix.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from failfast_vllm.drafting.interfaces import Reuse
 from failfast_vllm.drafting.records import Lengths, Round
+from failfast_vllm.drafting.workspace import Judged, Masks
 
 
 def continuation(
@@ -58,8 +60,8 @@ class RejectedTokens(NamedTuple):
     lens: torch.Tensor  # [num_seqs] int64, 0 = no tail
 
 
-class RejectedDrafts:
-    """Each request's last draft from the token behind the target's correction on.
+class RejectedDrafts(Reuse):
+    """Each request's last draft from the token after the target's correction on.
 
     Only the drafts of the step before are kept: a request that was not in it has no tail.
     """
@@ -67,18 +69,46 @@ class RejectedDrafts:
     def __init__(self) -> None:
         self._token_ids = torch.empty(0, 0, dtype=torch.int64)
         self._rows: dict[str, int] = {}
-        self._bounds: dict[str, tuple[int, int]] = {}  # first and one behind the last column
+        self._bounds: dict[str, tuple[int, int]] = {}  # first column and one after the last
+        self._tails = self.tokens([])  # of the step's sequences
+
+    def begin(self, req_ids: Sequence[str]) -> None:
+        self._tails = self.tokens(req_ids)
+
+    def append(self, canvas: torch.Tensor, masks: Masks, judged: Judged) -> torch.Tensor:
+        """Append what followed each doubtful draft's end in its tail, in `canvas`: [n], how many.
+
+        The canvas takes what is not appended in its last column.
+        """
+        ends, goes_on, stopped = judged
+        seqs, first_columns = masks.owners[:, 0], masks.first_columns
+        last = canvas.shape[1] - 1
+        columns = first_columns[:, None] + torch.arange(last, device=canvas.device)
+        drafts = canvas[seqs[:, None], columns.clamp(max=last)]
+        tails, tail_lens = self._tails
+        tokens, num_tokens = continuation(drafts, ends, tails[seqs], tail_lens[seqs])
+        room = torch.where(goes_on | stopped, 0, masks.caps - ends)
+        num_tokens = torch.minimum(num_tokens, room)
+        offsets = torch.arange(tokens.shape[1], device=canvas.device)
+        columns = (first_columns + ends)[:, None] + offsets
+        columns = torch.where(offsets < num_tokens[:, None], columns, last)
+        canvas[seqs[:, None], columns] = tokens
+        return num_tokens
 
     def remember(self, req_ids: Sequence[str], token_ids: torch.Tensor) -> None:
-        """Keep a step's drafts, [num_seqs, longest], until they are verified."""
         self._token_ids = token_ids
         self._rows = {req_id: row for row, req_id in enumerate(req_ids)}
         self._bounds = {}
 
-    def observe(self, outcomes: Sequence[Round]) -> None:
-        for outcome in outcomes:
-            if outcome.req_id in self._rows:
-                self._bounds[outcome.req_id] = (outcome.num_accepted + 1, outcome.num_drafted)
+    def observe(self, rounds: Sequence[Round]) -> None:
+        for verified in rounds:
+            if verified.req_id in self._rows:
+                self._bounds[verified.req_id] = (verified.num_accepted + 1, verified.num_drafted)
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        for req_id in req_ids:
+            self._rows.pop(req_id, None)
+            self._bounds.pop(req_id, None)
 
     def tokens(self, req_ids: Sequence[str]) -> RejectedTokens:
         """The tails of a step's sequences."""

@@ -5,28 +5,71 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.utils import replace
 
-from failfast_vllm.config import METHOD, POLICIES
+from failfast_kernels import TokenConfidence
+from failfast_vllm.config import METHOD
 from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.drafters.hosted import HostedDraftModel, row_class
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
 from failfast_vllm.drafting.drafter import Drafter
+from failfast_vllm.drafting.interfaces import (
+    BestTokens,
+    NoReuse,
+    Reuse,
+    TokenChooser,
+    Unplanned,
+)
+from failfast_vllm.drafting.ledger import Ledger
 from failfast_vllm.drafting.path_search import PathSearch
+from failfast_vllm.drafting.records import Candidates, DraftBatch
 from failfast_vllm.drafting.reuse import RejectedDrafts
-from failfast_vllm.integration.session import DraftStats, Rounds, adapter_of
+from failfast_vllm.drafting.workspace import Geometry
+from failfast_vllm.integration.session import adapter_of
+from failfast_vllm.observe.counters import DraftStats, Stopwatch
 from failfast_vllm.observe.trace import TraceWriter
 from failfast_vllm.planning.costs import Costs, CostTable
 from failfast_vllm.planning.planner import LoadPlanner
-from failfast_vllm.policies.learned import make_policy
-from failfast_vllm.policies.rules import Policy
+from failfast_vllm.policies.table import make_policy
 
 MAX_TURNS, MIN_TURNS, TURNS_SECONDS = 10, 3, 12.0  # of timing the models
+SLOW_MS = 500.0  # wider passes than one that takes longer are extrapolated
 WARM_UP_MS = 8000.0  # of that for each model, on a CPU; a busy one has it seem longer
 MAX_WARM_ROWS = 128  # of the target: with the drafter's they fit into oneDNN's cache of 1024
+
+Clock = Callable[[], float]  # seconds
+
+
+class TimedDraftModel(HostedDraftModel):
+    """The draft model, with a stopwatch on what drafting asks of it."""
+
+    def __init__(
+        self,
+        model: Any,
+        vllm_config: VllmConfig,
+        layer_names: Iterable[str],
+        table_width: int,
+        device: torch.device,
+        watch: Stopwatch,
+    ) -> None:
+        super().__init__(model, vllm_config, layer_names, table_width, device)
+        self.watch = watch
+
+    def forward(self, batch: DraftBatch) -> torch.Tensor:
+        with self.watch:
+            return super().forward(batch)
+
+    def confidence(self, hidden_states: torch.Tensor, *, details: bool = False) -> TokenConfidence:
+        with self.watch:
+            return super().confidence(hidden_states, details=details)
+
+    def candidates(
+        self, hidden_states: torch.Tensor, *, details: bool = False
+    ) -> tuple[TokenConfidence, Candidates]:
+        with self.watch:
+            return super().candidates(hidden_states, details=details)
 
 
 def make_drafter(
@@ -47,48 +90,54 @@ def make_drafter(
         )
     assert vllm_config.speculative_config is not None
     knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
-    return Drafter(
-        HostedDraftModel(model, vllm_config, layer_names, stats, table_width, device),
-        _make_policy(knobs),
-        draft_increment=knobs["draft_increment"],
+    stop_ids = stop_token_ids(vllm_config.model_config)
+    geometry = Geometry(
         vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
         mask_token_id=knobs["mask_token_id"],
-        stop_token_ids=torch.tensor(
-            stop_token_ids(vllm_config.model_config), dtype=torch.int64, device=device
-        ),
         kv_block_size=kv_block_size,
-        blocks=CommittedBlocks(num_pages, kv_block_size, knobs["diffusion_block_size"], device),
-        max_draft_budget=knobs["draft_budget"],
-        max_draft_len=knobs["num_speculative_tokens"],
         max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
+        device=device,
         diffusion_block_size=knobs["diffusion_block_size"],
         logit_shift=knobs["logit_shift"],
-        reuse_rejected=knobs["reuse_rejected"],
-        paths=PathSearch() if knobs["path_search"] else None,
+    )
+    return Drafter(
+        TimedDraftModel(model, vllm_config, layer_names, table_width, device, stats.in_model),
+        make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"]),
+        Unplanned(knobs["draft_increment"]),
+        geometry,
+        CommittedBlocks(num_pages, kv_block_size, knobs["diffusion_block_size"], device),
+        stop_token_ids=torch.tensor(stop_ids, dtype=torch.int64, device=device),
+        max_draft_len=knobs["num_speculative_tokens"],
+        max_draft_budget=knobs["draft_budget"],
+        tokens=_make_tokens(knobs),
+        reuse=_make_reuse(knobs),
     )
 
 
-def _make_policy(knobs: dict[str, Any]) -> Policy:
-    parameters = {name: knobs[name] for name in POLICIES[knobs["policy"]]}
-    return make_policy(knobs["policy"], parameters, knobs["num_speculative_tokens"])
+def _make_tokens(knobs: dict[str, Any]) -> TokenChooser:
+    return PathSearch() if knobs["path_search"] else BestTokens()
+
+
+def _make_reuse(knobs: dict[str, Any]) -> Reuse:
+    return RejectedDrafts() if knobs["reuse_rejected"] else NoReuse()
 
 
 def start_serving(runner: Any) -> None:
     """End a worker's start-up: measure the models, and forget what vLLM's warm-up drafted."""
     adapter = adapter_of(runner)
-    vllm_config, drafter, stats = adapter.vllm_config, adapter.drafter, adapter.stats
+    vllm_config, session, stats = adapter.vllm_config, adapter.session, adapter.stats
+    drafter = session.drafter
     knobs = vllm_config.additional_config[METHOD]
     if knobs["load_aware"]:
         costs = measure_costs(adapter.target_step(runner), drafter.model, vllm_config)
         drafter.planner = make_planner(costs, vllm_config)
     stats.reset()
     if stats.trace is None:  # may be open: some start-ups end twice
-        stats.trace = _trace_writer(vllm_config, drafter.kv_block_size)
-    drafter.policy = _make_policy(knobs)
-    drafter.rejected = RejectedDrafts() if knobs["reuse_rejected"] else None
-    drafter.paths = PathSearch() if knobs["path_search"] else None
+        stats.trace = _trace_writer(vllm_config, drafter.geometry.kv_block_size)
+    drafter.policy = make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"])
+    drafter.tokens, drafter.reuse = _make_tokens(knobs), _make_reuse(knobs)
     drafter.blocks.bits.zero_()
-    adapter.rounds = Rounds(drafter, stats.counts)
+    session.ledger = Ledger()
 
 
 def _trace_writer(vllm_config: VllmConfig, kv_block_size: int) -> TraceWriter | None:
@@ -115,7 +164,10 @@ def _trace_writer(vllm_config: VllmConfig, kv_block_size: int) -> TraceWriter | 
 
 @torch.inference_mode()
 def measure_costs(
-    target_step: Callable[[int], torch.Tensor], drafter: HostedDraftModel, vllm_config: VllmConfig
+    target_step: Callable[[int], torch.Tensor],
+    drafter: HostedDraftModel,
+    vllm_config: VllmConfig,
+    clock: Clock = time.perf_counter,
 ) -> Costs:
     """Time steps of the target and passes of the drafter, in a few seconds; on all ranks alike.
 
@@ -125,57 +177,73 @@ def measure_costs(
         target_step: runs the target over a number of tokens and returns logits of them.
     """
     knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
-    scheduler = vllm_config.scheduler_config
+    scheduler, ranks = vllm_config.scheduler_config, vllm_config.parallel_config
     widest = min(scheduler.max_num_seqs + knobs["draft_budget"], scheduler.max_num_batched_tokens)
-    ranks = vllm_config.parallel_config
     in_lockstep = max(ranks.data_parallel_size, ranks.tensor_parallel_size) > 1
-
-    def draft_pass(size: int) -> torch.Tensor:
-        """Sequences in the middle of a live block, each with an increment of masks."""
-        rows_each = drafter.diffusion_block_size // 2 + drafter.draft_increment
-        num_seqs = max(1, size // rows_each)
-        hidden_states = drafter.forward(drafter.idle_pass(num_seqs, size))
-        masks = hidden_states[: num_seqs * drafter.draft_increment]
-        return drafter.confidence(masks).probabilities
-
-    def milliseconds(run: Callable[[int], torch.Tensor], size: int) -> float:
-        began = time.perf_counter()
-        run(size).amax().item()  # waits for the device
-        return (time.perf_counter() - began) * 1e3
-
     sizes = [2**i for i in range(widest.bit_length())]
-    best = np.full((2, len(sizes)), np.inf)  # milliseconds of the target and the drafter
-    models = list(zip((target_step, draft_pass), best, strict=True))
-
-    def time_once(i: int, models: list[Any]) -> None:
-        for run, times in models:
-            times[i] = min(times[i], milliseconds(run, sizes[i]))
-
+    target = _Timed(target_step, clock)
+    draft = _Timed(lambda size: _draft_pass(drafter, size), clock)
     # a CPU compiles kernels per row count
     classes = sorted({row_class(size) for size in range(1, widest + 1)})
     warm_sizes = list(range(1, min(widest, MAX_WARM_ROWS) + 1)), classes
-    for model, warm in zip(models, warm_sizes, strict=True):
-        for i in range(len(sizes)):
-            time_once(i, [model, model])  # the first warms up
-            if model[1][i] > 500 and not in_lockstep:
-                sizes = sizes[: i + 1]  # wider passes are extrapolated
-                break
+    for model, warm in zip((target, draft), warm_sizes, strict=True):
+        sizes = model.first_times(sizes, until_slow=not in_lockstep)
         if drafter.device.type == "cpu" and not in_lockstep:
-            costs = CostTable(sizes, model[1][: len(sizes)].tolist())
-            num = int((costs(warm).cumsum() < WARM_UP_MS).sum())
-            # widest first: else the kernels of each size take a part of what the size before has
-            # freed, and glibc searches all the gaps in between whenever a step allocates
-            for size in reversed(warm[:num]):
-                milliseconds(model[0], size)
-    ends = time.perf_counter() + TURNS_SECONDS
+            model.warm_up(warm, sizes)
+    ends = clock() + TURNS_SECONDS
     # in turns: a second that another process takes is not all of one model or size
     for turn in range(1, MAX_TURNS):
-        if turn >= MIN_TURNS and time.perf_counter() > ends and not in_lockstep:
+        if turn >= MIN_TURNS and clock() > ends and not in_lockstep:
             break
-        for i in range(len(sizes)):
-            time_once(i, models)
-    verify, draft = (CostTable(sizes, times[: len(sizes)].tolist()) for times in best)
-    return Costs(draft, verify)
+        for size in sizes:
+            target.time(size)
+            draft.time(size)
+    return Costs(draft.table(sizes), target.table(sizes))
+
+
+class _Timed:
+    """A model, and the shortest time that each number of rows took it."""
+
+    def __init__(self, run: Callable[[int], torch.Tensor], clock: Clock) -> None:
+        self.run, self.clock = run, clock
+        self.best: dict[int, float] = {}  # milliseconds by rows
+
+    def milliseconds(self, size: int) -> float:
+        began = self.clock()
+        self.run(size).amax().item()  # waits for the device
+        return (self.clock() - began) * 1e3
+
+    def time(self, size: int) -> float:
+        self.best[size] = min(self.best.get(size, float("inf")), self.milliseconds(size))
+        return self.best[size]
+
+    def first_times(self, sizes: list[int], *, until_slow: bool) -> list[int]:
+        """Time each size; returns those that are worth more of it."""
+        for i, size in enumerate(sizes):
+            self.time(size)  # warms up
+            if self.time(size) > SLOW_MS and until_slow:
+                return sizes[: i + 1]
+        return sizes
+
+    def warm_up(self, warm_sizes: list[int], sizes: list[int]) -> None:
+        """Run as many of `warm_sizes` as there is time for, by the times of `sizes`."""
+        num = int((self.table(sizes)(warm_sizes).cumsum() < WARM_UP_MS).sum())
+        # widest first: else the kernels of each size take a part of what the size before has
+        # freed, and glibc searches all the gaps in between whenever a step allocates
+        for size in reversed(warm_sizes[:num]):
+            self.milliseconds(size)
+
+    def table(self, sizes: list[int]) -> CostTable:
+        return CostTable(sizes, [self.best[size] for size in sizes])
+
+
+def _draft_pass(drafter: HostedDraftModel, size: int) -> torch.Tensor:
+    """Sequences in the middle of a live block, each with an increment of masks."""
+    rows_each = drafter.diffusion_block_size // 2 + drafter.draft_increment
+    num_seqs = max(1, size // rows_each)
+    hidden_states = drafter.forward(drafter.idle_pass(num_seqs, size))
+    masks = hidden_states[: num_seqs * drafter.draft_increment]
+    return drafter.confidence(masks).probabilities
 
 
 def make_planner(costs: Costs, vllm_config: VllmConfig) -> LoadPlanner:
@@ -204,11 +272,15 @@ def make_planner(costs: Costs, vllm_config: VllmConfig) -> LoadPlanner:
 
 
 def stop_token_ids(model_config: Any) -> list[int]:
-    """The target's end-of-sequence ids, from its generation config or its config."""
-    eos = model_config.try_get_generation_config().get("eos_token_id")
-    if eos is None:
-        eos = getattr(model_config.hf_config, "eos_token_id", None)
-    return [] if eos is None else [int(i) for i in (eos if isinstance(eos, list) else [eos])]
+    """The target's end-of-sequence ids, from its generation config or its config.
+
+    A multimodal target may have them in the config of its language model only.
+    """
+    found = [model_config.try_get_generation_config().get("eos_token_id")]
+    for config in (model_config.hf_config, model_config.hf_text_config):
+        found.append(getattr(config, "eos_token_id", None))
+    eos: Any = next((ids for ids in found if ids is not None), [])
+    return [int(i) for i in (eos if isinstance(eos, list) else [eos])]
 
 
 def safetensors_only(draft_vllm_config: VllmConfig) -> VllmConfig:

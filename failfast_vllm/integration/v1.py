@@ -6,56 +6,99 @@ offers the step to `postpone`. Once its tokens have gone out, vLLM's engine asks
 `take_drafts`.
 """
 
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
-from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-from failfast_vllm.drafters.hosted import max_positions, profile_pass
+from failfast_vllm.drafters.hosted import profile_pass
 from failfast_vllm.drafters.parallel import drafter_group, keep_apart
-from failfast_vllm.drafting.committed_blocks import to_device
-from failfast_vllm.drafting.drafter import Drafter, DraftStep
-from failfast_vllm.drafting.path_search import UNKNOWN
-from failfast_vllm.drafting.records import Lengths
-from failfast_vllm.integration.requests import asked
-from failfast_vllm.integration.session import DraftStats, Rounds, new_pages
-from failfast_vllm.integration.startup import make_drafter, safetensors_only, stop_token_ids
+from failfast_vllm.drafting.drafter import Drafter
+from failfast_vllm.drafting.records import UNKNOWN, Drafts, to_device
+from failfast_vllm.integration.adapter import Adapter
+from failfast_vllm.integration.session import Outcome, State
+from failfast_vllm.integration.startup import safetensors_only
 
 MIN_P_EPSILON = 1e-5  # below it vLLM takes min_p for 0
 
 
-class _Step(NamedTuple):
-    """An engine step as the runner describes it; its own state stays as it is until the next."""
+class _View:
+    """`session.View` of an engine step; the runner's own state stays as it is until the next."""
 
-    scheduler_output: Any
-    sampled_token_ids: list[list[int]]  # [num_reqs][0 or more]
-    common_attn_metadata: Any
+    def __init__(
+        self,
+        adapter: "FailFastProposer",
+        drafter: Drafter,
+        scheduler_output: Any,
+        sampled_token_ids: list[list[int]],  # [num_reqs][0 or more]
+        common_attn_metadata: Any,
+    ) -> None:
+        self.adapter, self.drafter = adapter, drafter
+        self.scheduler_output = scheduler_output
+        self.emitted = sampled_token_ids
+        self.num_reqs = len(sampled_token_ids)
+        self.block_table = common_attn_metadata.block_table_tensor[: self.num_reqs]
+        self.batch = adapter.runner.input_batch
+        self.req_ids: Sequence[str] = self.batch.req_ids[: self.num_reqs]
+        self.num_tokens: int = scheduler_output.total_num_scheduled_tokens
+        verified = scheduler_output.scheduled_spec_decode_tokens
+        self.num_verified: Sequence[int] = [len(verified.get(r, ())) for r in self.req_ids]
+        self.known_lens = self.batch.num_tokens_no_spec[: self.num_reqs].astype(np.int64)
+
+    def outcome(self) -> Outcome:
+        return Outcome(self.emitted, self.known_lens)
+
+    def state(self, sampled: npt.NDArray[np.bool_]) -> State:
+        known, limit = self.known_lens, self.adapter.position_limit
+        before = self.batch.num_computed_tokens_cpu[: self.num_reqs]  # this step
+        at_most = to_device(np.minimum(before, limit), self.adapter.device)
+        committed = self.drafter.blocks.committed_lens(self.block_table, at_most).cpu().numpy()
+        scheduled = self.scheduler_output.num_scheduled_tokens
+        computed = before.astype(np.int64) + np.array([scheduled[r] for r in self.req_ids])
+        computed = np.where(sampled, known - 1, computed)
+        requests = [self.adapter.runner.requests[req_id] for req_id in self.req_ids]
+        room = [
+            min(
+                _most_drafted(request.sampling_params, length - request.num_prompt_tokens, limit),
+                limit - length - 1,
+            )
+            for request, length in zip(requests, known.tolist(), strict=True)
+        ]
+        return State(
+            token_ids=self._token_ids(int(known.max(initial=0))),
+            slots=np.arange(self.num_reqs),
+            block_table=self.block_table,
+            committed_lens=committed,
+            computed_lens=np.minimum(computed, limit),
+            room=np.array(room, dtype=np.int64),
+            params=[request.sampling_params for request in requests],
+            num_speculative_tokens=self.scheduler_output.num_spec_tokens_to_schedule,
+        )
+
+    def _token_ids(self, width: int) -> torch.Tensor:
+        """[num_reqs, width] known tokens, UNKNOWN where there is an embedding instead."""
+        tokens = torch.from_numpy(self.batch.token_ids_cpu[: self.num_reqs, :width])
+        if self.batch.req_prompt_embeds:  # behind them are ids of whoever had the row before
+            is_id = torch.from_numpy(self.batch.is_token_ids[: self.num_reqs, :width])
+            tokens = tokens.where(is_id, UNKNOWN)
+        return tokens.to(self.adapter.device)
+
+    def hand_out(self, drafts: Drafts) -> list[list[int]]:
+        return drafts.to_lists()
 
 
-class FailFastProposer(DraftModelProposer):
+class FailFastProposer(Adapter, DraftModelProposer):
     """vLLM's proposer interface over `drafter.Drafter`."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
         self.runner = runner
-        self.eos_token_ids = frozenset(stop_token_ids(vllm_config.model_config))
-        # a KV connector fills pages that our commits know nothing of: what it brings is not trusted
-        self.foreign_kv = vllm_config.kv_transfer_config is not None
-        self.stats = DraftStats()
-        self.drafter: Drafter | None = None  # these two set by `initialize_attn_backend`
-        self.rounds: Rounds | None = None
-        self._postponed: _Step | None = None  # set by `postpone`
-
-    @property
-    def position_limit(self) -> int:
-        """Not kept: vLLM may lower the target's limit to what its KV cache holds (auto-fit)."""
-        return max_positions(self.vllm_config)
+        self.set_up()
 
     def _raise_if_padded_drafter_batch_disabled(self) -> None:
         """Ragged drafts on the CPU are the point of this proposer."""
@@ -95,76 +138,23 @@ class FailFastProposer(DraftModelProposer):
         kv_block_size = (
             kernel_block_sizes[self.kv_cache_gid] if kernel_block_sizes else self.block_size
         )
-        self.drafter = make_drafter(
-            self.model,
-            self.vllm_config,
+        self.open_session(
             self._draft_attn_layer_names,
-            self.stats,
             kv_block_size,
             kv_cache_config.num_blocks * (self.block_size // kv_block_size),
             -(-self.position_limit // kv_block_size),
-            self.device,
         )
-        self.rounds = Rounds(self.drafter, self.stats.counts)
 
     def postpone(
         self, scheduler_output: Any, sampled_token_ids: list[list[int]], common_attn_metadata: Any
     ) -> list[list[int]]:
         """The runner has booked a step's tokens, which nobody has seen yet: no drafts so far."""
         emitted = [list(ids) for ids in sampled_token_ids]  # a scheduler in this process cuts them
-        self._postponed = _Step(scheduler_output, emitted, common_attn_metadata)
+        self.postponed = scheduler_output, emitted, common_attn_metadata
         return [[]] * len(emitted)
 
-    def take_drafts(self) -> DraftTokenIds | None:
-        """What the scheduler is told of the postponed step; None where there is none."""
-        step, self._postponed = self._postponed, None
-        if step is None:
-            return None
-        lists = self._draft(*step)
-        drafts = DraftTokenIds([], [])  # nothing for the scheduler to go through
-        if any(lists):
-            drafts = DraftTokenIds(self.runner.input_batch.req_ids, lists)
-        drafts.failfast_counts = self.stats.counts.take()  # type: ignore[attr-defined]
-        return drafts
-
-    @torch.inference_mode()
-    def _draft(
-        self, scheduler_output: Any, sampled_token_ids: list[list[int]], common_attn_metadata: Any
-    ) -> list[list[int]]:
-        """One engine step: commit, draft, and return a list per request (`[]` = no draft)."""
-        assert self.drafter is not None
-        assert self.rounds is not None
-        began = time.perf_counter()
-        self.stats.step_began()
-        batch, planner = self.runner.input_batch, self.drafter.planner
-        num_reqs = len(sampled_token_ids)
-        req_ids = batch.req_ids[:num_reqs]
-        verified = scheduler_output.scheduled_spec_decode_tokens
-        if self.stats.wants_plain_rounds or (self.stats.wants_rounds and verified):
-            ends = batch.num_tokens_no_spec[:num_reqs].tolist()
-            for req_id, emitted, end in zip(req_ids, sampled_token_ids, ends, strict=True):
-                num = len(verified.get(req_id, ()))
-                if emitted and (num or self.stats.wants_plain_rounds):
-                    self.stats.report(req_id, num, list(emitted), end - len(emitted), num_reqs)
-        num_tokens = scheduler_output.total_num_scheduled_tokens
-        if planner is not None and not planner.step_began(req_ids, num_tokens):
-            return [[]] * num_reqs
-        table = common_attn_metadata.block_table_tensor[:num_reqs]
-        computed = np.minimum(batch.num_computed_tokens_cpu[:num_reqs], self.position_limit)
-        computed_lens = to_device(computed, self.device)
-        committed = self.drafter.blocks.committed_lens(table, computed_lens).cpu().numpy()
-        step = self._gather(scheduler_output, sampled_token_ids, table, committed)
-        num_verified = [len(verified.get(req_id, ())) for req_id in req_ids]
-        self.rounds.verified(req_ids, num_verified, [len(ids) for ids in sampled_token_ids])
-        drafts = self.drafter.propose(step)
-        self.rounds.drafted(req_ids, drafts)
-        lists = drafts.to_lists()
-        self.stats.count(drafts, (time.perf_counter() - began) * 1e3)
-        if self.stats.wants_rounds:
-            self.stats.remember(req_ids, drafts)
-        if planner is not None:
-            planner.step_ended(req_ids)
-        return lists
+    def view(self, drafter: Drafter) -> _View:
+        return _View(self, drafter, *self.postponed)
 
     def target_step(self, runner: Any) -> Callable[[int], torch.Tensor]:
         """A step of the target, without attention, over a number of tokens."""
@@ -181,15 +171,10 @@ class FailFastProposer(DraftModelProposer):
 
     def begin(self, scheduler_output: Any) -> None:
         """Called by the runner before each step, also in steps without any request."""
-        self._postponed = None  # nobody has asked for its drafts
-        if self.drafter is None or self.rounds is None:
-            return
-        self.rounds.forget(scheduler_output.finished_req_ids)
-        self.stats.forget(scheduler_output.finished_req_ids)
-        pages = new_pages(
-            scheduler_output, self.kv_cache_gid, self.block_size, trusts_hits=not self.foreign_kv
-        )
-        self.drafter.blocks.clear(pages, self.block_size)
+        self.postponed = None  # nobody has asked for its drafts
+        if self.session is not None:
+            self.session.forget(scheduler_output.finished_req_ids)
+        self.clear_new_pages(scheduler_output, self.kv_cache_gid, self.block_size)
 
     def drop_stale_budgets(self) -> None:
         """vLLM leaves a thinking budget in its row to a request without one that moves there."""
@@ -199,63 +184,6 @@ class FailFastProposer(DraftModelProposer):
             for row, req_id in enumerate(batch.req_ids):
                 if self.runner.requests[req_id].sampling_params.thinking_token_budget is None:
                     budgets._state.pop(row, None)
-
-    def _gather(
-        self,
-        scheduler_output: Any,
-        sampled_token_ids: list[list[int]],
-        table: torch.Tensor,
-        committed: Lengths,
-    ) -> DraftStep:
-        """The runner's state after bookkeeping, as tensors over its requests."""
-        assert self.drafter is not None
-        batch = self.runner.input_batch
-        num_reqs = len(sampled_token_ids)
-        req_ids = batch.req_ids[:num_reqs]
-        scheduled = np.array([scheduler_output.num_scheduled_tokens[r] for r in req_ids])
-        known = batch.num_tokens_no_spec[:num_reqs].astype(np.int64)
-        computed = batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64)  # before this step
-        sampled = np.array([bool(ids) for ids in sampled_token_ids], dtype=bool)
-        now_computed = np.where(sampled, known - 1, computed + scheduled)
-
-        limit = self.position_limit
-        size = self.drafter.diffusion_block_size
-        final = np.maximum(np.minimum(now_computed, limit) // size * size, committed)
-
-        requests = [self.runner.requests[req_id] for req_id in req_ids]
-        wanted = asked(
-            [request.sampling_params for request in requests],
-            sampled_token_ids,
-            self.eos_token_ids,
-            scheduler_output.num_spec_tokens_to_schedule,
-        )
-        room = np.empty(num_reqs, dtype=np.int64)
-        for i, request in enumerate(requests):
-            num_output = int(known[i]) - request.num_prompt_tokens
-            room[i] = min(
-                _most_drafted(request.sampling_params, num_output, limit), limit - known[i] - 1
-            )
-        max_draft_lens = np.minimum(wanted.max_draft_lens, np.maximum(room, 0))
-        ended = sampled & (wanted.ended | (room < 0))
-
-        width = int(known.max(initial=0))
-        tokens = torch.from_numpy(batch.token_ids_cpu[:num_reqs, :width])
-        if batch.req_prompt_embeds:  # behind them are ids of whoever had the row before
-            is_id = torch.from_numpy(batch.is_token_ids[:num_reqs, :width])
-            tokens = tokens.where(is_id, UNKNOWN)
-        return DraftStep(
-            req_ids=req_ids,
-            token_ids=tokens.to(self.device),
-            slots=np.arange(num_reqs),
-            block_table=table,
-            known_lens=np.where(sampled, known, final),
-            committed_lens=committed,
-            final_lens=np.where(ended, committed, final),
-            max_draft_lens=np.where(sampled & ~ended, max_draft_lens, 0),
-            draft_budget=self.drafter.draft_budget(num_reqs),
-            stops_at_eos=wanted.stops_at_eos,
-            min_confidences=wanted.min_confidences,
-        )
 
 
 def _most_drafted(params: Any, num_output_tokens: int, max_positions: int) -> int:

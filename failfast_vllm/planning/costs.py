@@ -125,7 +125,7 @@ class Costs:
         return counted
 
 
-class Stopwatch:
+class StepTimer:
     """Measures the parts of a step: draft passes, all of drafting, and the target's step after it.
 
     Args:

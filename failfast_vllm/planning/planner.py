@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from failfast_vllm.drafting.records import LOAD, Lengths, Round
 from failfast_vllm.planning.acceptance import AcceptanceByPosition, Calibration, learn
-from failfast_vllm.planning.costs import Costs, Floats, Stopwatch
+from failfast_vllm.planning.costs import Costs, Floats, StepTimer
 from failfast_vllm.planning.guard import AMORTISED_ROUNDS, TRY_ROUNDS, Guard
 
 # Hysteresis: start drafting only for a gain of a tenth, since times and acceptance are estimates
@@ -67,7 +67,7 @@ class LoadPlanner:
         self.acceptance = AcceptanceByPosition(self.max_len)  # of the first pass
         self.growth = AcceptanceByPosition(self.max_len)  # after it, where a draft went on
         self.guard = Guard()
-        self._stopwatch = Stopwatch(self.clock)
+        self._timer = StepTimer(self.clock)
         self._rate = 0.0  # tokens per ms that this step can expect
         self._running: frozenset[str] = frozenset()
         self._num_drafted = 0  # tokens that the next step verifies
@@ -82,7 +82,7 @@ class LoadPlanner:
         Args:
             num_tokens: that the target has just verified.
         """
-        rows, ms = self._stopwatch.lap()
+        rows, ms = self._timer.lap()
         # a request that is new may have come to an idle engine
         known = self._running.issuperset(req_ids)
         looks = self.guard.step_began(len(req_ids), drafted=bool(rows))
@@ -100,7 +100,7 @@ class LoadPlanner:
         """Learn what the drafts of the last step and this step of the target took.
 
         Args:
-            rows, ms: see `Stopwatch.lap`.
+            rows, ms: see `StepTimer.lap`.
             num_tokens: in the target's step; 0 = its time says nothing.
             known: no request is new.
         """
@@ -119,15 +119,15 @@ class LoadPlanner:
     def step_ended(self, req_ids: Sequence[str]) -> None:
         """The drafts of the step are made; the target is next."""
         self._running = frozenset(req_ids)
-        self._stopwatch.drafting_ended()
+        self._timer.drafting_ended()
 
     def stood_still(self, seconds: float) -> None:
         """For so long nobody has asked the engine for its next step."""
-        self._stopwatch.stood_still(seconds)
+        self._timer.stood_still(seconds)
 
     def pass_took(self, num_rows: int, ms: float) -> None:
         """A draft pass, from planning its rows to its tokens."""
-        self._stopwatch.pass_took(num_rows, ms)
+        self._timer.pass_took(num_rows, ms)
 
     def observe(self, rounds: Sequence[Round]) -> None:
         """Learn from a step's verified drafts, a few steps later; without any, forget a little."""

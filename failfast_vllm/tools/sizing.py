@@ -7,20 +7,29 @@ No vLLM, no torch.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from failfast_vllm.config import (
+from failfast_vllm.config import FailFastConfig
+from failfast_vllm.drafters.checks import (
     BlockSize,
-    FailFastConfig,
     check_drafter_config,
     choose_drafter,
     find_block_size,
     undivided_size,
 )
-from failfast_vllm.drafters.families import DIFFUSION_BLOCK_SIZES, FAST_DLLM_V2, Family, family_of
+from failfast_vllm.drafters.families import (
+    BLOCK_SIZE_NAMES,
+    DIFFUSION_BLOCK_SIZES,
+    FAMILIES,
+    Family,
+    family_of,
+)
+from failfast_vllm.drafters.layout import expected_shapes, is_integer
+from failfast_vllm.tools.published_models import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT_LEN = 1024
@@ -53,113 +62,37 @@ GPUS = {
     )
 }
 
-
-def _config(model_type: str, architecture: str, **fields: Any) -> dict[str, Any]:
-    return {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "torch_dtype": "bfloat16",
-        **fields,
-    }
-
-
-def _dense(
-    hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocab: int, tied: bool
-) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": mlp,
-        "vocab_size": vocab,
-        "tie_word_embeddings": tied,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "hidden_act": "silu",
-    }
-
-
-def _qwen2(*shape: Any) -> dict[str, Any]:
-    return _config("qwen2", "Qwen2ForCausalLM", **_dense(*shape))
-
-
-def _qwen3(*shape: Any) -> dict[str, Any]:
-    return _config(
-        "qwen3", "Qwen3ForCausalLM", head_dim=128, attention_bias=False, **_dense(*shape)
-    )
-
-
-def _sdar(*shape: Any) -> dict[str, Any]:
-    return _config("sdar", "SDARForCausalLM", head_dim=128, attention_bias=False, **_dense(*shape))
-
-
-def _fast_dllm(*shape: Any) -> dict[str, Any]:
-    return _config("Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM", bd_size=32, **_dense(*shape))
-
-
-PUBLISHED_TARGETS = {  # from the published config.json of each
-    "Qwen/Qwen2.5-7B-Instruct": _qwen2(3584, 28, 28, 4, 18944, 152064, False),
-    "Qwen/Qwen2.5-14B-Instruct": _qwen2(5120, 48, 40, 8, 13824, 152064, False),
-    "Qwen/Qwen2.5-32B-Instruct": _qwen2(5120, 64, 40, 8, 27648, 152064, False),
-    "Qwen/Qwen2.5-72B-Instruct": _qwen2(8192, 80, 64, 8, 29568, 152064, False),
-    "Qwen/Qwen3-4B": _qwen3(2560, 36, 32, 8, 9728, 151936, True),
-    "Qwen/Qwen3-8B": _qwen3(4096, 36, 32, 8, 12288, 151936, False),
-    "Qwen/Qwen3-14B": _qwen3(5120, 40, 40, 8, 17408, 151936, False),
-    "Qwen/Qwen3-32B": _qwen3(5120, 64, 64, 8, 25600, 151936, False),
-}
-_SDAR_SHAPES = {  # also with blocks of 8, 16 and 32, as "-b32" says
-    "JetLM/SDAR-1.7B-Chat": _sdar(2048, 28, 16, 8, 6144, 151936, False),
-    "JetLM/SDAR-4B-Chat": _sdar(2560, 36, 32, 8, 9728, 151936, False),
-    "JetLM/SDAR-8B-Chat": _sdar(4096, 36, 32, 8, 12288, 151936, False),
-    "JetLM/SDAR-30B-A3B-Chat": _config(  # the sizes of Qwen3-30B-A3B, which it was trained from
-        "sdar_moe",
-        "SDARMoeForCausalLM",
-        head_dim=128,
-        attention_bias=False,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        moe_intermediate_size=768,
-        norm_topk_prob=True,
-        num_experts=128,
-        num_experts_per_tok=8,
-        **_dense(2048, 48, 32, 4, 6144, 151936, False),
-    ),
-}
-PUBLISHED_DRAFTERS = {
-    "Efficient-Large-Model/Fast_dLLM_v2_1.5B": _fast_dllm(1536, 28, 12, 2, 8960, 151936, True),
-    "Efficient-Large-Model/Fast_dLLM_v2_7B": _fast_dllm(3584, 28, 28, 4, 18944, 152064, False),
-    **{
-        f"{name}{size}": config
-        for name, config in _SDAR_SHAPES.items()
-        for size in ("-b32", "-b16", "-b8", "")
-    },
-    "Gen-Verse/TraDo-4B-Instruct": _SDAR_SHAPES["JetLM/SDAR-4B-Chat"],
-    "Gen-Verse/TraDo-8B-Instruct": _SDAR_SHAPES["JetLM/SDAR-8B-Chat"],
-    "Gen-Verse/TraDo-8B-Thinking": _SDAR_SHAPES["JetLM/SDAR-8B-Chat"],
-}
+SIZES = (
+    "num_attention_heads",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
+)
+EXPERT_SIZES = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+# the layouts of targets: a family has the tensors of the model that it was trained from
+LAYOUTS = {family.base_type: family for family in reversed(FAMILIES)}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One tensor-parallel rank's part of a decoder; see `shape_of` and `per_rank`."""
+    """One tensor-parallel rank's part of a decoder; weights in numbers of parameters."""
 
     hidden_size: int
+    vocab_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    intermediate_size: int  # of one expert, if there are experts
-    vocab_size: int
+    linear: int  # of linear layers, experts apart
+    experts: int  # of all experts
+    others: int  # of norms, biases and routers
+    num_experts: int  # of a layer; 0: a dense MLP
+    num_active_experts: int
     tied: bool  # lm_head is the embedding
-    qkv_bias: bool
-    output_bias: bool
-    qk_norm: bool
     value_bytes: int  # of a weight that is not quantised, and of a KV value
-    num_experts: int = 0  # 0: a dense MLP
-    num_active_experts: int = 0
-    quantised_bits: float | None = None  # of a linear layer's weight; 0: the config does not say
+    quantised_bits: float | None  # of a linear layer's weight; 0: the config does not say
 
     @property
     def exact(self) -> bool:
@@ -167,51 +100,71 @@ class Shape:
         return self.quantised_bits is None
 
 
-def shape_of(name: str, config: Mapping[str, Any]) -> Shape:
-    """The shape that a `config.json` describes.
+def shape_of(name: str, config: Mapping[str, Any], num_ranks: int = 1) -> Shape:
+    """The shape of each of `num_ranks` parts of the model that a `config.json` describes.
 
     Raises:
-        ValueError: a model type whose tensors are not known here, or a missing field.
+        ValueError: a model type whose tensors are not known here, a missing field, or heads or an
+            MLP that vLLM cannot divide.
     """
-    model_type = config.get("model_type")
-    family = family_of(config.get("architectures"))
-    known = ("qwen2", "qwen3", "qwen3_moe")
-    if family is None and model_type not in known:
-        raise ValueError(
-            f"the tensors of {name!r} are not known (model type {model_type!r}); "
-            f"give a config of {', '.join(known)} or of a drafter."
-        )
-    qwen2 = model_type == "qwen2" or family is FAST_DLLM_V2
-    moe = family.has_experts if family else model_type == "qwen3_moe"
-    config = family.filled(config) if family else config
-    if moe and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
-        raise ValueError(f"{name!r} mixes dense and expert layers; only all-expert ones are known.")
-    heads = _size(name, config, "num_attention_heads")
-    hidden = _size(name, config, "hidden_size")
-    bias = bool(config.get("attention_bias", qwen2))
+    layout, config = _layout_of(name, config)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     if dtype not in BYTES:
         raise ValueError(f"{name!r} must have a dtype of {', '.join(BYTES)}; got {dtype!r}.")
+    part = _part_of(name, config, "moe_" * layout.has_experts + "intermediate_size", num_ranks)
+    hidden, num_layers = part["hidden_size"], part["num_hidden_layers"]
+    linear = experts = others = 0
+    for tensor, dims in expected_shapes(layout, part).items():
+        if ".experts." in tensor:
+            experts += math.prod(dims)
+        elif tensor.endswith("_proj.weight"):
+            linear += math.prod(dims)
+        elif tensor not in VOCABULARY:
+            others += math.prod(dims)
+    if layout.qk_norm and part.get("attention_bias"):
+        others += num_layers * hidden  # Qwen3 then has one on o_proj too, which vLLM drops
     return Shape(
         hidden_size=hidden,
-        num_layers=_size(name, config, "num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=_size(name, config, "num_key_value_heads"),
-        # transformers' Qwen3Config has heads of 128 where the file is silent
-        head_dim=config.get("head_dim") or (hidden // heads if qwen2 else 128),
-        intermediate_size=_size(
-            name, config, "moe_intermediate_size" if moe else "intermediate_size"
-        ),
-        vocab_size=_size(name, config, "vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=bias,
-        output_bias=bias and not qwen2,
-        qk_norm=not qwen2,
+        vocab_size=part["vocab_size"],
+        num_layers=num_layers,
+        num_heads=part["num_attention_heads"],
+        num_kv_heads=part["num_key_value_heads"],
+        head_dim=part["head_dim"],
+        linear=linear,
+        experts=experts,
+        others=others,
+        num_experts=part["num_experts"] if layout.has_experts else 0,
+        num_active_experts=part["num_experts_per_tok"] if layout.has_experts else 0,
+        tied=bool(part.get("tie_word_embeddings", False)),
         value_bytes=BYTES[dtype],
-        num_experts=_size(name, config, "num_experts") if moe else 0,
-        num_active_experts=_size(name, config, "num_experts_per_tok") if moe else 0,
-        quantised_bits=_quantised_bits(config.get("quantization_config")),
+        quantised_bits=_quantised_bits(part.get("quantization_config")),
     )
+
+
+def _layout_of(name: str, config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
+    """The family with a model's tensors, and its config with all sizes; raises ValueError."""
+    family, model_type = family_of(config.get("architectures")), config.get("model_type")
+    layout = family or LAYOUTS.get(str(model_type))
+    if layout is None:
+        raise ValueError(
+            f"the tensors of {name!r} are not known (model type {model_type!r}); "
+            f"give a config of {', '.join(sorted(LAYOUTS))} or of a drafter."
+        )
+    # of a target all must be stated, but transformers' Qwen3Config has heads of 128
+    filled = family.filled(config) if family else dict(config)
+    mlp = EXPERT_SIZES if layout.has_experts else ("intermediate_size",)
+    for key in SIZES + mlp:
+        if not is_integer(filled.get(key)) or filled[key] < 1:
+            got = filled.get(key)
+            raise ValueError(f"{name!r} must have a positive integer {key!r}; got {got!r}.")
+    if layout.has_experts and (
+        filled.get("mlp_only_layers") or filled.get("decoder_sparse_step", 1) != 1
+    ):
+        raise ValueError(f"{name!r} mixes dense and expert layers; only all-expert ones are known.")
+    filled["intermediate_size"] = filled.get("intermediate_size", 0)
+    stated = filled.get("head_dim") or (128 if layout.states_head_dim else None)
+    filled["head_dim"] = layout.head_dim({**filled, "head_dim": stated})
+    return layout, filled
 
 
 def _quantised_bits(quantisation: Any) -> float | None:
@@ -221,41 +174,29 @@ def _quantised_bits(quantisation: Any) -> float | None:
     return float(bits) if isinstance(bits, int) else 0.0
 
 
-def _size(name: str, config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name!r} must have a positive integer {key!r}; got {value!r}.")
-    return value
-
-
-def per_rank(name: str, shape: Shape, tensor_parallel_size: int) -> Shape:
-    """The part of one rank: KV heads are replicated when there are fewer than ranks.
-
-    Raises:
-        ValueError: vLLM cannot divide the heads or the MLP.
-    """
-    ranks = tensor_parallel_size
+def _part_of(name: str, config: dict[str, Any], mlp: str, ranks: int) -> dict[str, Any]:
+    """The sizes of one rank: KV heads are replicated when there are fewer than ranks."""
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     if ranks == 1:
-        return shape
-    divides = shape.num_heads % ranks == shape.intermediate_size % ranks == 0
-    if not divides or (shape.num_kv_heads % ranks and ranks % shape.num_kv_heads):
+        return config
+    if heads % ranks or config[mlp] % ranks or (kv_heads % ranks and ranks % kv_heads):
         raise ValueError(
-            f"--tensor-parallel-size must divide the {shape.num_heads} heads "
-            f"({shape.num_kv_heads} KV) and the MLP of {name!r}; got {ranks}."
+            f"--tensor-parallel-size must divide the {heads} heads "
+            f"({kv_heads} KV) and the MLP of {name!r}; got {ranks}."
         )
-    vocab = -(-shape.vocab_size // VOCAB_PADDING) * VOCAB_PADDING
-    return replace(
-        shape,
-        num_heads=shape.num_heads // ranks,
-        num_kv_heads=max(1, shape.num_kv_heads // ranks),
-        intermediate_size=shape.intermediate_size // ranks,
-        vocab_size=-(-vocab // ranks),
-    )
+    vocab = -(-config["vocab_size"] // VOCAB_PADDING) * VOCAB_PADDING
+    return {
+        **config,
+        "num_attention_heads": heads // ranks,
+        "num_key_value_heads": max(1, kv_heads // ranks),
+        mlp: config[mlp] // ranks,
+        "vocab_size": -(-vocab // ranks),
+    }
 
 
 def weight_bytes(shape: Shape) -> int:
     """Bytes of all tensors; of a quantised checkpoint without its scales and zero points."""
-    return int(_bytes(shape, shape.num_experts, num_embeddings=1 if shape.tied else 2))
+    return int(_bytes(shape, shape.experts, num_embeddings=1 if shape.tied else 2))
 
 
 def kv_bytes_per_token(shape: Shape) -> int:
@@ -269,32 +210,18 @@ def read_bytes(shape: Shape, num_tokens: float) -> float:
     Of an untied embedding a pass reads its tokens' rows only: neglected. Of experts it reads those
     that some token chose, here every choice as likely as any other.
     """
-    experts: float = shape.num_experts
+    experts: float = shape.experts
     if experts:
-        experts *= 1 - (1 - shape.num_active_experts / experts) ** num_tokens
-    return _bytes(shape, num_experts=experts, num_embeddings=1)
+        experts *= 1 - (1 - shape.num_active_experts / shape.num_experts) ** num_tokens
+    return _bytes(shape, experts, num_embeddings=1)
 
 
-def _bytes(shape: Shape, num_experts: float, num_embeddings: int) -> float:
-    """Layers, the final norm and `num_embeddings` matrices of the vocabulary's size."""
-    linear, rest = _layer_params(shape, num_experts)
-    rest = rest * shape.num_layers + shape.hidden_size * (1 + num_embeddings * shape.vocab_size)
-    linear *= shape.num_layers
+def _bytes(shape: Shape, experts: float, num_embeddings: int) -> float:
+    """With so many parameters of experts, and `num_embeddings` matrices of the vocabulary."""
+    others = shape.others + num_embeddings * shape.vocab_size * shape.hidden_size
     if shape.quantised_bits is None:
-        return (linear + rest) * shape.value_bytes
-    return linear * shape.quantised_bits / 8 + rest * shape.value_bytes
-
-
-def _layer_params(shape: Shape, num_experts: float) -> tuple[float, int]:
-    """Parameters of one layer: of its linear weights (with `num_experts`), and all others."""
-    hidden = shape.hidden_size
-    q = shape.num_heads * shape.head_dim
-    kv = shape.num_kv_heads * shape.head_dim
-    mlp = 3 * hidden * shape.intermediate_size  # gate, up, down
-    linear = hidden * (2 * q + 2 * kv) + mlp * (num_experts if shape.num_experts else 1)
-    rest = 2 * hidden + hidden * shape.num_experts  # norms, router
-    rest += (q + 2 * kv) * shape.qkv_bias + hidden * shape.output_bias
-    return linear, rest + 2 * shape.head_dim * shape.qk_norm
+        return (shape.linear + experts + others) * shape.value_bytes
+    return (shape.linear + experts) * shape.quantised_bits / 8 + others * shape.value_bytes
 
 
 def pass_ms(gpu: Gpu, shape: Shape, rows: Sequence[float], contexts: Sequence[float]) -> float:
@@ -310,8 +237,9 @@ def pass_ms(gpu: Gpu, shape: Shape, rows: Sequence[float], contexts: Sequence[fl
     assert shape.quantised_bits != 0, "the bytes of these weights are unknown"
     num_rows = sum(rows)
     bytes_read = read_bytes(shape, num_rows) + sum(contexts) * kv_bytes_per_token(shape)
-    dense, rest = _layer_params(shape, shape.num_active_experts)
-    params = shape.num_layers * (dense + rest) + shape.hidden_size * (1 + shape.vocab_size)
+    params = shape.linear + shape.others + shape.hidden_size * shape.vocab_size
+    if shape.experts:
+        params += shape.experts // shape.num_experts * shape.num_active_experts
     attention = 4 * shape.num_heads * shape.head_dim * shape.num_layers  # q.k and p.v
     pairs = sum(n * context for n, context in zip(rows, contexts, strict=True))
     flops = 2 * params * num_rows + attention * pairs
@@ -521,17 +449,19 @@ def make_plan(
     )
     drafter_name, drafter_config = load_config(chosen, PUBLISHED_DRAFTERS)
     if diffusion_block_size not in (None, *DIFFUSION_BLOCK_SIZES):
-        sizes = ", ".join(map(str, DIFFUSION_BLOCK_SIZES))
         raise ValueError(
-            f"--diffusion-block-size must be one of {sizes}; got {diffusion_block_size}."
+            f"--diffusion-block-size must be one of {BLOCK_SIZE_NAMES}; got {diffusion_block_size}."
         )
     family = check_drafter_config(drafter_name, drafter_config, diffusion_block_size)
     block = find_block_size(drafter_name, family, drafter_config, diffusion_block_size)
     # 12 heads on 8 ranks, say: each of them then holds the whole drafter
     undivided = undivided_size(family.filled(drafter_config), tensor_parallel_size)
     draft_ranks = 1 if undivided else tensor_parallel_size
-    draft_part = per_rank(drafter_name, shape_of(drafter_name, drafter_config), draft_ranks)
-    costs = CostModel(GPUS[gpu], per_rank(target_name, whole, tensor_parallel_size), draft_part)
+    costs = CostModel(
+        GPUS[gpu],
+        shape_of(target_name, target_config, tensor_parallel_size),
+        shape_of(drafter_name, drafter_config, draft_ranks),
+    )
     return Plan(
         target_name,
         drafter_name,

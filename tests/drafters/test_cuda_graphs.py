@@ -16,7 +16,7 @@ from failfast_vllm.drafters.cuda_graphs import (
     make_buckets,
     rows_per_seq,
 )
-from failfast_vllm.drafting.drafter import DraftBatch
+from failfast_vllm.drafting.records import DraftBatch
 
 ROWS = [10, 21, 32, 42]
 BLOCK, PAGE, HEAD_DIM, VOCAB, MASK, TABLE = 32, 32, 16, 50, 3, 4

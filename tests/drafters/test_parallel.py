@@ -12,14 +12,12 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from checkpoints import tiny_config, write_checkpoint
 from engine import TARGET, engine, generate, mixed_prompts, watch
-from failfast_vllm import config as user_config
 from failfast_vllm import plugin
 from failfast_vllm.config import MODELS_DIR
-from failfast_vllm.drafters import hosted
+from failfast_vllm.drafters import checks, hosted
 from failfast_vllm.drafters import parallel as ranks
 from failfast_vllm.drafters.families import SDAR, SDAR_MOE
-from failfast_vllm.drafting.drafter import DraftBatch
-from failfast_vllm.integration.session import DraftStats
+from failfast_vllm.drafting.records import DraftBatch
 from rank_worker import EXTENSION
 from wide_models import equal_experts, four_heads, rewrite
 
@@ -75,7 +73,8 @@ def on_two_ranks(speculative_config, prompts):
 
 
 def decisions(record):
-    return record.proposals, record.draft_lens, record.rounds
+    rounds = [{**vars(r), "confidences": r.confidences.tolist()} for r in record.rounds]
+    return record.proposals, record.draft_lens, rounds
 
 
 @pytest.mark.slow
@@ -308,19 +307,19 @@ QWEN_1_5B = {  # the drafter of Qwen2.5 targets
 )
 def test_which_ranks_can_share_the_published_drafter(num_ranks, problem):
     """Catches a rule that divides too much: vLLM would stop in an assertion while loading."""
-    assert user_config.undivided_size(QWEN_1_5B, num_ranks) == problem
+    assert checks.undivided_size(QWEN_1_5B, num_ranks) == problem
 
 
 def test_experts_that_ranks_cannot_share():
     """Each expert is cut, so their number does not matter and their width does."""
     experts = {**QWEN_1_5B, "num_experts": 3, "moe_intermediate_size": 770}
-    assert user_config.undivided_size(experts, 2) is None
-    assert user_config.undivided_size(experts, 4) == "'moe_intermediate_size': 770"
+    assert checks.undivided_size(experts, 2) is None
+    assert checks.undivided_size(experts, 4) == "'moe_intermediate_size': 770"
 
 
 def test_a_vocabulary_that_ranks_cannot_share():
     even = {**QWEN_1_5B, "num_key_value_heads": 12, "intermediate_size": 8961}
-    assert user_config.undivided_size(even, 3) == "'vocab_size': 151936"
+    assert checks.undivided_size(even, 3) == "'vocab_size': 151936"
 
 
 def build(given, num_ranks=2, model=TARGET, **settings):
@@ -421,9 +420,7 @@ def test_passes_run_in_the_drafters_group(groups):
     hosted.profile_pass(model, config, 40, torch.device("cpu"))
     assert model.num_logits == [15]
 
-    model_in_vllm = hosted.HostedDraftModel(
-        model, config, ["layer"], DraftStats(), 1, torch.device("cpu")
-    )
+    model_in_vllm = hosted.HostedDraftModel(model, config, ["layer"], 1, torch.device("cpu"))
     rows, ends = torch.arange(2), torch.tensor([0, 2])
     batch = DraftBatch(
         input_ids=rows,

@@ -13,9 +13,9 @@ from transformers import (
 
 from checkpoints import fuse_experts, tiny_config, write_checkpoint, write_weights
 from engine import engine, proposer
-from failfast_vllm.config import check_local_drafter
+from failfast_vllm.drafters.checks import check_local_drafter
 from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR, SDAR_MOE
-from failfast_vllm.drafting.drafter import DraftBatch
+from failfast_vllm.drafting.records import DraftBatch
 from failfast_vllm.plugin import register_model
 from independent import IndependentDrafter
 
@@ -62,7 +62,7 @@ class Hosted:
     def __init__(self, llm):
         self.drafter = proposer(llm).drafter
         self.model = self.drafter.model
-        self.page_size = self.drafter.kv_block_size
+        self.page_size = self.drafter.geometry.kv_block_size
         self.layers = []
         for layer in self.model.model.model.layers:
             layer.register_forward_hook(lambda _m, _i, out: self.layers.append(out[0] + out[1]))

@@ -90,7 +90,9 @@ def test_a_drafter_of_the_published_shape(tmp_path, monkeypatch, capsys):
         (answer,) = llm.generate(*requests(1, 40, max_tokens=4), use_tqdm=False)
         layers = core(llm).vllm_config.compilation_config.static_forward_context.items()
         kv = [x.kv_cache for name, x in layers if name.startswith("draft_model.")]
-        kv_bytes = sum(cache[0].nbytes for cache in kv) / proposer(llm).drafter.kv_block_size
+        kv_bytes = (
+            sum(cache[0].nbytes for cache in kv) / proposer(llm).drafter.geometry.kv_block_size
+        )
     assert len(answer.outputs[0].token_ids) == 4
     assert record.num_drafted
     weight_bytes = plan.weight_bytes(shape)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import core, engine, generate, greedy_params, mixed_prompts, policy, proposer, watch
-from failfast_vllm.drafting.drafter import share
+from failfast_vllm.drafting.records import share
 
 
 @given(

@@ -13,11 +13,11 @@ from failfast_vllm.drafting.path_search import (
     MASS,
     MAX_CANDIDATES,
     ORDER_SHARES,
-    UNKNOWN,
     WEIGHT,
     PathSearch,
     Trigrams,
 )
+from failfast_vllm.drafting.records import UNKNOWN
 
 VOCAB = 30
 

@@ -42,14 +42,9 @@ def test_committed_blocks(dense, overrides):
 def test_the_check_sees_a_block_that_was_never_committed(dense):
     """Without the commit the check must fail, or it proves nothing."""
     with engine("failfast") as llm:
-        drafter = proposer(llm).drafter
-        rows = drafter._rows
-
-        def rows_without_commit(*args):
-            first_rows, batch = rows(*args)
-            return first_rows, batch._replace(slot_mapping=None)
-
-        drafter._rows = rows_without_commit
+        model = proposer(llm).drafter.model
+        forward = model.forward
+        model.forward = lambda batch: forward(batch._replace(slot_mapping=None))
         prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 90) if 40 < len(p) < 300]
         params = greedy_params(prompts)
         error, _ = largest_error(llm, dense, lambda: generate(llm, prompts, params))

@@ -222,13 +222,14 @@ def drafting_for(llm, mode):
             return propose(dataclasses.replace(step, max_draft_lens=lens))
 
         drafter.propose = masking_propose
+        planner = drafter.planner
         if mode == "a planner that rests":
             costs = Costs(CostTable([1, 1000], [1.0, 2.0]), CostTable([1, 1000], [5.0, 9.0]))
             drafter.planner = Resting(costs, 60, 1)
         try:
             yield record
         finally:
-            drafter.planner = None
+            drafter.planner = planner
 
 
 def wrong_rows(asked, outputs):

@@ -10,7 +10,7 @@ from embedded import (
     checked_views,
 )
 from engine import core, engine, greedy_params, mixed_prompts, policy, proposer, watch
-from failfast_vllm.config import POLICIES
+from failfast_vllm.policies.table import POLICIES
 
 TIGHT = {"num_gpu_blocks_override": 36, "block_size": 64}  # preempts
 
@@ -76,7 +76,7 @@ def test_nothing_by_request_outlives_it(traced, name):
         for _ in range(4):
             outputs |= {o.request_id: o.outputs[0].token_ids for o in llm.llm_engine.step()}
         own = proposer(llm)
-        state = [own.stats, own.rounds, own.drafter]
+        state = [own.stats, own.session, own.drafter]
         assert names <= strings(state), "the search finds what is there"
         llm.llm_engine.abort_request(list(outputs))
         answers(llm, [{"prompt_token_ids": [5] * 40}], params)

@@ -129,7 +129,7 @@ def test_a_step_waits_for_its_verdict_and_each_increment():
 
 
 def test_a_replay_does_not_wait():
-    from failfast_vllm.drafting.drafter import DraftBatch
+    from failfast_vllm.drafting.records import DraftBatch
 
     graphs = PassGraphs(make_buckets(4, 64, [16]), 4, torch.device("cpu"))
     graphs.capture(lambda run: run() or run, lambda batch: torch.zeros(batch.input_ids.numel(), 8))

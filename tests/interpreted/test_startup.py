@@ -28,9 +28,10 @@ def test_the_warm_up_drafts_only_ids_and_leaves_nothing(load_aware, tmp_path):
         stats, drafter = adapter.stats, adapter.drafter
         assert (stats.num_steps, stats.num_forwards, stats.num_rows) == (0, 0, 0)
         assert stats.counts.take() == []
-        assert adapter.rounds.counts is stats.counts
+        assert adapter.session.stats is stats
+        assert len(adapter.session.ledger) == 0
         assert not drafter.blocks.bits.any()
-        assert not drafter.rejected._rows
+        assert not drafter.reuse._rows
         assert seen.watched_with_planner == [load_aware]  # what it times may still compile
         if load_aware:
             assert not drafter.planner.acceptance.trials.any()

@@ -8,9 +8,18 @@ from prometheus_client import REGISTRY
 
 from failfast_vllm import plugin
 from failfast_vllm.config import METHOD
-from failfast_vllm.drafting.records import BUDGET, CAP, DOUBT, EOS, LOAD, REQUEST, STOP_REASONS
+from failfast_vllm.drafting.records import (
+    BUDGET,
+    CAP,
+    DOUBT,
+    EOS,
+    LOAD,
+    REQUEST,
+    STOP_REASONS,
+    Round,
+)
 from failfast_vllm.integration.metrics import FailFastStatLogger
-from failfast_vllm.observe.counters import NUM_COUNTS, Counts, Judged
+from failfast_vllm.observe.counters import NUM_COUNTS, Counts
 from failfast_vllm.policies.rules import FailFast
 from scripted import STOP, Script, make_drafter, make_step
 
@@ -44,7 +53,8 @@ def test_counts_arrive_by_engine():
     counts.drafted(passes=3, rows=70, milliseconds=12.5)
     counts.stopped(np.array([DOUBT, EOS, EOS]))
     counts.verified(8.0)
-    counts.judged([Judged(np.array([0.95, 0.31, 0.5], dtype=np.float32), 1)])
+    confidences = np.array([0.95, 0.31, 0.5], dtype=np.float32)
+    counts.observe([Round("r", 3, num_verified=3, num_accepted=1, confidences=confidences)])
     sent = counts.take()
     assert len(sent) == NUM_COUNTS
     assert counts.take() == []
@@ -129,6 +139,8 @@ def test_a_planner_that_refuses_is_the_load():
     for kept in (10, 3):
         drafter = make_drafter(FailFast(0.45), script)
         drafter.planner = types.SimpleNamespace(
+            postpones_commits=True,
+            refusal=LOAD,
             first=lambda wanted, *_: np.minimum(wanted, 10),
             following=lambda wanted, *_: 0 * wanted,
             keep=lambda lens, *_, kept=kept: np.minimum(lens, kept),

@@ -6,16 +6,16 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from engine import engine, generate, mixed_prompts, proposer, watch
 from failfast_vllm.config import FailFastConfig
+from failfast_vllm.drafting.records import Round
 from failfast_vllm.observe import trace as traces
 from failfast_vllm.policies.rules import FailFast
-from failfast_vllm.tools import cli
+from failfast_vllm.tools import cli, trace_report
 from scripted import make_drafter, make_step, random_script
 
 HEADER = {"failfast_trace": 1, "version": "0", "target": "T", "drafter": "D", "policy": "failfast"}
@@ -49,8 +49,7 @@ def file(tmp_path):
 
 def test_figures_by_hand(file):
     """Catches rounds without a draft in the means, and tokens behind a rejection that count."""
-    summary = traces.Summary(traces.read(file))
-    found = summary.to_dict()
+    found = trace_report.summarize(traces.read(file))
     assert (found["requests"], found["rounds"], found["steps"]) == (2, 3, 2)
     assert (found["drafted"], found["accepted"], found["emitted"]) == (54, 42, 47)
     assert found["acceptance_length"] == pytest.approx((3 + 41 + 1) / 3)
@@ -168,26 +167,31 @@ def test_no_trace(tmp_path, capsys, content, fragment):
     path = tmp_path / "t.jsonl"
     if content is not None:
         path.write_bytes(content)
-    for command in ("trace", "simulate"):
-        assert cli.main([command, str(path)]) == 2
-        error = capsys.readouterr().err
-        assert fragment in error
-        assert error.count("\n") == 1
+    assert cli.main(["trace", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert fragment in error
+    assert error.count("\n") == 1
 
 
-class Verified(NamedTuple):
-    req_id: str
-    drafted: list
-    emitted: list
-    num_passes: int = 1
-    confidences: tuple = (0.12345, 1.0)
-    known_len: int = 5
-    num_rows: int = 16
-    step: int = 3
-    num_seqs: int = 2
+def a_round(req_id):
+    """Two of three drafted tokens are verified, one is accepted."""
+    return Round(
+        req_id,
+        num_drafted=3,
+        num_verified=2,
+        num_accepted=1,
+        confidences=np.array([0.12345, 1.0, 0.5], dtype=np.float32),
+        num_passes=1,
+        num_rows=16,
+        token_ids=[4, 5, 9],
+        emitted=[4, 6],
+        known_len=5,
+        step=3,
+        num_seqs=2,
+    )
 
 
-A_ROUND = Verified("client-a", [4, 5], [4, 6])
+A_ROUND = a_round("client-a")
 
 
 def test_a_line(tmp_path):
@@ -195,10 +199,9 @@ def test_a_line(tmp_path):
     for with_ids in (False, True):
         path = tmp_path / f"{with_ids}.jsonl"
         writer = traces.TraceWriter(path, {"target": "T"}, with_ids)
-        for req_id in ("client-a", "b", "client-a"):
-            writer(A_ROUND._replace(req_id=req_id))
+        writer.observe([a_round(req_id) for req_id in ("client-a", "b", "client-a")])
         writer.forget(["client-a"])
-        writer(A_ROUND)
+        writer.observe([A_ROUND])
         writer.close()
         header, *lines = map(json.loads, path.read_text().splitlines())
         assert set(header) == {"failfast_trace", "version", "date", "target"}
@@ -213,7 +216,7 @@ def test_lines_are_there_within_a_second(tmp_path):
     """Catches rounds that stay in a buffer while the engine idles."""
     path = tmp_path / "t.jsonl"
     writer = traces.TraceWriter(path, {})
-    writer(A_ROUND)
+    writer.observe([A_ROUND])
     time.sleep(1.0)
     assert len(traces.read(path).rounds) == 1
     writer.close()
@@ -223,7 +226,7 @@ def test_a_run_goes_on_behind_a_killed_one(tmp_path):
     """Catches a header glued to the line at which an earlier run was killed."""
     path = write(tmp_path / "t.jsonl", HEADER, ROUNDS[0], '{"step":1,"se', end="")
     writer = traces.TraceWriter(path, {})
-    writer(A_ROUND)
+    writer.observe([A_ROUND])
     writer.close()
     trace = traces.read(path)
     assert len(trace.headers) == 2
@@ -242,7 +245,7 @@ def test_a_full_disk_ends_the_trace(path, warnings):
     """Catches an error, or a warning per round, where one line and silence are due."""
     writer = traces.TraceWriter(path, {})
     for _ in range(3):
-        writer(A_ROUND)
+        writer.observe([A_ROUND])
         writer.flush()
     writer.close()
     assert len(warnings) == 1
@@ -256,7 +259,7 @@ def test_a_disk_that_hangs_ends_the_trace(tmp_path, monkeypatch, warnings):
     monkeypatch.setattr(traces.TraceWriter, "flush", lambda self: None)
     writer = traces.TraceWriter(tmp_path / "t.jsonl", {})
     for _ in range(20):
-        writer(A_ROUND)
+        writer.observe([A_ROUND])
     assert [w for w in warnings if "5 rounds wait for the disk" in w] == warnings != []
     assert not writer._pending
 
@@ -314,7 +317,7 @@ def same_rounds(path, rounds):
         assert r.request == indexes.setdefault(seen.req_id, len(indexes))
         assert (r.drafted, r.accepted) == (len(seen.drafted), len(seen.emitted) - 1)
         assert r.passes == seen.num_passes
-        assert r.confidences == pytest.approx(seen.confidences, abs=0.00051)
+        assert r.confidences == pytest.approx(seen.verified_confidences, abs=0.00051)
     return found
 
 
@@ -341,7 +344,9 @@ def test_what_an_engine_records(tmp_path, warnings, monkeypatch):
         with watch(llm) as record:
             answers = generate(llm, prompts, params)
             stats = proposer(llm).stats
-            assert len(stats._drafts) <= 4  # of the 10 requests only those that ended last
+            assert (
+                len(proposer(llm).session.ledger) <= 4
+            )  # of the 10 requests only those that ended last
             first_rounds = list(record.rounds)
             num_steps, num_rows = stats.num_steps, stats.num_rows
         own = stats.trace

@@ -145,15 +145,18 @@ class BusyMachine:
             scheduler_config=types.SimpleNamespace(max_num_seqs=256, max_num_batched_tokens=2048),
             parallel_config=types.SimpleNamespace(data_parallel_size=1, tensor_parallel_size=1),
         )
-        return startup.measure_costs(lambda n: self.spend(self.true.verify(n)), drafter, config)
+        return startup.measure_costs(
+            lambda n: self.spend(self.true.verify(n)),
+            drafter,
+            config,
+            clock=self.clock,
+        )
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock():
     """A clock for a planner; the start-up measurement reads it, too."""
-    clock = Clock()
-    monkeypatch.setattr(startup, "time", types.SimpleNamespace(perf_counter=clock))
-    return clock
+    return Clock()
 
 
 def best_fixed(target, num_seqs, seed=0):

@@ -6,22 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from failfast_vllm.config import POLICIES, policy_parameters
+from failfast_vllm.drafting import ledger
+from failfast_vllm.drafting.interfaces import DraftSoFar, NoReuse
 from failfast_vllm.drafting.ledger import PerRequest
 from failfast_vllm.drafting.records import Round
-from failfast_vllm.drafting.reuse import continuation
-from failfast_vllm.integration.session import Rounds
-from failfast_vllm.observe.counters import Counts
+from failfast_vllm.drafting.reuse import RejectedDrafts, continuation
+from failfast_vllm.integration.session import Session
+from failfast_vllm.observe.counters import DraftStats
 from failfast_vllm.planning.acceptance import Calibration
-from failfast_vllm.policies import learned as learned_policy
-from failfast_vllm.policies.learned import (
-    AdaEdl,
-    DiffuSpecAdl,
-    SpecDecPlusPlus,
-    TapOut,
-    make_policy,
-)
-from failfast_vllm.policies.rules import Confidence, DraftSoFar, FailFast
+from failfast_vllm.policies.alternatives import AdaEdl, DiffuSpecAdl
+from failfast_vllm.policies.bandit import TapOut
+from failfast_vllm.policies.rules import Confidence, FailFast, SpecDecPlusPlus
+from failfast_vllm.policies.table import POLICIES, make_policy, policy_parameters
 from scripted import STOP, Script, make_drafter, make_step, random_script
 
 CAP = 60
@@ -152,10 +148,10 @@ def test_one_copy_to_the_host_per_increment(name, reuse, monkeypatch):
     """Catches a policy that reads a tensor on the host: every such read waits for the device."""
     script = random_script(5)
     policy = make_policy(name, policy_parameters(name, {}, CAP), CAP)
-    drafter = make_drafter(policy, script, reuse_rejected=reuse)
+    drafter = make_drafter(policy, script, reuse=RejectedDrafts() if reuse else NoReuse())
     if reuse:
-        drafter.rejected.remember([f"r{i}" for i in range(6)], script.tokens[:, :20])
-        drafter.rejected.observe([outcome(f"r{i}", drafted=20, accepted=2) for i in range(6)])
+        drafter.reuse.remember([f"r{i}" for i in range(6)], script.tokens[:, :20])
+        drafter.reuse.observe([outcome(f"r{i}", drafted=20, accepted=2) for i in range(6)])
     copies = []
 
     def spying(method):
@@ -175,17 +171,25 @@ def test_one_copy_to_the_host_per_increment(name, reuse, monkeypatch):
     assert copies == ["cpu"] * script.num_forwards
 
 
+def verify(session, req_ids, num_verified, num_emitted):
+    """Tell a session what became of its open drafts."""
+    emitted = [[0] * num for num in num_emitted]
+    known_lens = [100] * len(req_ids)
+    rounds = session.ledger.settle(req_ids, num_verified, emitted, known_lens, step=1, plain=False)
+    session.learn(rounds)
+
+
 def run_rounds(policy, script, num_rounds, target, **drafter_settings):
     """Draft and verify; `target` says how many of a draft's tokens are accepted."""
     drafter = make_drafter(policy, script, **drafter_settings)
-    rounds = Rounds(drafter, Counts())
+    session = Session(drafter, DraftStats(), frozenset())
     step = make_step(script, [CAP] * len(script.known_lens))
     found = [(0, 0)] * len(step.req_ids)
     for _ in range(num_rounds):
         verified = [length for length, _ in found]
-        rounds.verified(step.req_ids, verified, [accepted + 1 for _, accepted in found])
+        verify(session, step.req_ids, verified, [accepted + 1 for _, accepted in found])
         drafts = drafter.propose(step)
-        rounds.drafted(step.req_ids, drafts)
+        session.ledger.open(step.req_ids, drafts)
         found = [(n, target(i, n)) for i, n in enumerate(drafts.lens.tolist())]
         yield drafts, found
 
@@ -250,8 +254,8 @@ class Arm(FailFast):
 
 
 def bandit(name, num_arms=4, seed=0):
-    arms = {str(i): Arm(0.45) for i in range(num_arms)}
-    return TapOut(arms, bandit=name, reward_weight=0.5, cap=10, seed=seed)
+    arms = [Arm(0.45) for _ in range(num_arms)]
+    return TapOut(bandit=name, reward_weight=0.5, policies=arms, cap=10, seed=seed)
 
 
 def play(policy, rates, num_rounds, rng):
@@ -333,18 +337,18 @@ def test_rounds_pair_each_draft_with_its_verification():
     """Catches outcomes of requests without a draft, skipped requests, drafts reported twice."""
     script = random_script(4, num_seqs=4)
     policy = AdaEdl(0.2, 0.9, 0.4)
-    rounds = Rounds(make_drafter(policy, script), Counts())
+    session = Session(make_drafter(policy, script), DraftStats(), frozenset())
     observed = []
     policy.observe = observed.extend
     step = make_step(script, [CAP, CAP, 0, CAP])
-    drafts = rounds.drafter.propose(step)
-    rounds.drafted(step.req_ids, drafts)
+    drafts = session.drafter.propose(step)
+    session.ledger.open(step.req_ids, drafts)
     n = drafts.lens.tolist()
     # r0 accepts all, r1 is not scheduled, r2 had no draft, r3 is preempted: nothing was verified
-    rounds.verified(["r3", "r2", "r0"], [0, 0, n[0]], [1, 1, n[0] + 1])
+    verify(session, ["r3", "r2", "r0"], [0, 0, n[0]], [1, 1, n[0] + 1])
     assert [(o.req_id, o.num_drafted, o.num_accepted) for o in observed] == [("r0", n[0], n[0])]
     assert observed[0].confidences.tolist() == script.confidences[0, : n[0]].tolist()
-    rounds.verified(["r0", "r1", "r3"], [3, n[1] - 1, 3], [1, 1, 1])
+    verify(session, ["r0", "r1", "r3"], [3, n[1] - 1, 3], [1, 1, 1])
     assert [(o.req_id, o.num_verified, o.num_accepted) for o in observed[1:]] == [
         ("r1", n[1] - 1, 0)
     ]
@@ -358,7 +362,7 @@ def test_state_ends_with_its_request():
         policy = make_policy(name, policy_parameters(name, parameters, CAP), CAP)
         for _ in run_rounds(policy, script, 4, lambda seq, length: length // 2):
             pass
-        arms = policy.arms if name == "tapout" else (policy,)
+        arms = policy.policies if name == "tapout" else (policy,)
         states = [getattr(arm, "states", None) or arm.averages for arm in arms]
         assert sum(map(len, states)) >= 6
         policy.forget(["r0", "r1", "r2", "r3", "r4"])
@@ -367,7 +371,7 @@ def test_state_ends_with_its_request():
 
 
 def test_state_of_requests_that_nobody_ends_is_bounded(monkeypatch):
-    monkeypatch.setattr(learned_policy, "MAX_REQUESTS", 3)
+    monkeypatch.setattr(ledger, "MAX_REQUESTS", 3)
     states = PerRequest(0)
     for i in (1, 2, 3, 1, 4):
         states[f"r{i}"] = i
@@ -413,7 +417,11 @@ def test_drafts_that_end_in_doubt_are_continued(name):
         policy = make_policy(name, policy_parameters(name, {}, CAP), CAP)
         tails = [[]] * 6
         for drafts, found in run_rounds(
-            policy, script, 4, lambda seq, n: int(rng.integers(n // 2 + 1)), reuse_rejected=True
+            policy,
+            script,
+            4,
+            lambda seq, n: int(rng.integers(n // 2 + 1)),
+            reuse=RejectedDrafts(),
         ):
             drafted = drafts.to_lists()
             for i, draft in enumerate(drafted):
@@ -433,8 +441,8 @@ def test_drafts_that_end_in_doubt_are_continued(name):
 
 def test_reuse_keeps_to_the_budget():
     script = Script([3, 3], [[1, 2, 3, 4]] * 2, [[0.1] * 4] * 2, np.zeros((2, 4)))
-    drafter = make_drafter(FailFast(0.45), script, increment=4, reuse_rejected=True)
-    drafter.rejected.remember(["r0", "r1"], torch.tensor([[0, 3, 4, 5, 5, 5, 5, 5, 5]] * 2))
-    drafter.rejected.observe([outcome(f"r{i}", drafted=9, accepted=0) for i in range(2)])
+    drafter = make_drafter(FailFast(0.45), script, increment=4, reuse=RejectedDrafts())
+    drafter.reuse.remember(["r0", "r1"], torch.tensor([[0, 3, 4, 5, 5, 5, 5, 5, 5]] * 2))
+    drafter.reuse.observe([outcome(f"r{i}", drafted=9, accepted=0) for i in range(2)])
     assert drafter.propose(make_step(script, [CAP] * 2)).lens.tolist() == [10, 10]
     assert drafter.propose(make_step(script, [4, 6])).lens.tolist() == [4, 4]

@@ -7,7 +7,9 @@ from safetensors.torch import load_file
 
 from engine import core, proposer
 from failfast_vllm.config import MODELS_DIR
-from failfast_vllm.drafting.path_search import FACTORS, UNKNOWN, _numbers
+from failfast_vllm.drafting.path_search import FACTORS, _numbers
+from failfast_vllm.drafting.records import UNKNOWN
+from failfast_vllm.drafting.workspace import Workspace
 
 EMBEDS = {"enable_prompt_embeds": True}
 
@@ -53,7 +55,7 @@ def known_prompt(request):
 def checked_views(llm):
     """Check what every step's drafter may read of the prompts; yields the numbers of ids hidden."""
     drafter, scheduler = proposer(llm).drafter, core(llm).scheduler
-    propose, canvas, hidden = drafter.propose, drafter._canvas, []
+    propose, canvas, hidden = drafter.propose, Workspace._canvas, []
     add_request, requests = scheduler.add_request, {}  # the scheduler forgets the ended ones
 
     def remembering_request(request):
@@ -67,26 +69,26 @@ def checked_views(llm):
             hidden.append(prompt.count(UNKNOWN))
         return propose(step)
 
-    def checking_canvas(step):
-        found = canvas(step)
+    def checking_canvas(work):
+        found, step = canvas(work), work.step
         for i, req_id in enumerate(step.req_ids):
             prompt = known_prompt(requests[req_id])[step.committed_lens[i] : step.known_lens[i]]
-            expected = [drafter.mask_token_id if t == UNKNOWN else t for t in prompt]
+            expected = [drafter.geometry.mask_token_id if t == UNKNOWN else t for t in prompt]
             assert found[i, : len(prompt)].tolist() == expected
         return found
 
-    drafter.propose, drafter._canvas = checking_propose, checking_canvas
+    drafter.propose, Workspace._canvas = checking_propose, checking_canvas
     scheduler.add_request = remembering_request
     try:
         yield hidden
     finally:
-        drafter.propose, drafter._canvas = propose, canvas
+        drafter.propose, Workspace._canvas = propose, canvas
         del scheduler.add_request
 
 
 def assert_ids_stay_with_their_request(llm, params):
     """A prompt of ids, then an embedded one in its slot: nothing of the first is counted again."""
-    trigrams = proposer(llm).drafter.paths.trigrams
+    trigrams = proposer(llm).drafter.tokens.trigrams
     first = [301 + 7 * i for i in range(29)]
     grams = _numbers(np.array([first[i : i + 3] for i in range(27)])) * FACTORS
     answers(llm, [{"prompt_token_ids": first}], params)

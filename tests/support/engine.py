@@ -5,12 +5,13 @@ import json
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from failfast_vllm.config import METHOD, MODELS_DIR, POLICIES, FailFastConfig
+from failfast_vllm.config import METHOD, MODELS_DIR, FailFastConfig
+from failfast_vllm.drafting.interfaces import BestTokens, NoReuse, Unplanned
 from failfast_vllm.drafting.path_search import PathSearch
 from failfast_vllm.drafting.reuse import RejectedDrafts
 from failfast_vllm.planning.costs import Costs, CostTable
 from failfast_vllm.planning.planner import LoadPlanner
-from failfast_vllm.policies.learned import make_policy
+from failfast_vllm.policies.table import make_policy
 from failfast_vllm.tools import offline
 
 TARGET = str(MODELS_DIR / "target")
@@ -164,27 +165,27 @@ def num_draft_tokens(llm):
 @contextlib.contextmanager
 def policy(llm, variant, **given):
     """Exchange the policy of a running engine; behind its name "+reuse" and "+paths"."""
-    from failfast_vllm.integration.session import Rounds
+    from failfast_vllm.integration.session import Session
 
     name = variant.removesuffix("+paths").removesuffix("+reuse")
     knobs = FailFastConfig.from_user({"policy": name, **given}).to_dict()
     own = proposer(llm)
     drafter = own.drafter
-    before = (drafter.policy, drafter.draft_increment, drafter.rejected, own.rounds)
+    exchanged = ("policy", "planner", "reuse", "tokens")
+    before, session = {key: getattr(drafter, key) for key in exchanged}, own.session
+    drafter.planner = Unplanned(knobs["draft_increment"])
     if name == "goodput":
         costs = Costs(CostTable([1, 1000], [1.0, 2.0]), CostTable([1, 1000], [5.0, 9.0]))
         drafter.planner = LoadPlanner(costs, knobs["num_speculative_tokens"], 1)
-    parameters = {key: knobs[key] for key in POLICIES[name]}
-    drafter.policy = make_policy(name, parameters, knobs["num_speculative_tokens"])
-    drafter.draft_increment = knobs["draft_increment"]
-    drafter.rejected = RejectedDrafts() if "+reuse" in variant else None
-    drafter.paths = PathSearch() if "+paths" in variant else None
-    own.rounds = Rounds(drafter, own.stats.counts)
+    drafter.policy = make_policy(name, knobs, knobs["num_speculative_tokens"])
+    drafter.reuse = RejectedDrafts() if "+reuse" in variant else NoReuse()
+    drafter.tokens = PathSearch() if "+paths" in variant else BestTokens()
+    own.session = Session(drafter, own.stats, own.eos_token_ids)
     try:
         yield drafter.policy
     finally:
-        drafter.policy, drafter.draft_increment, drafter.rejected, own.rounds = before
-        drafter.planner = drafter.paths = None
+        vars(drafter).update(before)
+        own.session = session
 
 
 def shipped_prompts():

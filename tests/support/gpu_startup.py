@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from failfast_vllm.planning.planner import LoadPlanner
+
 CAPTURE_SIZES = [1, 2, 4, 8, 16, 32, 64]
 
 
@@ -80,7 +82,9 @@ def gpu_startup():
         return original(self)
 
     def activate_jit_monitor(original, self):
-        seen.watched_with_planner.append(self.model_runner.speculator.drafter.planner is not None)
+        seen.watched_with_planner.append(
+            isinstance(self.model_runner.speculator.drafter.planner, LoadPlanner)
+        )
 
     def capture_model(original, self, model, model_state, input_buffers, *args, **kwargs):
         latest["model"], latest["buffers"] = model, input_buffers

@@ -5,7 +5,10 @@ import torch
 
 from failfast_kernels import TokenConfidence
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
-from failfast_vllm.drafting.drafter import Drafter, DraftStep
+from failfast_vllm.drafting.drafter import Drafter
+from failfast_vllm.drafting.interfaces import Unplanned
+from failfast_vllm.drafting.records import DraftStep
+from failfast_vllm.drafting.workspace import Geometry
 
 STOP = 7
 MASK = 99
@@ -33,21 +36,19 @@ class Script:
         return TokenConfidence(self.tokens[places], self.confidences[places], entropies)
 
 
-def make_drafter(policy, script, *, increment=10, reuse_rejected=False, max_num_rows=8192):
+def make_drafter(policy, script, *, increment=10, max_num_rows=8192, **options):
+    """A drafter of up to 60 tokens; `options` go to it as they are."""
+    device = torch.device("cpu")
     return Drafter(
         script,
         policy,
-        draft_increment=increment,
-        vocab_size=MASK + 1,
-        mask_token_id=MASK,
+        Unplanned(increment),
+        Geometry(MASK + 1, MASK, 32, max_num_rows, device, logit_shift=0),
+        CommittedBlocks(64, 32, 32, device),
         stop_token_ids=torch.tensor([STOP]),
-        kv_block_size=32,
-        blocks=CommittedBlocks(64, 32, 32, torch.device("cpu")),
         max_draft_len=60,
-        max_num_rows=max_num_rows,
         max_draft_budget=4096,
-        logit_shift=0,
-        reuse_rejected=reuse_rejected,
+        **options,
     )
 
 
@@ -65,6 +66,7 @@ def make_step(script, max_draft_lens, *, budget=4096, stops_at_eos=True):
         max_draft_lens=np.asarray(max_draft_lens, dtype=np.int64),
         draft_budget=budget,
         stops_at_eos=np.full(len(known), stops_at_eos),
+        min_confidences=np.zeros(len(known), dtype=np.float32),
     )
 
 

@@ -1,0 +1,287 @@
+"""What the algorithm asks of a model, a policy, a planner and its options; and the defaults.
+
+All of them are deterministic: every rank of a tensor-parallel group runs its own and must decide
+alike. A default inherits what it has nothing to do for: such methods do nothing.
+
+No torch is imported: configurations are checked without it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from failfast_vllm.drafting.records import (
+    BUDGET,
+    DOUBT,
+    Candidates,
+    DraftBatch,
+    DraftStep,
+    Lengths,
+    Round,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from failfast_kernels import TokenConfidence
+    from failfast_vllm.drafting.workspace import Judged, Masks, Workspace
+
+
+class DraftModel(Protocol):
+    """What the drafter needs of a model."""
+
+    def forward(self, batch: DraftBatch) -> torch.Tensor:
+        """Run all layers; returns hidden states [num_rows, hidden_size]."""
+
+    def confidence(self, hidden_states: torch.Tensor, *, details: bool = False) -> TokenConfidence:
+        """Best token after each row and its probability; MASK and foreign ids never win.
+
+        `details` asks for the entropy, too.
+        """
+
+    def candidates(
+        self, hidden_states: torch.Tensor, *, details: bool = False
+    ) -> tuple[TokenConfidence, Candidates]:
+        """The same, and the most probable tokens; MASK and foreign ids have probability 0."""
+
+
+class Observer(Protocol):
+    """Who learns from verification."""
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        """Learn from the step's verified drafts, in the order of the batch."""
+
+
+class DraftSoFar(NamedTuple):
+    """What some sequences of a step have drafted, the last increment included."""
+
+    seqs: torch.Tensor  # [n] int64, index of each sequence in the step
+    lens: torch.Tensor  # [n] int64, tokens drafted
+    confidences: torch.Tensor  # [n, longest] float32, top-1 probability; 1.0 beyond `lens`
+    entropies: torch.Tensor | None  # likewise, nats, 0.0 beyond `lens`; None: not asked for
+
+
+class Verdict(NamedTuple):
+    """What a policy says after an increment."""
+
+    lens: torch.Tensor  # [n] int64, where the draft is cut: from 1 to the tokens drafted
+    goes_on: torch.Tensor  # [n] bool, draft another increment if the cap allows; cuts nothing
+
+
+class Policy(ABC):
+    """A rule for the length of drafts.
+
+    Asked after each increment of a draft where the draft ends if it ends here, and whether to draft
+    another increment.
+    """
+
+    needs_entropy = False
+    learns = False  # whether it wants `observe`
+    ends_by = DOUBT  # why a draft that does not go on is complete: index into STOP_REASONS
+    calibration: Observer | None = None  # kept up to date for it, if it has one
+
+    def begin(self, req_ids: Sequence[str], max_draft_lens: Lengths) -> Lengths:
+        """Prepare a step; called once, before its first increment.
+
+        Args:
+            max_draft_lens: [num_seqs] most tokens to draft; 0 = no draft.
+
+        Returns:
+            [num_seqs] the same or less.
+        """
+        return max_draft_lens
+
+    @abstractmethod
+    def extend(self, draft: DraftSoFar) -> Verdict:
+        """Decide after an increment."""
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        """Learn from the step's verified drafts, in the order of the batch."""
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Drop what belongs to requests that have ended."""
+
+
+class Planner(Protocol):
+    """Decides what pays at this load: lengths of passes, and what is worth verifying."""
+
+    draft_increment: int  # most tokens of each pass after the first
+    postpones_commits: bool  # the blocks of a sequence wait until it is drafted for
+    refusal: int  # why a draft ends that the policy would go on with: index into STOP_REASONS
+
+    def first(self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths) -> Lengths:
+        """Increments of the first pass, [num_seqs]; 0 = no draft.
+
+        Args:
+            wanted: [num_seqs] most tokens that each may draft.
+            live_rows: [num_seqs] known tokens that a pass encodes again.
+            commit_rows: [num_seqs] tokens whose blocks a pass would commit.
+        """
+
+    def following(
+        self,
+        wanted: Lengths,
+        live_rows: Lengths,
+        first_lens: Lengths,
+        draft_lens: Lengths,
+        confidences: npt.NDArray[np.floating],
+    ) -> Lengths:
+        """Increments of the next pass, [num_seqs]; 0 = that draft is complete.
+
+        Args:
+            wanted: [num_seqs] most tokens that each may still draft; 0 where the policy stopped.
+            live_rows: [num_seqs] known and drafted tokens that a pass encodes again.
+            first_lens: [num_seqs] tokens of the first pass.
+            draft_lens: [num_seqs] tokens drafted so far.
+            confidences: [num_seqs, longest] of the tokens drafted so far.
+        """
+
+    def keep(
+        self, draft_lens: Lengths, num_confidences: Lengths, confidences: npt.NDArray[np.floating]
+    ) -> Lengths:
+        """How much of each draft is worth verifying, [num_seqs].
+
+        Args:
+            draft_lens: [num_seqs] tokens drafted.
+            num_confidences: [num_seqs] of them with a confidence; the others count as sure.
+            confidences: [num_seqs, at least the longest draft].
+        """
+
+    def pass_took(self, num_rows: int, ms: float) -> None:
+        """A draft pass, from planning its rows to its tokens."""
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        """Learn from the step's verified drafts."""
+
+    def step_began(self, req_ids: Sequence[str], num_tokens: int) -> bool:
+        """The target has just verified `num_tokens` tokens: whether to consider drafting."""
+
+    def step_ended(self, req_ids: Sequence[str]) -> None:
+        """The drafts of the step are made; the target is next."""
+
+    def stood_still(self, seconds: float) -> None:
+        """For so long nobody has asked the engine for its next step."""
+
+
+class Unplanned:
+    """The default planner, the paper's rule: drafts grow as the policy says, at any load."""
+
+    postpones_commits = False
+    refusal = BUDGET
+
+    def __init__(self, draft_increment: int) -> None:
+        self.draft_increment = draft_increment
+
+    def first(self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths) -> Lengths:
+        return np.minimum(wanted, self.draft_increment)
+
+    def following(
+        self,
+        wanted: Lengths,
+        live_rows: Lengths,
+        first_lens: Lengths,
+        draft_lens: Lengths,
+        confidences: npt.NDArray[np.floating],
+    ) -> Lengths:
+        return np.minimum(wanted, self.draft_increment)
+
+    def keep(
+        self, draft_lens: Lengths, num_confidences: Lengths, confidences: npt.NDArray[np.floating]
+    ) -> Lengths:
+        return draft_lens
+
+    def step_began(self, req_ids: Sequence[str], num_tokens: int) -> bool:
+        return True
+
+    def step_ended(self, req_ids: Sequence[str]) -> None:
+        """Times do not matter."""
+
+    def pass_took(self, num_rows: int, ms: float) -> None:
+        """Times do not matter."""
+
+    def stood_still(self, seconds: float) -> None:
+        """Times do not matter."""
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        """Nothing is learned."""
+
+
+class TokenChooser(ABC):
+    """Chooses the tokens of an increment."""
+
+    def see(self, step: DraftStep) -> None:
+        """Read a step's known tokens, before anything is drafted."""
+
+    @abstractmethod
+    def choose(
+        self,
+        model: DraftModel,
+        hidden_states: torch.Tensor,
+        work: Workspace,
+        masks: Masks,
+        *,
+        details: bool,
+    ) -> TokenConfidence:
+        """A token for each mask.
+
+        Args:
+            hidden_states: [n * longest, hidden_size] of the rows that predict `masks`.
+            details: whether entropies are asked for.
+
+        Returns:
+            [n * longest] tokens and confidences.
+        """
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Drop what belongs to requests that have ended."""
+
+
+class BestTokens(TokenChooser):
+    """The default: each mask takes its most probable token."""
+
+    def choose(
+        self,
+        model: DraftModel,
+        hidden_states: torch.Tensor,
+        work: Workspace,
+        masks: Masks,
+        *,
+        details: bool,
+    ) -> TokenConfidence:
+        return model.confidence(hidden_states, details=details)
+
+
+class Reuse(ABC):
+    """Lengthens drafts that end in doubt without a pass."""
+
+    def begin(self, req_ids: Sequence[str]) -> None:
+        """Prepare a step; called once, before its first increment."""
+
+    @abstractmethod
+    def append(self, canvas: torch.Tensor, masks: Masks, judged: Judged) -> torch.Tensor:
+        """Append tokens in `canvas` to drafts that neither go on nor have stopped.
+
+        Returns:
+            [n] int64, how many; a draft has at most `masks.caps` tokens then.
+        """
+
+    def remember(self, req_ids: Sequence[str], token_ids: torch.Tensor) -> None:
+        """Keep a step's drafts, [num_seqs, longest], until they are verified."""
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        """Learn from the step's verified drafts."""
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Drop what belongs to requests that have ended."""
+
+
+class NoReuse(Reuse):
+    """The default: drafts end where the policy ends them."""
+
+    def append(self, canvas: torch.Tensor, masks: Masks, judged: Judged) -> torch.Tensor:
+        return judged.ends.new_zeros(judged.ends.shape)

@@ -1,0 +1,284 @@
+"""One step's drafts while they grow: tokens on the device, lengths on the host.
+
+The rows of one pass, for each sequence, at absolute positions:
+
+    committed          final              known      + drafted         + increment
+    |  blocks to commit  |  live known tokens |  drafted tokens  |  MASK MASK MASK ...  |
+      KV is written        KV is never written; encoded again in every pass
+
+Rows are planned with NumPy: a pass needs two small copies to the device, an increment one.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from failfast_kernels import TokenConfidence
+from failfast_vllm.drafting.records import (
+    UNKNOWN,
+    DraftBatch,
+    DraftStep,
+    Flags,
+    Lengths,
+    to_device,
+)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a drafter's passes are made of; fixed at start-up.
+
+    Args:
+        vocab_size: of the drafter; it reads MASK where the target has an id beyond it, or none.
+        mask_token_id: the drafter's MASK.
+        kv_block_size: tokens per page of the KV cache, a multiple of `diffusion_block_size`.
+        max_num_rows: rows that one forward may have; more are split. Verification has as many.
+        device: of all tensors.
+        diffusion_block_size: tokens of a block, which is committed when it is complete.
+        logit_shift: the logit at position i predicts token i + `logit_shift`.
+    """
+
+    vocab_size: int
+    mask_token_id: int
+    kv_block_size: int
+    max_num_rows: int
+    device: torch.device
+    diffusion_block_size: int = 32
+    logit_shift: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.kv_block_size % self.diffusion_block_size == 0
+
+
+class Masks(NamedTuple):
+    """The masks of one increment, [n, longest], and the drafts that they extend, [n].
+
+    The first three are on the host, the others on the device. Where a mask is not valid, it has the
+    row of its draft's first mask, and the last column and place of the workspace.
+    """
+
+    seqs: Lengths  # [n] sequence of each draft
+    valid: Flags  # [n, longest] false after a draft's last mask
+    places: Lengths  # [n, longest] position in the draft
+    rows: torch.Tensor  # [n, longest] row of the pass that predicts it
+    columns: torch.Tensor  # [n, longest] of the canvas
+    owners: torch.Tensor  # [n, longest] the same as `seqs`
+    positions: torch.Tensor  # [n, longest] the same as `places`
+    may_stop: torch.Tensor  # [n, longest] 1 where a stop token ends the draft
+    lens: torch.Tensor  # [n] tokens drafted, these included
+    first_columns: torch.Tensor  # [n] of the draft in the canvas
+    caps: torch.Tensor  # [n] most tokens that the draft may have after this increment
+
+
+class Judged(NamedTuple):
+    """What becomes of drafts after an increment; [n], on the device."""
+
+    ends: torch.Tensor  # int64, tokens up to where the draft ends if it ends here
+    goes_on: torch.Tensor  # bool, the policy would draft another increment
+    stopped: torch.Tensor  # bool, the draft ends with a stop token
+
+
+class Workspace:
+    """Rows, positions and slots of a step's passes, and what they have drafted so far.
+
+    Args:
+        first_lens: [num_seqs] increments of the first pass; 0 = no draft.
+        has_entropies: whether entropies are kept, too.
+    """
+
+    def __init__(
+        self, step: DraftStep, first_lens: Lengths, geometry: Geometry, *, has_entropies: bool
+    ) -> None:
+        self.step, self.first_lens, self.geometry = step, first_lens, geometry
+        num_seqs, width = len(first_lens), int(step.max_draft_lens.max(initial=0)) + 1
+        self.lens = np.zeros_like(first_lens)  # tokens drafted
+        self.num_passes, self.seq_rows = np.zeros_like(first_lens), np.zeros_like(first_lens)
+        self.num_forwards = self.num_rows = 0
+        self.willing = np.zeros(num_seqs, dtype=bool)  # to go on, were it allowed to
+        self.confidences = np.ones((num_seqs, width), dtype=np.float32)  # these as in `Drafts`
+        self.num_confidences = np.zeros_like(first_lens)
+        self.ends_at_stop = np.zeros(num_seqs, dtype=bool)
+        # [1 or 2, num_seqs, width] float32: confidence 1.0, entropy 0.0 of what is not drafted
+        self.signals = torch.ones(1 + has_entropies, num_seqs, width, device=geometry.device)
+        self.signals[1:] = 0.0
+        # canvas column of each sequence's first drafted token
+        self.first_columns = step.known_lens - step.committed_lens
+        self.canvas = self._canvas()
+        self.grow(first_lens)
+        self.starts = step.committed_lens  # the first pass commits, too
+
+    def _canvas(self) -> torch.Tensor:
+        """[num_seqs, width] int64: the uncommitted tokens, then MASK, from `committed_lens` on."""
+        step, geometry = self.step, self.geometry
+        width = int((self.first_columns + step.max_draft_lens).max(initial=0)) + 1
+        plan = self.to_device(np.array((step.slots, step.committed_lens, self.first_columns)))
+        slots, committed, known = plan[:, :, None]
+        columns = torch.arange(width, device=geometry.device)
+        tokens = step.token_ids[slots, (committed + columns).clamp(max=step.token_ids.shape[1] - 1)]
+        foreign = (tokens >= geometry.vocab_size) | (tokens == UNKNOWN)
+        return tokens.long().masked_fill_(foreign | (columns >= known), geometry.mask_token_id)
+
+    def grow(self, increments: Lengths) -> None:
+        """Plan the next pass: [num_seqs] masks of each; 0 = that draft is complete."""
+        step = self.step
+        self.increments = increments
+        self.starts = step.final_lens  # [num_seqs] first position of each in the next pass
+        ends = step.known_lens + self.lens + increments
+        self.ends = np.where(increments > 0, ends, step.final_lens)  # one after its last position
+
+    def active(self) -> Lengths:
+        """Sequences with rows in the next pass; in the first also those that only commit."""
+        return np.flatnonzero(self.ends > self.starts)
+
+    def spare_budget(self) -> int:
+        """Tokens that may still be drafted if all masks of the next pass become tokens."""
+        return self.step.draft_budget - int((self.lens + self.increments).sum())
+
+    def parts(self, seqs: Lengths) -> list[Lengths]:
+        """Consecutive parts of `seqs` whose rows fit one pass each (usually one part)."""
+        num_rows, most = (self.ends - self.starts)[seqs], self.geometry.max_num_rows
+        if num_rows.sum() <= most:
+            return [seqs]
+        parts, part_rows, begin = [], 0, 0
+        for i, rows in enumerate(num_rows.tolist()):
+            assert rows <= most
+            if part_rows + rows > most:
+                parts.append(seqs[begin:i])
+                begin, part_rows = i, 0
+            part_rows += rows
+        parts.append(seqs[begin:])
+        return parts
+
+    def commits_in_parts(self) -> list[tuple[Lengths, Lengths, Lengths]]:
+        """Passes that commit all complete blocks, where they do not fit one pass with the drafts.
+
+        Blocks go in the order of their positions, over all sequences: a sequence that shares
+        pages through a prefix hit of this very step starts after the blocks that it shares.
+
+        Returns:
+            Per pass its sequences, and [num_seqs] first positions and those after the last; none
+            where the first pass commits.
+        """
+        step, size = self.step, self.geometry.diffusion_block_size
+        if (self.ends - self.starts).sum() <= self.geometry.max_num_rows:
+            return []
+        blocks = sorted(
+            (position, seq)
+            for seq, (start, end) in enumerate(
+                zip(step.committed_lens.tolist(), step.final_lens.tolist(), strict=True)
+            )
+            for position in range(start, end, size)
+        )
+        per_pass = max(1, self.geometry.max_num_rows // size)
+        starts, ends, passes = step.committed_lens.copy(), step.committed_lens.copy(), []
+        for i in range(0, len(blocks), per_pass):
+            part = np.array(blocks[i : i + per_pass])
+            seqs = np.unique(part[:, 1])
+            starts[seqs] = [part[part[:, 1] == seq, 0].min() for seq in seqs]
+            ends[seqs] = [part[part[:, 1] == seq, 0].max() + size for seq in seqs]
+            passes.append((seqs, starts.copy(), ends.copy()))
+        self.starts = step.final_lens
+        return passes
+
+    def rows(self, seqs: Lengths, starts: Lengths, ends: Lengths) -> tuple[Lengths, DraftBatch]:
+        """The pass over positions `starts:ends` of `seqs`; also the first row of each."""
+        step, page = self.step, self.geometry.kv_block_size
+        lens = (ends - starts)[seqs]
+        query_start_loc = np.concatenate(([0], lens.cumsum()))
+        num_rows = int(query_start_loc[-1])
+        row_seqs = np.repeat(seqs, lens)
+        positions = np.arange(num_rows) + np.repeat(starts[seqs] - query_start_loc[:-1], lens)
+        commits = positions < step.final_lens[row_seqs]
+        columns = positions - step.committed_lens[row_seqs]
+        per_row = self.to_device(np.array((positions, row_seqs, columns, commits)))
+        per_seq = self.to_device(np.array((query_start_loc[:-1], starts[seqs], seqs)))
+        slot_mapping = None
+        if commits.any():
+            pages = step.block_table[per_row[1], per_row[0] // page].long()
+            slot_mapping = torch.where(per_row[3].bool(), pages * page + per_row[0] % page, -1)
+        batch = DraftBatch(
+            input_ids=self.canvas[per_row[1], per_row[2]],
+            positions=per_row[0],
+            query_start_loc=torch.nn.functional.pad(per_seq[0], (0, 1), value=num_rows),
+            committed_lens=per_seq[1],
+            slot_mapping=slot_mapping,
+            block_table=step.block_table[per_seq[2]],
+        )
+        self.num_forwards += 1
+        self.num_rows += num_rows
+        self.seq_rows[seqs] += lens
+        return query_start_loc[:-1], batch
+
+    def masks(self, seqs: Lengths, first_rows: Lengths, max_reused: int) -> Masks:
+        """The masks of `seqs` in the pass that is planned.
+
+        Args:
+            first_rows: [n] first row of each in the pass.
+            max_reused: most tokens that a draft may get on top of its increment.
+        """
+        step, lens, increments = self.step, self.lens[seqs], self.increments[seqs]
+        offsets = np.arange(increments.max())
+        valid = offsets < increments[:, None]
+        before = (step.known_lens - self.starts)[seqs] + lens - self.geometry.logit_shift
+        places = np.where(valid, lens[:, None] + offsets, self.confidences.shape[1] - 1)
+        columns = self.first_columns[seqs, None] + places
+        new_lens = lens + increments
+        plan = np.empty((8, *valid.shape), dtype=np.int64)
+        plan[0] = (first_rows + before)[:, None] + np.where(valid, offsets, 0)
+        plan[1] = np.where(valid, columns, self.canvas.shape[1] - 1)
+        plan[2] = seqs[:, None]
+        plan[3] = places
+        plan[4] = valid & step.stops_at_eos[seqs, None]
+        plan[5] = new_lens[:, None]
+        plan[6] = self.first_columns[seqs, None]
+        plan[7] = np.minimum(step.max_draft_lens[seqs], new_lens + max_reused)[:, None]
+        *per_mask, new, first_columns, caps = self.to_device(plan)
+        per_draft = (plane[:, 0] for plane in (new, first_columns, caps))
+        return Masks(seqs, valid, places, *per_mask, *per_draft)
+
+    def fill(self, masks: Masks, found: TokenConfidence) -> None:
+        """Write what was found for each mask, one row each."""
+        self.canvas[masks.owners, masks.columns] = found.token_ids.view_as(masks.rows)
+        found_signals = (found.probabilities, found.entropies)
+        for signal, values in zip(self.signals, found_signals, strict=False):
+            assert values is not None
+            signal[masks.owners, masks.positions] = values.view_as(masks.rows)
+
+    def signals_of(self, masks: Masks) -> torch.Tensor:
+        """[1 or 2, n, longest draft] confidences and entropies of all that was drafted."""
+        longest = int((self.lens + self.increments)[masks.seqs].max())
+        return self.signals[:, masks.owners[:, 0], :longest]
+
+    def settle(
+        self, masks: Masks, sure: torch.Tensor, judged: Judged, reused: torch.Tensor
+    ) -> Flags:
+        """Note on the host what an increment has brought: [n] which drafts go on.
+
+        The only copy back of an increment.
+
+        Args:
+            sure: [n, longest] confidence of each mask.
+            reused: [n] int64 tokens appended to each draft without a pass.
+        """
+        ends, goes_on, stopped = judged
+        # float64 holds both the lengths and the probabilities exactly
+        flags = torch.stack((ends, reused, goes_on & ~stopped, stopped), dim=1).double()
+        report = torch.cat((flags, sure.double()), dim=1).cpu().numpy()
+        seqs, (num_judged, num_reused) = masks.seqs, report[:, :2].astype(np.int64).T
+        self.confidences[seqs[:, None], masks.places] = report[:, 4:]
+        self.num_confidences[seqs] = num_judged
+        self.ends_at_stop[seqs] = report[:, 3] > 0
+        self.lens[seqs] = num_judged + num_reused
+        self.num_passes[seqs] += 1
+        return (report[:, 2] > 0) & (self.lens[seqs] < self.step.max_draft_lens[seqs])
+
+    def drafted(self, lens: Lengths) -> torch.Tensor:
+        """[num_seqs, longest] int64: what was drafted, cut out of the canvas."""
+        columns = self.first_columns[:, None] + np.arange(lens.max(initial=0))
+        return self.canvas.gather(1, self.to_device(np.minimum(columns, self.canvas.shape[1] - 1)))
+
+    def to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        return to_device(array, self.geometry.device)
