@@ -31,11 +31,11 @@ CONFIDENCE_EDGES = np.array(
     [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999], dtype=np.float32
 )
 POSITION_EDGES = np.array([1, 2, 4, 8, 16, 32])  # a bucket starts at each
-PRIOR = 8.0  # pseudo-observations at each level of the table
 HALF_LIFE = 8192  # observed tokens after which an observation counts half
 
-PRIOR_ACCEPTANCE, PRIOR_TRIALS = 0.85, 8.0
-UNTRIED = 0.97  # acceptance of a position that was never tried, of that before it
+PRIOR = 8.0  # pseudo-observations that every estimate begins with
+PRIOR_ACCEPTANCE = 0.85  # of the first position
+UNTRIED = 0.97  # acceptance of a position that was never tried, as a share of the one before it
 DECAY = 0.995  # per observed round: a memory of about 200 rounds
 
 
@@ -184,7 +184,7 @@ class AcceptanceByPosition:
             chance, alive = PRIOR_ACCEPTANCE / UNTRIED, 1.0
             survival = [alive]
             for trials, hits in zip(self.trials.tolist(), self.hits.tolist(), strict=True):
-                chance = (hits + PRIOR_TRIALS * UNTRIED * chance) / (trials + PRIOR_TRIALS)
+                chance = (hits + PRIOR * UNTRIED * chance) / (trials + PRIOR)
                 alive = max(alive * chance, 1e-9)
                 survival.append(alive)
             alive_up_to = np.array(survival)
