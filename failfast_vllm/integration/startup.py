@@ -30,7 +30,8 @@ from failfast_vllm.integration.measure import measure_costs
 from failfast_vllm.integration.session import adapter_of
 from failfast_vllm.observe.counters import DraftStats, Stopwatch
 from failfast_vllm.observe.trace import TraceWriter
-from failfast_vllm.planning.planner import Costs, LoadPlanner
+from failfast_vllm.planning.costs import Costs
+from failfast_vllm.planning.planner import LoadPlanner
 from failfast_vllm.policies.table import make_policy
 
 

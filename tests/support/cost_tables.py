@@ -1,6 +1,6 @@
 """What the load planner would know of an H200: times of a roofline, by rows and by tokens."""
 
-from failfast_vllm.planning.planner import Costs, CostTable
+from failfast_vllm.planning.costs import Costs, CostTable
 from failfast_vllm.tools.model_size import shape_of
 from failfast_vllm.tools.published_models import GPUS, PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
 from failfast_vllm.tools.sizing import pass_ms
