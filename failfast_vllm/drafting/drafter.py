@@ -4,91 +4,47 @@
 pass commits the newly complete blocks and denoises in one forward; later passes start at `final`.
 The picture in `workspace` shows the rows of a pass.
 
-Differences from the authors' code, each a rule of `tests/support/literal.py` (theirs in brackets):
-one pass fills all masks of an increment (one or more per sub-block of 8, which is filled and judged
-to its end); the same pass commits complete blocks (a pass of its own, whose last logit is the next
-block's first token, without a confidence); MASK rows after the increment are left out (up to the
-block's end); an increment may cross a block's end; it is judged as soon as it is filled (after the
-next filling pass, where a commit filled its end); the cap is exact (it counts confidences); a draft
-may touch any number of blocks (three); KV of committed blocks is never made again (in every round
-whose prefix has other blocks than the last pass over blocks left, and for short ones it is wrong).
+`tests/support/literal.py` has each difference from the authors' code, as a rule of its own, and
+docs/decisions/0002-one-pass-per-increment.md says what they are worth.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import numpy as np
 import torch
 
+from failfast_vllm.drafting import records
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
 from failfast_vllm.drafting.interfaces import (
-    BestTokens,
     DraftModel,
     DraftSoFar,
-    NoReuse,
     Planner,
     Policy,
     Reuse,
     TokenChooser,
 )
-from failfast_vllm.drafting.records import (
-    BUDGET,
-    CAP,
-    EOS,
-    LOAD,
-    REQUEST,
-    DraftBatch,
-    Drafts,
-    DraftStep,
-    Flags,
-    Lengths,
-    share,
-)
+from failfast_vllm.drafting.records import DraftBatch, Drafts, DraftStep, Flags, Lengths, share
 from failfast_vllm.drafting.workspace import Geometry, Judged, Masks, Workspace
 
 
+@dataclass(eq=False, repr=False)
 class Drafter:
-    """Drafts for all sequences of a step.
+    """Drafts for all sequences of a step."""
 
-    Args:
-        policy: where a draft may grow, and where it is cut.
-        planner: what pays at this load; `Unplanned` drafts as the policy says.
-        blocks: which blocks of the KV cache are committed.
-        stop_token_ids: [num_ids] int64, tokens after which a draft ends.
-        max_draft_len: most tokens of a draft; steps may ask for less.
-        max_draft_budget: tokens that one step may draft over all sequences.
-        tokens: chooses the token of each mask.
-        reuse: lengthens drafts that end in doubt.
-        clock: seconds; passes are timed with it.
-    """
-
-    def __init__(
-        self,
-        model: DraftModel,
-        policy: Policy,
-        planner: Planner,
-        geometry: Geometry,
-        blocks: CommittedBlocks,
-        *,
-        stop_token_ids: torch.Tensor,
-        max_draft_len: int,
-        max_draft_budget: int,
-        tokens: TokenChooser | None = None,
-        reuse: Reuse | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.model = model
-        self.policy = policy
-        self.planner = planner
-        self.geometry = geometry
-        self.blocks = blocks
-        self.stop_token_ids = stop_token_ids
-        self.max_draft_len = max_draft_len
-        self.max_draft_budget = max_draft_budget
-        self.tokens = tokens or BestTokens()
-        self.reuse = reuse or NoReuse()
-        self.clock = clock
+    model: DraftModel
+    policy: Policy
+    planner: Planner
+    geometry: Geometry
+    blocks: CommittedBlocks
+    _: KW_ONLY
+    stop_token_ids: torch.Tensor  # [num_ids] int64, tokens after which a draft ends
+    max_draft_len: int  # most tokens of a draft; steps may ask for less
+    max_draft_budget: int  # tokens that one step may draft over all sequences
+    tokens: TokenChooser = field(default_factory=TokenChooser)
+    reuse: Reuse = field(default_factory=Reuse)
+    clock: Callable[[], float] = time.perf_counter  # seconds; passes are timed with it
 
     @property
     def diffusion_block_size(self) -> int:
@@ -191,30 +147,18 @@ class Drafter:
 
     def _finish(self, work: Workspace, asked_lens: Lengths) -> Drafts:
         """Keep what is worth verifying."""
-        stop_reasons = self._stop_reasons(work, asked_lens)
+        work.stop_reasons = self._stop_reasons(work, asked_lens)
         lens = self.planner.keep(work.lens, work.num_confidences, work.confidences)
-        stop_reasons[lens < work.lens] = LOAD
-        token_ids = work.drafted(lens)
-        self.reuse.remember(work.step.req_ids, token_ids)
-        return Drafts(
-            token_ids,
-            lens,
-            work.first_lens,
-            work.num_passes,
-            work.num_forwards,
-            work.num_rows,
-            work.confidences,
-            work.num_confidences,
-            work.ends_at_stop,
-            stop_reasons,
-            work.seq_rows,
-        )
+        work.stop_reasons[lens < work.lens] = records.LOAD
+        work.lens, work.token_ids = lens, work.drafted(lens)
+        self.reuse.remember(work.step.req_ids, work.token_ids)
+        return work
 
     def _stop_reasons(self, work: Workspace, asked_lens: Lengths) -> Lengths:
         """[num_seqs] what ended each draft; meaningless where there is none."""
         spent = work.lens.sum() >= work.step.draft_budget
-        refused = BUDGET if spent else self.planner.refusal
+        refused = records.BUDGET if spent else self.planner.refusal
         reasons = np.where(work.willing, refused, self.policy.ends_by)
-        own_limit = np.where(asked_lens < self.max_draft_len, REQUEST, CAP)
+        own_limit = np.where(asked_lens < self.max_draft_len, records.REQUEST, records.CAP)
         reasons = np.where(work.lens >= work.step.max_draft_lens, own_limit, reasons)
-        return np.where(work.ends_at_stop, EOS, reasons)
+        return np.where(work.ends_at_stop, records.EOS, reasons)

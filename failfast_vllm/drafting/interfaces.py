@@ -1,7 +1,7 @@
-"""What the algorithm asks of a model, a policy, a planner and its options; and the defaults.
+"""What the algorithm asks of a model, a policy, a planner and its options.
 
 All of them are deterministic: every rank of a tensor-parallel group runs its own and must decide
-alike. A default inherits what it has nothing to do for: such methods do nothing.
+alike. What is no abstract class is its own default.
 
 No torch is imported: configurations are checked without it.
 """
@@ -15,21 +15,16 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from failfast_vllm.drafting.records import (
-    BUDGET,
-    DOUBT,
-    Candidates,
-    DraftBatch,
-    DraftStep,
-    Lengths,
-    Round,
-)
+from failfast_vllm.drafting.records import BUDGET, DOUBT, Lengths
 
 if TYPE_CHECKING:
     import torch
 
     from failfast_kernels import TokenConfidence
+    from failfast_vllm.drafting.records import Candidates, DraftBatch, DraftStep, Round
     from failfast_vllm.drafting.workspace import Judged, Masks, Workspace
+
+    Confidences = npt.NDArray[np.floating]
 
 
 class DraftModel(Protocol):
@@ -50,11 +45,14 @@ class DraftModel(Protocol):
         """The same, and the most probable tokens; MASK and foreign ids have probability 0."""
 
 
-class Observer(Protocol):
+class Observer:
     """Who learns from verification."""
 
     def observe(self, rounds: Sequence[Round]) -> None:
         """Learn from the step's verified drafts, in the order of the batch."""
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Drop what belongs to requests that have ended."""
 
 
 class DraftSoFar(NamedTuple):
@@ -73,7 +71,7 @@ class Verdict(NamedTuple):
     goes_on: torch.Tensor  # [n] bool, draft another increment if the cap allows; cuts nothing
 
 
-class Policy(ABC):
+class Policy(Observer, ABC):
     """A rule for the length of drafts.
 
     Asked after each increment of a draft where the draft ends if it ends here, and whether to draft
@@ -81,7 +79,6 @@ class Policy(ABC):
     """
 
     needs_entropy = False
-    learns = False  # whether it wants `observe`
     ends_by = DOUBT  # why a draft that does not go on is complete: index into STOP_REASONS
     calibration: Observer | None = None  # kept up to date for it, if it has one
 
@@ -100,19 +97,22 @@ class Policy(ABC):
     def extend(self, draft: DraftSoFar) -> Verdict:
         """Decide after an increment."""
 
-    def observe(self, rounds: Sequence[Round]) -> None:
-        """Learn from the step's verified drafts, in the order of the batch."""
 
-    def forget(self, req_ids: Iterable[str]) -> None:
-        """Drop what belongs to requests that have ended."""
+class Planner(Observer):
+    """Decides what pays at this load: lengths of passes, and what is worth verifying.
 
+    The default is the paper's rule: drafts grow as the policy says, at any load.
+    """
 
-class Planner(Protocol):
-    """Decides what pays at this load: lengths of passes, and what is worth verifying."""
+    postpones_commits = False  # the blocks of a sequence wait until it is drafted for
+    refusal = BUDGET  # why a draft ends that the policy would go on with: index into STOP_REASONS
 
-    draft_increment: int  # most tokens of each pass after the first
-    postpones_commits: bool  # the blocks of a sequence wait until it is drafted for
-    refusal: int  # why a draft ends that the policy would go on with: index into STOP_REASONS
+    def __init__(self, draft_increment: int) -> None:
+        self.draft_increment = draft_increment  # most tokens of each pass after the first
+
+    def step_began(self, req_ids: Sequence[str], num_tokens: int) -> bool:
+        """The target has just verified `num_tokens` tokens: whether to consider drafting."""
+        return True
 
     def first(self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths) -> Lengths:
         """Increments of the first pass, [num_seqs]; 0 = no draft.
@@ -122,6 +122,10 @@ class Planner(Protocol):
             live_rows: [num_seqs] known tokens that a pass encodes again.
             commit_rows: [num_seqs] tokens whose blocks a pass would commit.
         """
+        return np.minimum(wanted, self.draft_increment)
+
+    def pass_took(self, num_rows: int, ms: float) -> None:
+        """A draft pass, from planning its rows to its tokens."""
 
     def following(
         self,
@@ -129,7 +133,7 @@ class Planner(Protocol):
         live_rows: Lengths,
         first_lens: Lengths,
         draft_lens: Lengths,
-        confidences: npt.NDArray[np.floating],
+        confidences: Confidences,
     ) -> Lengths:
         """Increments of the next pass, [num_seqs]; 0 = that draft is complete.
 
@@ -140,9 +144,10 @@ class Planner(Protocol):
             draft_lens: [num_seqs] tokens drafted so far.
             confidences: [num_seqs, longest] of the tokens drafted so far.
         """
+        return np.minimum(wanted, self.draft_increment)
 
     def keep(
-        self, draft_lens: Lengths, num_confidences: Lengths, confidences: npt.NDArray[np.floating]
+        self, draft_lens: Lengths, num_confidences: Lengths, confidences: Confidences
     ) -> Lengths:
         """How much of each draft is worth verifying, [num_seqs].
 
@@ -151,15 +156,7 @@ class Planner(Protocol):
             num_confidences: [num_seqs] of them with a confidence; the others count as sure.
             confidences: [num_seqs, at least the longest draft].
         """
-
-    def pass_took(self, num_rows: int, ms: float) -> None:
-        """A draft pass, from planning its rows to its tokens."""
-
-    def observe(self, rounds: Sequence[Round]) -> None:
-        """Learn from the step's verified drafts."""
-
-    def step_began(self, req_ids: Sequence[str], num_tokens: int) -> bool:
-        """The target has just verified `num_tokens` tokens: whether to consider drafting."""
+        return draft_lens
 
     def step_ended(self, req_ids: Sequence[str]) -> None:
         """The drafts of the step are made; the target is next."""
@@ -168,56 +165,12 @@ class Planner(Protocol):
         """For so long nobody has asked the engine for its next step."""
 
 
-class Unplanned:
-    """The default planner, the paper's rule: drafts grow as the policy says, at any load."""
-
-    postpones_commits = False
-    refusal = BUDGET
-
-    def __init__(self, draft_increment: int) -> None:
-        self.draft_increment = draft_increment
-
-    def first(self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths) -> Lengths:
-        return np.minimum(wanted, self.draft_increment)
-
-    def following(
-        self,
-        wanted: Lengths,
-        live_rows: Lengths,
-        first_lens: Lengths,
-        draft_lens: Lengths,
-        confidences: npt.NDArray[np.floating],
-    ) -> Lengths:
-        return np.minimum(wanted, self.draft_increment)
-
-    def keep(
-        self, draft_lens: Lengths, num_confidences: Lengths, confidences: npt.NDArray[np.floating]
-    ) -> Lengths:
-        return draft_lens
-
-    def step_began(self, req_ids: Sequence[str], num_tokens: int) -> bool:
-        return True
-
-    def step_ended(self, req_ids: Sequence[str]) -> None:
-        """Times do not matter."""
-
-    def pass_took(self, num_rows: int, ms: float) -> None:
-        """Times do not matter."""
-
-    def stood_still(self, seconds: float) -> None:
-        """Times do not matter."""
-
-    def observe(self, rounds: Sequence[Round]) -> None:
-        """Nothing is learned."""
-
-
-class TokenChooser(ABC):
-    """Chooses the tokens of an increment."""
+class TokenChooser(Observer):
+    """Chooses the tokens of an increment; the default takes the most probable of each mask."""
 
     def see(self, step: DraftStep) -> None:
         """Read a step's known tokens, before anything is drafted."""
 
-    @abstractmethod
     def choose(
         self,
         model: DraftModel,
@@ -227,61 +180,28 @@ class TokenChooser(ABC):
         *,
         details: bool,
     ) -> TokenConfidence:
-        """A token for each mask.
+        """A token and its confidence for each mask, [n * longest].
 
         Args:
             hidden_states: [n * longest, hidden_size] of the rows that predict `masks`.
             details: whether entropies are asked for.
-
-        Returns:
-            [n * longest] tokens and confidences.
         """
-
-    def forget(self, req_ids: Iterable[str]) -> None:
-        """Drop what belongs to requests that have ended."""
-
-
-class BestTokens(TokenChooser):
-    """The default: each mask takes its most probable token."""
-
-    def choose(
-        self,
-        model: DraftModel,
-        hidden_states: torch.Tensor,
-        work: Workspace,
-        masks: Masks,
-        *,
-        details: bool,
-    ) -> TokenConfidence:
         return model.confidence(hidden_states, details=details)
 
 
-class Reuse(ABC):
-    """Lengthens drafts that end in doubt without a pass."""
+class Reuse(Observer):
+    """Lengthens drafts that end in doubt without a pass; the default does not."""
 
     def begin(self, req_ids: Sequence[str]) -> None:
         """Prepare a step; called once, before its first increment."""
 
-    @abstractmethod
     def append(self, canvas: torch.Tensor, masks: Masks, judged: Judged) -> torch.Tensor:
         """Append tokens in `canvas` to drafts that neither go on nor have stopped.
 
         Returns:
             [n] int64, how many; a draft has at most `masks.caps` tokens then.
         """
+        return judged.ends.new_zeros(judged.ends.shape)
 
     def remember(self, req_ids: Sequence[str], token_ids: torch.Tensor) -> None:
         """Keep a step's drafts, [num_seqs, longest], until they are verified."""
-
-    def observe(self, rounds: Sequence[Round]) -> None:
-        """Learn from the step's verified drafts."""
-
-    def forget(self, req_ids: Iterable[str]) -> None:
-        """Drop what belongs to requests that have ended."""
-
-
-class NoReuse(Reuse):
-    """The default: drafts end where the policy ends them."""
-
-    def append(self, canvas: torch.Tensor, masks: Masks, judged: Judged) -> torch.Tensor:
-        return judged.ends.new_zeros(judged.ends.shape)

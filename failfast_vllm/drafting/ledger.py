@@ -29,22 +29,16 @@ class PerRequest(Generic[T]):
         if len(self._values) > MAX_REQUESTS:
             self._values.popitem(last=False)
 
-    def pop(self, req_id: str) -> T:
-        return self._values.pop(req_id, self.initial)
-
     def forget(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
             self._values.pop(req_id, None)
 
 
-class Ledger:
+class Ledger(PerRequest[Round | None]):
     """The drafts that are open: proposed, and not verified yet."""
 
     def __init__(self) -> None:
-        self._open = PerRequest[Round | None](None)
-
-    def __len__(self) -> int:
-        return len(self._open)
+        super().__init__(None)
 
     def open(
         self, req_ids: Sequence[str], drafts: Drafts, token_ids: Sequence[Sequence[int]] = ()
@@ -66,9 +60,9 @@ class Ledger:
             zip(*(values.tolist() for values in per_seq), strict=True)
         ):
             if not rows:  # else also without a draft: a round says what its passes took
-                self._open.pop(req_ids[i])
+                self._values.pop(req_ids[i], None)
                 continue
-            self._open[req_ids[i]] = Round(
+            self[req_ids[i]] = Round(
                 req_ids[i],
                 num_drafted=length,
                 num_first=first,
@@ -104,7 +98,7 @@ class Ledger:
         ):
             if not ids:
                 continue
-            found = self._open.pop(req_id) or Round(req_id)
+            found = self._values.pop(req_id, None) or Round(req_id)
             found.num_verified = min(verified, found.num_drafted)
             if not (found.num_verified or plain):
                 continue
@@ -113,7 +107,3 @@ class Ledger:
             found.step, found.num_seqs = step, len(req_ids)
             rounds.append(found)
         return rounds
-
-    def forget(self, req_ids: Iterable[str]) -> None:
-        """The requests have ended."""
-        self._open.forget(req_ids)

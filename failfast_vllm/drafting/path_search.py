@@ -106,10 +106,7 @@ class PathSearch(TokenChooser):
         *,
         details: bool,
     ) -> TokenConfidence:
-        """The best path through the masks' candidates.
-
-        A copy to the host and one back, on top of the one that every increment makes.
-        """
+        """A copy to the host and one back, on top of the one that every increment makes."""
         confidence, candidates = model.candidates(hidden_states, details=details)
         columns = (work.first_columns + work.lens)[masks.seqs, None] + np.array([-2, -1])
         owners = np.broadcast_to(masks.seqs[:, None], columns.shape)
@@ -127,13 +124,11 @@ class PathSearch(TokenChooser):
 
     def unseen(self, req_ids: Sequence[str], known_lens: Ints) -> tuple[Ints, Ints]:
         """What is new since it was last asked: [n] rows of the step and [n] positions."""
-        rows, positions = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
-        for row, (req_id, known_len) in enumerate(zip(req_ids, known_lens.tolist(), strict=True)):
-            new = np.arange(self._seen.get(req_id, 0), known_len)
-            rows.append(np.full(len(new), row))
-            positions.append(new)
-            self._seen[req_id] = max(known_len, self._seen.get(req_id, 0))
-        return np.concatenate(rows), np.concatenate(positions)
+        seen = np.array([self._seen.get(req_id, 0) for req_id in req_ids], dtype=np.int64)
+        num_new = np.maximum(known_lens - seen, 0)
+        self._seen.update(zip(req_ids, (seen + num_new).tolist(), strict=True))
+        rows = np.repeat(np.arange(len(seen)), num_new)
+        return rows, np.arange(len(rows)) - (num_new.cumsum() - num_new - seen)[rows]
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended; what they said stays counted."""
@@ -155,19 +150,31 @@ class PathSearch(TokenChooser):
         candidate, token_ids = candidate[:, :, :k], token_ids[:, :, :k]
         shares = np.where(candidate, probabilities[:, :, :k], 0.0)
         logs = np.where(candidate, WEIGHT * np.log(np.maximum(shares, 1e-30)), -np.inf)
-        beams = self._search(_numbers(before), _numbers(token_ids), logs, valid)
-        sure = np.exp(beams.gains - beams.gains.max(axis=3, keepdims=True))
+        gains, parents, choices = self._search(_numbers(before), _numbers(token_ids), logs, valid)
+        sure = np.exp(gains - gains.max(axis=3, keepdims=True))  # [num_masks, n, BEAM, k]
         sure *= shares.sum(axis=2).T[:, :, None, None] / sure.sum(axis=3, keepdims=True)
-        return _follow_back(beams, token_ids, sure)
+        n, num_masks, _ = token_ids.shape
+        path = Path(np.empty((n, num_masks), np.int64), np.empty((n, num_masks), np.float32))
+        seqs, beam = np.arange(n), np.zeros(n, dtype=np.int64)
+        for i in reversed(range(num_masks)):
+            choice, beam = choices[i, seqs, beam], parents[i, seqs, beam]
+            path.token_ids[:, i] = token_ids[seqs, i, choice]
+            path.confidences[:, i] = sure[i, seqs, beam, choice]
+        return path
 
-    def _search(self, before: Hashes, numbers: Hashes, logs: Floats, valid: Flags) -> "_Beams":
+    def _search(
+        self, before: Hashes, numbers: Hashes, logs: Floats, valid: Flags
+    ) -> tuple[Floats, Ints, Ints]:
         """Extend the best paths mask by mask.
 
         Args:
-            before: [n, 2] as in `best`; these two as `_numbers`.
-            numbers: [n, num_masks, k] candidates.
+            before, numbers: tokens and candidates, as in `best`; these two as `_numbers`.
             logs: [n, num_masks, k] what the drafter gives to each; -inf = no candidate.
-            valid: [n, num_masks] as in `best`.
+
+        Returns:
+            [num_masks, n, BEAM, k] gain of each candidate after each path, and of each path that
+            was kept, the best first, [num_masks, n, BEAM] the path that it extends and by which
+            candidate.
         """
         (n, num_masks, k), times = numbers.shape, self.trigrams.times
         gains = np.empty((num_masks, n, BEAM, k))
@@ -199,30 +206,4 @@ class PathSearch(TokenChooser):
             parents[i], choices[i] = parent, choice = np.divmod(order, k)
             before_last, last = last[rows, parent], numbers[rows, i, choice]
             last_seen, both_seen = num_seen[rows, i, choice], pairs_seen[rows, parent, choice]
-        return _Beams(gains, parents, choices)
-
-
-class _Beams(NamedTuple):
-    """The paths that were kept at each mask, the best first."""
-
-    gains: Floats  # [num_masks, n, BEAM, k] of each candidate after each path
-    parents: Ints  # [num_masks, n, BEAM] the path that each extends
-    choices: Ints  # [num_masks, n, BEAM] its candidate
-
-
-def _follow_back(beams: _Beams, token_ids: Ints, sure: Floats) -> Path:
-    """The best path, from its end.
-
-    Args:
-        token_ids: [n, num_masks, k] candidates.
-        sure: [num_masks, n, BEAM, k] confidence of each after each path.
-    """
-    n, num_masks, _ = token_ids.shape
-    found = np.empty((n, num_masks), dtype=np.int64)
-    confidences = np.empty((n, num_masks), dtype=np.float32)
-    seqs, beam = np.arange(n), np.zeros(n, dtype=np.int64)
-    for i in reversed(range(num_masks)):
-        choice, beam = beams.choices[i, seqs, beam], beams.parents[i, seqs, beam]
-        found[:, i] = token_ids[seqs, i, choice]
-        confidences[:, i] = sure[i, seqs, beam, choice]
-    return Path(found, confidences)
+        return gains, parents, choices

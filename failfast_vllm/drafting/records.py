@@ -72,7 +72,7 @@ class Candidates(NamedTuple):
     probabilities: torch.Tensor  # [num_rows, k] float32, falling
 
 
-class Drafts(NamedTuple):
+class Drafts:
     """What one step proposes, and what it took."""
 
     token_ids: torch.Tensor  # [num_seqs, longest] int64, on the device; undefined beyond `lens`
@@ -94,9 +94,6 @@ class Drafts(NamedTuple):
         return [row[:length] for row, length in zip(rows, self.lens.tolist(), strict=True)]
 
 
-NO_CONFIDENCES = np.empty(0, dtype=np.float32)
-
-
 @dataclass(eq=False)
 class Round:
     """One draft of one request; once it is verified, also what the target made of it.
@@ -110,7 +107,7 @@ class Round:
     num_verified: int = 0  # less than `num_drafted` if the scheduler cut the draft
     num_accepted: int = 0
     # of what passes drafted, also if it was not worth verifying; fewer with reused tokens
-    confidences: npt.NDArray[np.float32] = field(default_factory=lambda: NO_CONFIDENCES)
+    confidences: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     ends_at_stop: bool = False  # the draft's last token is a stop token
     num_passes: int = 0  # draft passes that the draft took
     num_rows: int = 0  # of this sequence in them

@@ -12,7 +12,6 @@ Both come from tokens that are known, so the draft stays a function of the prefi
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,40 +52,39 @@ def continuation(
     return tails.gather(1, columns), num_left
 
 
-class RejectedTokens(NamedTuple):
-    """The tail of each sequence's last draft."""
-
-    tails: torch.Tensor  # [num_seqs, longest] int64, undefined beyond `lens`
-    lens: torch.Tensor  # [num_seqs] int64, 0 = no tail
-
-
 class RejectedDrafts(Reuse):
     """Each request's last draft from the token after the target's correction on.
 
     Only the drafts of the step before are kept: a request that was not in it has no tail.
     """
 
+    _tails: torch.Tensor  # [num_seqs, longest] int64, undefined beyond their lengths
+    _tail_lens: torch.Tensor  # [num_seqs] int64, 0 = no tail
+
     def __init__(self) -> None:
         self._token_ids = torch.empty(0, 0, dtype=torch.int64)
         self._rows: dict[str, int] = {}
         self._bounds: dict[str, tuple[int, int]] = {}  # first column and one after the last
-        self._tails = self.tokens([])  # of the step's sequences
 
     def begin(self, req_ids: Sequence[str]) -> None:
-        self._tails = self.tokens(req_ids)
+        plan: Lengths = np.zeros((3, len(req_ids)), dtype=np.int64)
+        for i, req_id in enumerate(req_ids):
+            first, end = self._bounds.get(req_id, (0, 0))
+            if first < end:
+                plan[:, i] = self._rows[req_id], first, end - first
+        device = self._token_ids.device
+        rows, firsts, self._tail_lens = torch.from_numpy(plan).to(device, non_blocking=True)
+        columns = firsts[:, None] + torch.arange(int(plan[2].max(initial=0)), device=device)
+        columns = columns.clamp(max=max(0, self._token_ids.shape[1] - 1))
+        self._tails = self._token_ids[rows[:, None], columns]
 
     def append(self, canvas: torch.Tensor, masks: Masks, judged: Judged) -> torch.Tensor:
-        """Append what followed each doubtful draft's end in its tail, in `canvas`: [n], how many.
-
-        The canvas takes what is not appended in its last column.
-        """
         ends, goes_on, stopped = judged
         seqs, first_columns = masks.owners[:, 0], masks.first_columns
-        last = canvas.shape[1] - 1
+        last = canvas.shape[1] - 1  # takes what is not appended
         columns = first_columns[:, None] + torch.arange(last, device=canvas.device)
         drafts = canvas[seqs[:, None], columns.clamp(max=last)]
-        tails, tail_lens = self._tails
-        tokens, num_tokens = continuation(drafts, ends, tails[seqs], tail_lens[seqs])
+        tokens, num_tokens = continuation(drafts, ends, self._tails[seqs], self._tail_lens[seqs])
         room = torch.where(goes_on | stopped, 0, masks.caps - ends)
         num_tokens = torch.minimum(num_tokens, room)
         offsets = torch.arange(tokens.shape[1], device=canvas.device)
@@ -109,16 +107,3 @@ class RejectedDrafts(Reuse):
         for req_id in req_ids:
             self._rows.pop(req_id, None)
             self._bounds.pop(req_id, None)
-
-    def tokens(self, req_ids: Sequence[str]) -> RejectedTokens:
-        """The tails of a step's sequences."""
-        plan: Lengths = np.zeros((3, len(req_ids)), dtype=np.int64)
-        for i, req_id in enumerate(req_ids):
-            first, end = self._bounds.get(req_id, (0, 0))
-            if first < end:
-                plan[:, i] = self._rows[req_id], first, end - first
-        device = self._token_ids.device
-        rows, firsts, lens = torch.from_numpy(plan).to(device, non_blocking=True)
-        columns = firsts[:, None] + torch.arange(int(plan[2].max(initial=0)), device=device)
-        columns = columns.clamp(max=max(0, self._token_ids.shape[1] - 1))
-        return RejectedTokens(self._token_ids[rows[:, None], columns], lens)

@@ -9,6 +9,7 @@ The rows of one pass, for each sequence, at absolute positions:
 Rows are planned with NumPy: a pass needs two small copies to the device, an increment one.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,14 +18,8 @@ import numpy.typing as npt
 import torch
 
 from failfast_kernels import TokenConfidence
-from failfast_vllm.drafting.records import (
-    UNKNOWN,
-    DraftBatch,
-    DraftStep,
-    Flags,
-    Lengths,
-    to_device,
-)
+from failfast_vllm.drafting import records
+from failfast_vllm.drafting.records import UNKNOWN, DraftBatch, Drafts, DraftStep, Flags, Lengths
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ class Judged(NamedTuple):
     stopped: torch.Tensor  # bool, the draft ends with a stop token
 
 
-class Workspace:
+class Workspace(Drafts):
     """Rows, positions and slots of a step's passes, and what they have drafted so far.
 
     Args:
@@ -94,13 +89,12 @@ class Workspace:
     ) -> None:
         self.step, self.first_lens, self.geometry = step, first_lens, geometry
         num_seqs, width = len(first_lens), int(step.max_draft_lens.max(initial=0)) + 1
-        self.lens = np.zeros_like(first_lens)  # tokens drafted
-        self.num_passes, self.seq_rows = np.zeros_like(first_lens), np.zeros_like(first_lens)
+        zeros = np.zeros((4, num_seqs), dtype=np.int64)
+        self.lens, self.num_passes, self.seq_rows, self.num_confidences = zeros
         self.num_forwards = self.num_rows = 0
-        self.willing = np.zeros(num_seqs, dtype=bool)  # to go on, were it allowed to
-        self.confidences = np.ones((num_seqs, width), dtype=np.float32)  # these as in `Drafts`
-        self.num_confidences = np.zeros_like(first_lens)
         self.ends_at_stop = np.zeros(num_seqs, dtype=bool)
+        self.willing = np.zeros(num_seqs, dtype=bool)  # to go on, were it allowed to
+        self.confidences = np.ones((num_seqs, width), dtype=np.float32)
         # [1 or 2, num_seqs, width] float32: confidence 1.0, entropy 0.0 of what is not drafted
         self.signals = torch.ones(1 + has_entropies, num_seqs, width, device=geometry.device)
         self.signals[1:] = 0.0
@@ -142,46 +136,44 @@ class Workspace:
         num_rows, most = (self.ends - self.starts)[seqs], self.geometry.max_num_rows
         if num_rows.sum() <= most:
             return [seqs]
-        parts, part_rows, begin = [], 0, 0
-        for i, rows in enumerate(num_rows.tolist()):
-            assert rows <= most
-            if part_rows + rows > most:
-                parts.append(seqs[begin:i])
-                begin, part_rows = i, 0
-            part_rows += rows
-        parts.append(seqs[begin:])
-        return parts
+        parts: list[list[int]] = []
+        room = 0
+        for seq, rows in zip(seqs.tolist(), num_rows.tolist(), strict=True):
+            if rows > room:
+                parts.append([])
+                room = most
+            parts[-1].append(seq)
+            room -= rows
+            assert room >= 0
+        return [np.array(part) for part in parts]
 
-    def commits_in_parts(self) -> list[tuple[Lengths, Lengths, Lengths]]:
+    def commits_in_parts(self) -> Iterator[tuple[Lengths, Lengths, Lengths]]:
         """Passes that commit all complete blocks, where they do not fit one pass with the drafts.
 
         Blocks go in the order of their positions, over all sequences: a sequence that shares
         pages through a prefix hit of this very step starts after the blocks that it shares.
 
-        Returns:
-            Per pass its sequences, and [num_seqs] first positions and those after the last; none
-            where the first pass commits.
+        Yields:
+            Of each pass the sequences, and [num_seqs] first positions and those after the last;
+            nothing where the first pass commits.
         """
         step, size = self.step, self.geometry.diffusion_block_size
         if (self.ends - self.starts).sum() <= self.geometry.max_num_rows:
-            return []
+            return
+        spans = zip(step.committed_lens.tolist(), step.final_lens.tolist(), strict=True)
         blocks = sorted(
             (position, seq)
-            for seq, (start, end) in enumerate(
-                zip(step.committed_lens.tolist(), step.final_lens.tolist(), strict=True)
-            )
+            for seq, (start, end) in enumerate(spans)
             for position in range(start, end, size)
         )
         per_pass = max(1, self.geometry.max_num_rows // size)
-        starts, ends, passes = step.committed_lens.copy(), step.committed_lens.copy(), []
+        starts = step.committed_lens
         for i in range(0, len(blocks), per_pass):
-            part = np.array(blocks[i : i + per_pass])
-            seqs = np.unique(part[:, 1])
-            starts[seqs] = [part[part[:, 1] == seq, 0].min() for seq in seqs]
-            ends[seqs] = [part[part[:, 1] == seq, 0].max() + size for seq in seqs]
-            passes.append((seqs, starts.copy(), ends.copy()))
+            owners = [seq for _, seq in blocks[i : i + per_pass]]
+            ends = starts + size * np.bincount(owners, minlength=len(starts))
+            yield np.flatnonzero(ends > starts), starts, ends
+            starts = ends
         self.starts = step.final_lens
-        return passes
 
     def rows(self, seqs: Lengths, starts: Lengths, ends: Lengths) -> tuple[Lengths, DraftBatch]:
         """The pass over positions `starts:ends` of `seqs`; also the first row of each."""
@@ -281,4 +273,4 @@ class Workspace:
         return self.canvas.gather(1, self.to_device(np.minimum(columns, self.canvas.shape[1] - 1)))
 
     def to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        return to_device(array, self.geometry.device)
+        return records.to_device(array, self.geometry.device)

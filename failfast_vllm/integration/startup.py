@@ -14,13 +14,7 @@ from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.drafters.hosted import HostedDraftModel
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
 from failfast_vllm.drafting.drafter import Drafter
-from failfast_vllm.drafting.interfaces import (
-    BestTokens,
-    NoReuse,
-    Reuse,
-    TokenChooser,
-    Unplanned,
-)
+from failfast_vllm.drafting.interfaces import Planner, Reuse, TokenChooser
 from failfast_vllm.drafting.ledger import Ledger
 from failfast_vllm.drafting.path_search import PathSearch
 from failfast_vllm.drafting.records import Candidates, DraftBatch
@@ -85,7 +79,7 @@ def make_drafter(
     return Drafter(
         TimedDraftModel(model, vllm_config, layer_names, table_width, device, stats.in_model),
         make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"]),
-        Unplanned(knobs["draft_increment"]),
+        Planner(knobs["draft_increment"]),
         _geometry(vllm_config, kv_block_size, device),
         CommittedBlocks(num_pages, kv_block_size, knobs["diffusion_block_size"], device),
         stop_token_ids=torch.tensor(
@@ -113,11 +107,11 @@ def _geometry(vllm_config: VllmConfig, kv_block_size: int, device: torch.device)
 
 
 def _make_tokens(knobs: dict[str, Any]) -> TokenChooser:
-    return PathSearch() if knobs["path_search"] else BestTokens()
+    return PathSearch() if knobs["path_search"] else TokenChooser()
 
 
 def _make_reuse(knobs: dict[str, Any]) -> Reuse:
-    return RejectedDrafts() if knobs["reuse_rejected"] else NoReuse()
+    return RejectedDrafts() if knobs["reuse_rejected"] else Reuse()
 
 
 def start_serving(runner: Any) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from failfast_vllm.drafting.interfaces import Observer
 from failfast_vllm.drafting.records import Lengths, Round
 from failfast_vllm.planning.costs import FORGETTING, Floats
 
@@ -39,7 +40,7 @@ UNTRIED = 0.97  # acceptance of a position that was never tried, as a share of t
 DECAY = 0.995  # per observed round: a memory of about 200 rounds
 
 
-class Calibration:
+class Calibration(Observer):
     """An online map from confidence and position in the draft to the chance of acceptance."""
 
     def __init__(self, half_life: float = HALF_LIFE) -> None:

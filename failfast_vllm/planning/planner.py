@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from failfast_vllm.drafting.interfaces import Planner
 from failfast_vllm.drafting.records import LOAD, Lengths, Round
 from failfast_vllm.planning.acceptance import AcceptanceByPosition, Calibration, learn
 from failfast_vllm.planning.costs import Costs, Floats, StepTimer
@@ -38,7 +39,7 @@ LEARNING_STEPS = 8  # steps whose drafts are learned from at once
 
 
 @dataclass
-class LoadPlanner:
+class LoadPlanner(Planner):
     """Chooses what raises the expected tokens per second of the whole batch.
 
     Args:

@@ -64,7 +64,6 @@ class AdaEdl(TokenRule):
     """
 
     needs_entropy = True
-    learns = True
     rate_smoothing: ClassVar[float] = 0.5
     threshold_smoothing: ClassVar[float] = 0.9
     threshold_step: ClassVar[float] = 0.01
@@ -114,7 +113,6 @@ class DiffuSpecAdl(NamedPolicy):
 
     default_cap = 30
     one_pass = True
-    learns = True
 
     min_draft_len: int = length(20, 1, "least length, and the length of a request's first draft")
     length_step: int = length(10, 0, "tokens added while the average draft is accepted whole")

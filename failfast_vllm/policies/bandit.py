@@ -26,7 +26,6 @@ class TapOut(NamedPolicy):
     generator. A draft counts as played when it begins, so that a batch spreads over the arms.
     """
 
-    learns = True
     is_arm = False
 
     arms: Sequence[str] = arm_names(DEFAULT_ARMS, "the policies to choose among")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from failfast_vllm.drafting.interfaces import Unplanned
+from failfast_vllm.drafting.interfaces import Planner
 from failfast_vllm.policies.rules import FailFast
 from scripted import Script, make_drafter, make_step
 
@@ -16,7 +16,7 @@ def sure_script(*known_lens):
     return Script(known_lens, np.full(shape, 5), np.full(shape, 0.9), np.zeros(shape))
 
 
-class Recording(Unplanned):
+class Recording(Planner):
     """Remembers what its passes took."""
 
     def __init__(self, draft_increment):
@@ -49,7 +49,7 @@ def test_commits_wait_only_where_the_planner_postpones_them():
     """Catches blocks that are committed at a load at which nothing is drafted, or never."""
     for postpones, committed in ((False, 64), (True, 0)):
         drafter = make_drafter(FailFast(0.45), sure_script(70))
-        drafter.planner = Unplanned(10)
+        drafter.planner = Planner(10)
         drafter.planner.postpones_commits = postpones
         step = make_step(drafter.model, [0])
         step = replace(step, committed_lens=np.zeros(1, dtype=np.int64))

@@ -10,7 +10,7 @@ import pytest
 
 from engine import engine, generate, greedy_params, mixed_prompts, proposer, watch
 from failfast_vllm.config import MODELS_DIR
-from failfast_vllm.drafting.interfaces import Unplanned
+from failfast_vllm.drafting.interfaces import Planner
 from failfast_vllm.planning.costs import Costs, CostTable
 from independent import IndependentDrafter
 from state_check import TOLERANCE, largest_error
@@ -105,7 +105,7 @@ def test_kv_from_a_connector_is_not_trusted(expected):
             return propose(step)
 
         drafter.propose = watching
-        drafter.planner = Unplanned(drafter.draft_increment)
+        drafter.planner = Planner(drafter.draft_increment)
         longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
         for trusted in (True, False):
             proposer(llm).foreign_kv = not trusted

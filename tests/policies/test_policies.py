@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from failfast_vllm.drafting import ledger
-from failfast_vllm.drafting.interfaces import DraftSoFar, NoReuse
+from failfast_vllm.drafting.interfaces import DraftSoFar, Reuse
 from failfast_vllm.drafting.ledger import PerRequest
 from failfast_vllm.drafting.records import Round
 from failfast_vllm.drafting.reuse import RejectedDrafts, continuation
@@ -148,7 +148,7 @@ def test_one_copy_to_the_host_per_increment(name, reuse, monkeypatch):
     """Catches a policy that reads a tensor on the host: every such read waits for the device."""
     script = random_script(5)
     policy = make_policy(name, policy_parameters(name, {}, CAP), CAP)
-    drafter = make_drafter(policy, script, reuse=RejectedDrafts() if reuse else NoReuse())
+    drafter = make_drafter(policy, script, reuse=RejectedDrafts() if reuse else Reuse())
     if reuse:
         drafter.reuse.remember([f"r{i}" for i in range(6)], script.tokens[:, :20])
         drafter.reuse.observe([outcome(f"r{i}", drafted=20, accepted=2) for i in range(6)])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from failfast_vllm.config import METHOD, MODELS_DIR, FailFastConfig
-from failfast_vllm.drafting.interfaces import BestTokens, NoReuse, Unplanned
+from failfast_vllm.drafting.interfaces import Planner, Reuse, TokenChooser
 from failfast_vllm.drafting.path_search import PathSearch
 from failfast_vllm.drafting.reuse import RejectedDrafts
 from failfast_vllm.planning.costs import Costs, CostTable
@@ -173,13 +173,13 @@ def policy(llm, variant, **given):
     drafter = own.drafter
     exchanged = ("policy", "planner", "reuse", "tokens")
     before, session = {key: getattr(drafter, key) for key in exchanged}, own.session
-    drafter.planner = Unplanned(knobs["draft_increment"])
+    drafter.planner = Planner(knobs["draft_increment"])
     if name == "goodput":
         costs = Costs(CostTable([1, 1000], [1.0, 2.0]), CostTable([1, 1000], [5.0, 9.0]))
         drafter.planner = LoadPlanner(costs, knobs["num_speculative_tokens"], 1)
     drafter.policy = make_policy(name, knobs, knobs["num_speculative_tokens"])
-    drafter.reuse = RejectedDrafts() if "+reuse" in variant else NoReuse()
-    drafter.tokens = PathSearch() if "+paths" in variant else BestTokens()
+    drafter.reuse = RejectedDrafts() if "+reuse" in variant else Reuse()
+    drafter.tokens = PathSearch() if "+paths" in variant else TokenChooser()
     own.session = Session(drafter, own.stats, own.eos_token_ids)
     try:
         yield drafter.policy

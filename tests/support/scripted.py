@@ -6,7 +6,7 @@ import torch
 from failfast_kernels import TokenConfidence
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
 from failfast_vllm.drafting.drafter import Drafter
-from failfast_vllm.drafting.interfaces import Unplanned
+from failfast_vllm.drafting.interfaces import Planner
 from failfast_vllm.drafting.records import DraftStep
 from failfast_vllm.drafting.workspace import Geometry
 
@@ -42,7 +42,7 @@ def make_drafter(policy, script, *, increment=10, max_num_rows=8192, **options):
     return Drafter(
         script,
         policy,
-        Unplanned(increment),
+        Planner(increment),
         Geometry(MASK + 1, MASK, 32, max_num_rows, device, logit_shift=0),
         CommittedBlocks(64, 32, 32, device),
         stop_token_ids=torch.tensor([STOP]),
