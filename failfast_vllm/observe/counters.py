@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -17,30 +16,22 @@ NUM_COUNTS = len(SCALARS) + len(STOP_REASONS) + 3 * NUM_BINS
 
 
 class Counts:
-    """What a worker has counted for `metrics` since it was last asked.
-
-    Integers: cheap to add up and to send.
-    """
+    """What a worker has counted for `metrics` since it was last asked: integers, cheap to send."""
 
     def __init__(self) -> None:
         self.scalars = dict.fromkeys(SCALARS, 0)
         self.stops = np.zeros(len(STOP_REASONS), dtype=np.int64)  # drafts made, by reason
         self.bins = np.zeros((3, NUM_BINS), dtype=np.int64)  # judged, accepted, confidence
 
-    def drafted(self, passes: int, rows: int, milliseconds: float) -> None:
-        """A step's drafts are made."""
+    def drafted(
+        self, passes: int, rows: int, milliseconds: float, reasons: npt.NDArray[np.int64]
+    ) -> None:
+        """A step's drafts are made; `reasons`, [num_drafts], say why each is not longer."""
         self.scalars["draft_passes"] += passes
         self.scalars["draft_rows"] += rows
         self.scalars["draft_us"] += int(milliseconds * 1e3)
         self.scalars["steps"] += 1
-
-    def stopped(self, reasons: npt.NDArray[np.int64]) -> None:
-        """Why each draft of a step is not longer, [num_drafts]."""
         self.stops += np.bincount(reasons, minlength=len(STOP_REASONS))
-
-    def verified(self, milliseconds: float) -> None:
-        """From the end of a step's drafts to the end of their verification."""
-        self.scalars["verify_us"] += int(milliseconds * 1e3)
 
     def observe(self, rounds: Sequence[Round]) -> None:
         """Fill the bins of the reliability diagram."""
@@ -80,24 +71,27 @@ class Stopwatch:
         self.ms += (time.perf_counter() - self._began) * 1e3
 
 
-@dataclass
 class DraftStats:
     """Counters since the engine started, and who is told of its rounds.
 
     `benchmarks/` and `failfast demo` read and set them.
     """
 
-    num_steps: int = 0
-    num_forwards: int = 0
-    num_rows: int = 0
-    total_ms: float = 0.0  # in steps that drafted, the draft model included
-    in_model: Stopwatch = field(default_factory=Stopwatch, repr=False)
-    counts: Counts = field(default_factory=Counts, repr=False)
-    on_round: Callable[[Round], None] | None = field(default=None, repr=False)
-    drafts_only: bool = field(default=False, repr=False)  # it wants no rounds without a draft
-    trace: TraceWriter | None = field(default=None, repr=False)
-    _began: float = field(default=0.0, repr=False)
-    _waits_since: float = field(default=0.0, repr=False)  # for a verification; 0.0 = for none
+    def __init__(self) -> None:
+        self.in_model = Stopwatch()
+        self.counts = Counts()
+        self.on_round: Callable[[Round], None] | None = None
+        self.drafts_only = False  # it wants no rounds without a draft
+        self.trace: TraceWriter | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from zero; receivers of rounds stay."""
+        self.num_steps = self.num_forwards = self.num_rows = 0
+        self.total_ms = 0.0  # in steps that drafted, the draft model included
+        self.in_model.ms = 0.0
+        self._began = self._waits_since = 0.0  # the latter for a verification; 0.0 = for none
+        self.counts.take()
 
     @property
     def forward_ms(self) -> float:
@@ -119,18 +113,18 @@ class DraftStats:
         self._began = time.perf_counter()
         self.num_steps += 1
         if self._waits_since:
-            self.counts.verified((self._began - self._waits_since) * 1e3)
+            self.counts.scalars["verify_us"] += int((self._began - self._waits_since) * 1e6)
             self._waits_since = 0.0
 
     def step_ended(self, drafts: Drafts) -> None:
         """The drafts of the step are made and handed out."""
         now = time.perf_counter()
-        milliseconds = (now - self._began) * 1e3
+        ms = (now - self._began) * 1e3
         self.num_forwards += drafts.num_forwards
         self.num_rows += drafts.num_rows
-        self.total_ms += milliseconds
-        self.counts.drafted(drafts.num_forwards, drafts.num_rows, milliseconds)
-        self.counts.stopped(drafts.stop_reasons[drafts.lens > 0])
+        self.total_ms += ms
+        reasons = drafts.stop_reasons[drafts.lens > 0]
+        self.counts.drafted(drafts.num_forwards, drafts.num_rows, ms, reasons)
         self._waits_since = now if drafts.lens.any() else 0.0
 
     def observe(self, rounds: Sequence[Round]) -> None:
@@ -146,9 +140,3 @@ class DraftStats:
         """The requests have ended."""
         if self.trace is not None:
             self.trace.forget(req_ids)
-
-    def reset(self) -> None:
-        """Count from zero; receivers of rounds stay."""
-        self.num_steps = self.num_forwards = self.num_rows = 0
-        self.total_ms = self.in_model.ms = self._waits_since = 0.0
-        self.counts.take()

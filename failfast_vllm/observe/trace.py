@@ -17,13 +17,13 @@ and with `"trace_ids": true` also `id`, `draft_ids` and `emitted_ids`. Never the
 may end inside the last round that its request emitted. No vLLM, no torch.
 """
 
+import itertools
 import json
 import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +53,7 @@ class TraceWriter:
         self.path = Path(path)
         self.with_ids = with_ids
         self._requests: dict[str, int] = {}
-        self._num_requests = 0
+        self._numbers = itertools.count()  # of requests
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         about = {FORMAT: VERSION, "version": failfast_vllm.__version__, "date": date}
         self._pending = deque([{**about, **header}])
@@ -71,28 +71,22 @@ class TraceWriter:
             self._stop(f"{MAX_PENDING} rounds wait for the disk")
 
     def _line(self, verified: Verified) -> dict[str, Any]:
-        request = self._requests.get(verified.req_id)
-        if request is None:
-            request = self._requests[verified.req_id] = self._num_requests
-            self._num_requests += 1
-        confidences = verified.verified_confidences.tolist()
+        if verified.req_id not in self._requests:
+            self._requests[verified.req_id] = next(self._numbers)
         line = {
             "step": verified.step,
             "seqs": verified.num_seqs,
-            "request": request,
+            "request": self._requests[verified.req_id],
             "known": verified.known_len,
             "drafted": verified.num_verified,
             "passes": verified.num_passes,
             "rows": verified.num_rows,
             "accepted": verified.num_accepted,
-            "confidences": [round(confidence, 3) for confidence in confidences],
+            "confidences": [round(p, 3) for p in verified.verified_confidences.tolist()],
         }
         if self.with_ids:
-            line |= {
-                "id": verified.req_id,
-                "draft_ids": verified.drafted,
-                "emitted_ids": list(verified.emitted),
-            }
+            line |= {"id": verified.req_id, "draft_ids": verified.drafted}
+            line["emitted_ids"] = list(verified.emitted)
         return line
 
     def forget(self, req_ids: Iterable[str]) -> None:
@@ -153,17 +147,11 @@ class Round(NamedTuple):
     confidences: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Trace:
+class Trace(NamedTuple):
     """A file's rounds, in its order."""
 
     headers: Sequence[Mapping[str, Any]]  # one per run
     rounds: Sequence[Round]
-
-    @property
-    def header(self) -> Mapping[str, Any]:
-        """Of the last run."""
-        return self.headers[-1]
 
     def of_request(self, request: int) -> list[Round]:
         """The rounds of one request; raises ValueError on an unknown one."""
@@ -172,13 +160,6 @@ class Trace:
             num = len({r.request for r in self.rounds})
             raise ValueError(f"--request must be one of the trace's {num}, from 0; got {request}.")
         return rounds
-
-    def by_request(self) -> list[list[Round]]:
-        """The rounds of each request, in order."""
-        requests: dict[int, list[Round]] = {}
-        for r in self.rounds:
-            requests.setdefault(r.request, []).append(r)
-        return list(requests.values())
 
 
 def read(path: str | Path) -> Trace:
@@ -190,29 +171,26 @@ def read(path: str | Path) -> Trace:
         ValueError: no trace, or a damaged line, with its number.
     """
     lines = _whole_lines(path)
+    objects = [_object(line) for line in lines]
     headers: list[dict[str, Any]] = []
     rounds: list[Round] = []
     first_request = 0  # of this run
-    for number, line in enumerate(lines, 1):
-        fields = _object(line)
-        if fields is not None and FORMAT in fields:
+    for number, (line, fields) in enumerate(zip(lines, objects, strict=True), 1):
+        where = f"{path}, line {number}:"
+        if FORMAT in fields:
             if fields[FORMAT] != VERSION:
                 raise ValueError(
-                    f"{path}, line {number}: must be of trace format {VERSION}; "
-                    f"got {fields[FORMAT]!r}. Read it with the version that wrote it."
+                    f"{where} must be of trace format {VERSION}; got {fields[FORMAT]!r}. "
+                    "Read it with the version that wrote it."
                 )
             headers.append(fields)
             first_request = max((r.request + 1 for r in rounds), default=0)
-            continue
-        if not headers:
-            raise ValueError(f"{path}, line 1: must be a trace's header; got {line[:40]!r}.")
-        found = fields and _round(fields)
-        if found:
+        elif not headers:
+            raise ValueError(f"{where} must be a trace's header; got {line[:40]!r}.")
+        elif found := _round(fields):
             rounds.append(found._replace(request=found.request + first_request))
-        elif number == len(lines) or not _starts_run(lines[number]):
-            raise ValueError(
-                f"{path}, line {number}: must be a round; got {line[:40]!r}. Remove the line."
-            )
+        elif number == len(lines) or FORMAT not in objects[number]:
+            raise ValueError(f"{where} must be a round; got {line[:40]!r}. Remove the line.")
     if not headers:
         raise ValueError(f"{path} is empty; wait until the server has run a step.")
     return Trace(headers, rounds)
@@ -238,28 +216,21 @@ def is_trace(path: Path) -> bool:
         return file.read(len(start)) in (b"", start)
 
 
-def _starts_run(line: str) -> bool:
-    return FORMAT in (_object(line) or ())
-
-
-def _object(line: str) -> dict[str, Any] | None:
+def _object(line: str) -> dict[str, Any]:
+    """The JSON object that a line holds; empty if it holds none."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _round(fields: Mapping[str, Any]) -> Round | None:
-    """The round that a line holds, or None."""
     counts = [fields.get(name) for name in Round._fields[:-1]]
     confidences = fields.get("confidences")
-    if not all(type(count) is int and count >= 0 for count in counts):
-        return None
-    if not isinstance(confidences, list) or not all(
-        isinstance(p, int | float) and 0 <= p <= 1 for p in confidences
-    ):
+    if not isinstance(confidences, list) or not all(type(n) is int and n >= 0 for n in counts):
         return None
     found = Round._make([*counts, tuple(confidences)])
-    fits = len(confidences) <= found.drafted and found.accepted <= found.drafted
-    return found if fits else None
+    fits = max(len(confidences), found.accepted) <= found.drafted
+    sound = all(isinstance(p, int | float) and 0 <= p <= 1 for p in confidences)
+    return found if fits and sound else None

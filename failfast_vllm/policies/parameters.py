@@ -19,18 +19,14 @@ class Limits(NamedTuple):
     arms: Sequence[str]  # the policies that a bandit may choose among
 
 
-# (keys of the user, key, limits) -> the checked value, the default where the key is not given;
-# raises ValueError
-Check = Callable[[Mapping[str, Any], str, Limits], Any]
-
-
 class Parameter(NamedTuple):
     """What a user may give for one field of a policy."""
 
     default: Any
     values: str  # the range, as the documentation states it
     meaning: str
-    check: Check
+    # (keys of the user, key, limits) -> the checked value; raises ValueError
+    check: Callable[[Mapping[str, Any], str, Limits], Any]
 
 
 def parameters_of(policy: type) -> dict[str, Parameter]:
@@ -40,34 +36,26 @@ def parameters_of(policy: type) -> dict[str, Parameter]:
 
 def number(default: float, low: float, high: float, meaning: str) -> Any:
     """Declare a number from `low` to `high`."""
-    return _declare(
-        default,
-        f"{low} to {high}",
-        meaning,
-        lambda given, key, limits: read_number(given, key, default, low, high),
-    )
+    return _ranged(read_number, default, low, high, meaning)
 
 
 def integer(default: int, low: int, high: int, meaning: str) -> Any:
     """Declare an integer from `low` to `high`."""
-    return _declare(
-        default,
-        f"{low} to {high}",
-        meaning,
-        lambda given, key, limits: read_integer(given, key, default, low, high),
-    )
+    return _ranged(read_integer, default, low, high, meaning)
 
 
 def length(default: int, low: int, meaning: str) -> Any:
     """Declare a number of draft tokens, at most the cap; so is the default."""
-    return _declare(
-        default,
-        f"{low} to the cap",
-        meaning,
-        lambda given, key, limits: read_integer(
-            given, key, min(default, limits.cap), low, limits.cap
-        ),
-    )
+    return _ranged(read_integer, default, low, None, meaning)
+
+
+def _ranged(read: Any, default: float, low: float, high: float | None, meaning: str) -> Any:
+    def check(given: Mapping[str, Any], key: str, limits: Limits) -> Any:
+        most = limits.cap if high is None else high
+        return read(given, key, min(default, most), low, most)
+
+    values = f"{low} to {'the cap' if high is None else high}"
+    return _declare(default, values, meaning, check)
 
 
 def choice(default: str, options: Sequence[str], meaning: str) -> Any:
@@ -88,18 +76,18 @@ def arm_names(default: Sequence[str], meaning: str) -> Any:
 
     def check(given: Mapping[str, Any], key: str, limits: Limits) -> list[str]:
         names = given.get(key, default)
-        is_list = isinstance(names, list | tuple)
-        if not (is_list and names and all(n in limits.arms and names.count(n) == 1 for n in names)):
+        listed = names if isinstance(names, list | tuple) else ()
+        if not listed or any(n not in limits.arms or listed.count(n) > 1 for n in listed):
             raise ValueError(
                 f"failfast: {key!r} must be a list of different policies among "
                 f"{', '.join(limits.arms)}; got {names!r}."
             )
-        return list(names)
+        return list(listed)
 
     return _declare(default, "a list of different policies", meaning, check)
 
 
-def _declare(default: Any, values: str, meaning: str, check: Check) -> Any:
+def _declare(default: Any, values: str, meaning: str, check: Any) -> Any:
     return field(default=default, metadata={PARAMETER: Parameter(default, values, meaning, check)})
 
 
@@ -114,7 +102,7 @@ def read_flag(given: Mapping[str, Any], key: str, default: bool) -> bool:
 def read_integer(given: Mapping[str, Any], key: str, default: int, low: int, high: int) -> int:
     """The user's integer, or `default`; raises ValueError."""
     value = given.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+    if type(value) is not int or not low <= value <= high:
         raise ValueError(
             f"failfast: {key!r} must be an integer from {low} to {high}; got {value!r}."
         )

@@ -1,15 +1,11 @@
 """How long a draft gets: one rule per class, on per-sequence tensors.
 
-A policy is asked after each increment of a draft where the draft ends if it ends here, and whether
-to draft another increment. `failfast` and `fixed` judge increments, which they keep whole. The
-token rules judge tokens: the draft ends *after* the first token at which the rule fires, so that no
-token is dropped for its own probability, and goes on while no token has fired.
+`failfast` and `fixed` judge increments, which they keep whole. The token rules judge tokens: the
+draft ends *after* the first token at which the rule fires, so that no token is dropped for its own
+probability, and goes on while no token has fired.
 
-Here are the default and the rules that it is worth comparing with. `alternatives` and `bandit` hold
-those of other papers, none of which measured better than the default.
-
-Torch is imported in functions: the fields of these classes are what configurations are checked
-against, also by commands that start without torch, which takes seconds to import.
+Here are the default and the rules that it is worth comparing with; `alternatives` holds
+those of other papers. Torch is imported in functions, for configurations are checked without it.
 """
 
 from __future__ import annotations
@@ -31,21 +27,16 @@ if TYPE_CHECKING:
 
 
 class NamedPolicy(Policy):
-    """A policy that users choose by its name in `table.POLICIES`: a dataclass of its parameters."""
+    """A policy in `table.POLICIES`: a dataclass of its parameters."""
 
     default_cap = 60  # num_speculative_tokens unless the user gives it
     one_pass = False  # the length is known before the first pass, which drafts all of it
     needs_planner = False  # it has no rule without load awareness
-    is_arm = True  # a bandit may choose it
 
 
 @dataclass(frozen=True)
 class FailFast(NamedPolicy):
-    """Grow while every token is sure; stop at the first doubt, and keep the doubtful increment.
-
-    "Fail fast, win big" (arXiv 2512.20573, Algorithm 1): min(p) >= tau. Hard text gets one pass,
-    easy text a long draft.
-    """
+    """min(p) >= tau; the doubtful increment is kept (FailFast, arXiv 2512.20573, Algorithm 1)."""
 
     confidence_threshold: float = number(
         0.45, 0, 1, "a draft goes on while every token is at least this probable"
@@ -67,15 +58,10 @@ class Fixed(NamedPolicy):
 
 @dataclass(frozen=True)
 class Goodput(NamedPolicy):
-    """One pass, of the length that maximises (1 + sum of s_i) / (draft ms + verify ms).
-
-    s_i are calibrated survivals. The planner chooses the length before the pass and what to verify
-    after it; nothing is left to decide here (SmartSpec / TurboSpec, arXiv 2406.14066).
-    """
+    """One pass, whose length the planner chooses (SmartSpec / TurboSpec, arXiv 2406.14066)."""
 
     one_pass = True
     needs_planner = True
-    is_arm = False
     ends_by = LOAD
 
     def extend(self, draft: DraftSoFar) -> Verdict:

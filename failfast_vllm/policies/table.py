@@ -3,32 +3,24 @@
 from collections.abc import Mapping
 from typing import Any
 
-from failfast_vllm.policies.alternatives import AdaEdl, DiffuSpecAdl, Survival, Svip
-from failfast_vllm.policies.bandit import TapOut
+from failfast_vllm.policies import alternatives, rules
 from failfast_vllm.policies.parameters import Limits, parameters_of
-from failfast_vllm.policies.rules import (
-    Confidence,
-    FailFast,
-    Fixed,
-    Goodput,
-    NamedPolicy,
-    SpecDecPlusPlus,
-)
 
-POLICIES: dict[str, type[NamedPolicy]] = {
-    "failfast": FailFast,
-    "fixed": Fixed,
-    "confidence": Confidence,
-    "svip": Svip,
-    "adaedl": AdaEdl,
-    "specdec++": SpecDecPlusPlus,
-    "survival": Survival,
-    "goodput": Goodput,
-    "tapout": TapOut,
-    "diffuspec-adl": DiffuSpecAdl,
+POLICIES: dict[str, type[rules.NamedPolicy]] = {
+    "failfast": rules.FailFast,
+    "fixed": rules.Fixed,
+    "confidence": rules.Confidence,
+    "svip": alternatives.Svip,
+    "adaedl": alternatives.AdaEdl,
+    "specdec++": rules.SpecDecPlusPlus,
+    "survival": alternatives.Survival,
+    "goodput": rules.Goodput,
+    "tapout": alternatives.TapOut,
+    "diffuspec-adl": alternatives.DiffuSpecAdl,
 }
 PARAMETERS = {name: parameters_of(policy) for name, policy in POLICIES.items()}
-ARMS = tuple(name for name, policy in POLICIES.items() if policy.is_arm)
+# what a bandit may choose among: what decides by itself
+ARMS = tuple(n for n, p in POLICIES.items() if not p.needs_planner and n != "tapout")
 
 
 def policy_parameters(name: str, given: Mapping[str, Any], cap: int) -> dict[str, Any]:
@@ -49,7 +41,7 @@ def policy_parameters(name: str, given: Mapping[str, Any], cap: int) -> dict[str
     return {key: item.check(given, key, limits) for key, item in PARAMETERS[name].items()}
 
 
-def make_policy(name: str, knobs: Mapping[str, Any], cap: int) -> NamedPolicy:
+def make_policy(name: str, knobs: Mapping[str, Any], cap: int) -> rules.NamedPolicy:
     """Build the policy that the configuration names.
 
     Args:
@@ -58,7 +50,7 @@ def make_policy(name: str, knobs: Mapping[str, Any], cap: int) -> NamedPolicy:
     """
     parameters = {key: knobs[key] for key in PARAMETERS[name]}
     policy = POLICIES[name]
-    if policy is TapOut:
+    if policy is alternatives.TapOut:
         arms = [make_policy(arm, policy_parameters(arm, {}, cap), cap) for arm in knobs["arms"]]
-        return TapOut(**parameters, policies=arms, cap=cap)
+        return alternatives.TapOut(**parameters, policies=arms, cap=cap)
     return policy(**parameters)

@@ -117,7 +117,7 @@ def _histogram(tally: Tally) -> list[dict[str, int]]:
 def render(trace: Trace) -> str:
     """The report for a reader."""
     figures = summarize(trace)
-    text = [describe(trace.header)]
+    text = [describe(trace.headers[-1])]
     if len(trace.headers) > 1:
         text.append(f"the last of {len(trace.headers)} runs in this file")
     for label, value in (

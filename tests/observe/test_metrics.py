@@ -51,9 +51,8 @@ def test_counts_arrive_by_engine():
     """Catches fields that are read in another order than written, and engines that are mixed."""
     logger = FailFastStatLogger(fake_config(), [0, 1])
     counts = Counts()
-    counts.drafted(passes=3, rows=70, milliseconds=12.5)
-    counts.stopped(np.array([DOUBT, EOS, EOS]))
-    counts.verified(8.0)
+    counts.drafted(passes=3, rows=70, milliseconds=12.5, reasons=np.array([DOUBT, EOS, EOS]))
+    counts.scalars["verify_us"] += 8_000
     confidences = np.array([0.95, 0.31, 0.5], dtype=np.float32)
     counts.observe([Round("r", 3, num_verified=3, num_accepted=1, confidences=confidences)])
     sent = counts.take()

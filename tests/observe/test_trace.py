@@ -123,8 +123,8 @@ def test_several_runs_in_a_file(tmp_path):
     part = json.dumps(ROUNDS[0])[:20]
     path = write(tmp_path / "t.jsonl", HEADER, *ROUNDS, part, {**HEADER, "target": "U"}, *ROUNDS)
     trace = traces.read(path)
-    assert [len(rounds) for rounds in trace.by_request()] == [3, 2, 3, 2]
-    assert trace.header["target"] == "U"
+    assert [len(trace.of_request(i)) for i in range(4)] == [3, 2, 3, 2]
+    assert trace.headers[-1]["target"] == "U"
 
 
 @pytest.mark.parametrize(
@@ -363,9 +363,9 @@ def test_what_an_engine_records(tmp_path, warnings, monkeypatch):
     assert sum(r.rows for r in found) <= num_rows
     assert sum(r.rows for r in found) > 0.8 * num_rows
     assert {r.seqs for r in found} >= {1, 4}
-    for request, answer, prompt in zip(
-        traces.Trace([HEADER], found).by_request(), answers, prompts, strict=True
-    ):
+    assert {r.request for r in found} == set(range(len(answers)))
+    for i, (answer, prompt) in enumerate(zip(answers, prompts, strict=True)):
+        request = traces.Trace([HEADER], found).of_request(i)
         assert request[0].known == len(prompt)
         assert request[-1].known + request[-1].accepted + 1 == len(prompt) + len(answer)
     header, *lines = map(json.loads, path.read_text().splitlines())

@@ -14,8 +14,7 @@ from failfast_vllm.drafting.reuse import RejectedDrafts, continuation
 from failfast_vllm.integration.session import Session
 from failfast_vllm.observe.counters import DraftStats
 from failfast_vllm.planning.acceptance import Calibration
-from failfast_vllm.policies.alternatives import AdaEdl, DiffuSpecAdl
-from failfast_vllm.policies.bandit import TapOut
+from failfast_vllm.policies.alternatives import AdaEdl, DiffuSpecAdl, TapOut
 from failfast_vllm.policies.rules import Confidence, FailFast, SpecDecPlusPlus
 from failfast_vllm.policies.table import POLICIES, make_policy, policy_parameters
 from scripted import STOP, Script, make_drafter, make_step, random_script
