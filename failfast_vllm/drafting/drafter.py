@@ -25,7 +25,7 @@ from failfast_vllm.drafting.interfaces import (
     Reuse,
     TokenChooser,
 )
-from failfast_vllm.drafting.records import DraftBatch, Drafts, DraftStep, Flags, Lengths, share
+from failfast_vllm.drafting.records import DraftBatch, Drafts, DraftStep, Lengths, share
 from failfast_vllm.drafting.workspace import Geometry, Judged, Masks, Workspace
 
 
@@ -46,14 +46,6 @@ class Drafter:
     reuse: Reuse = field(default_factory=Reuse)
     clock: Callable[[], float] = time.perf_counter  # seconds; passes are timed with it
 
-    @property
-    def diffusion_block_size(self) -> int:
-        return self.geometry.diffusion_block_size
-
-    @property
-    def draft_increment(self) -> int:
-        return self.planner.draft_increment
-
     def draft_budget(self, num_seqs: int) -> int:
         """Tokens that a step of `num_seqs` may draft.
 
@@ -68,13 +60,11 @@ class Drafter:
         work = self._begin(step)
         for seqs, starts, ends in work.commits_in_parts():
             self._forward(work.rows(seqs, starts, ends)[1])
-        while (active := work.active()).size:
-            goes_on = np.zeros_like(work.willing)
-            spare = work.spare_budget() // active.size
+        while (active := np.flatnonzero(work.ends > work.starts)).size:
+            spare = step.draft_budget - int((work.lens + work.increments).sum())
             for seqs in work.parts(active):
-                goes_on[seqs] = self._pass(work, seqs, spare)
-            work.willing[active] = goes_on[active]
-            work.grow(self._increments(work, goes_on))
+                self._pass(work, seqs, spare // active.size)
+            work.grow(self._increments(work))
         return self._finish(work, step.max_draft_lens)
 
     def _begin(self, step: DraftStep) -> Workspace:
@@ -92,36 +82,27 @@ class Drafter:
             self.blocks.mark(batch.slot_mapping)
         return self.model.forward(batch)
 
-    def _pass(self, work: Workspace, seqs: Lengths, max_reused: int) -> Flags:
-        """One pass over `seqs`: which of them the policy would go on with."""
+    def _pass(self, work: Workspace, seqs: Lengths, max_reused: int) -> None:
+        """One pass over `seqs`; a draft may get `max_reused` tokens on top of its increment."""
         began = self.clock()
         first_rows, batch = work.rows(seqs, work.starts, work.ends)
         hidden_states = self._forward(batch)
-        goes_on = np.zeros(len(seqs), dtype=bool)
         grows = work.increments[seqs] > 0
-        if grows.any():
-            masks = work.masks(seqs[grows], first_rows[grows], max_reused)
-            goes_on[grows] = self._denoise(work, masks, hidden_states)
-            # the pass has ended: its verdict is on the host
-            self.planner.pass_took(batch.input_ids.numel(), (self.clock() - began) * 1e3)
-        return goes_on
-
-    def _denoise(self, work: Workspace, masks: Masks, hidden_states: torch.Tensor) -> Flags:
-        """Fill the masks of one pass: [n] which of their drafts the policy would go on with."""
-        found = self.tokens.choose(
-            self.model,
-            hidden_states[masks.rows.flatten()],
-            work,
-            masks,
-            details=self.policy.needs_entropy,
-        )
-        work.fill(masks, found)
-        judged = self._judge(work, masks, found.token_ids.view_as(masks.rows))
+        if not grows.any():
+            return
+        masks = work.masks(seqs[grows], first_rows[grows], max_reused)
+        rows = hidden_states[masks.rows.flatten()]
+        found = self.tokens.choose(self.model, rows, work, masks, details=self.policy.needs_entropy)
+        signals = work.fill(masks, found)
+        judged = self._judge(work, masks, found.token_ids.view_as(masks.rows), signals)
         num_reused = self.reuse.append(work.canvas, masks, judged)
-        return work.settle(masks, found.probabilities.view_as(masks.rows), judged, num_reused)
+        work.settle(masks, found.probabilities.view_as(masks.rows), judged, num_reused)
+        # the pass has ended: its verdict is on the host
+        self.planner.pass_took(batch.input_ids.numel(), (self.clock() - began) * 1e3)
 
-    def _judge(self, work: Workspace, masks: Masks, token_ids: torch.Tensor) -> Judged:
-        signals = work.signals_of(masks)
+    def _judge(
+        self, work: Workspace, masks: Masks, token_ids: torch.Tensor, signals: torch.Tensor
+    ) -> Judged:
         entropies = signals[1] if self.policy.needs_entropy else None
         ends, goes_on = self.policy.extend(
             DraftSoFar(masks.owners[:, 0], masks.lens, signals[0], entropies)
@@ -133,17 +114,17 @@ class Drafter:
         first_stop = torch.where(is_stop, masks.positions + 1, ends[:, None] + 1).amin(dim=1)
         return Judged(torch.minimum(ends, first_stop), goes_on, first_stop <= ends)
 
-    def _increments(self, work: Workspace, goes_on: Flags) -> Lengths:
+    def _increments(self, work: Workspace) -> Lengths:
         """[num_seqs] what the next pass drafts; 0 = that draft is complete."""
-        step = work.step
+        step, lens = work.step, work.lens
         increments = self.planner.following(
-            np.where(goes_on, step.max_draft_lens - work.lens, 0),
-            step.known_lens - step.final_lens + work.lens,
-            np.minimum(work.first_lens, work.lens),
-            work.lens,
-            work.confidences[:, : int(work.lens.max(initial=0))],
+            np.where(work.willing & (work.increments > 0), step.max_draft_lens - lens, 0),
+            step.known_lens - step.final_lens + lens,
+            np.minimum(work.first_lens, lens),
+            lens,
+            work.confidences[:, : int(lens.max(initial=0))],
         )
-        return share(increments, step.draft_budget - int(work.lens.sum()))
+        return share(increments, step.draft_budget - int(lens.sum()))
 
     def _finish(self, work: Workspace, asked_lens: Lengths) -> Drafts:
         """Keep what is worth verifying."""

@@ -24,25 +24,15 @@ from failfast_vllm.drafting.records import UNKNOWN, DraftBatch, Drafts, DraftSte
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a drafter's passes are made of; fixed at start-up.
+    """What a drafter's passes are made of; fixed at start-up."""
 
-    Args:
-        vocab_size: of the drafter; it reads MASK where the target has an id beyond it, or none.
-        mask_token_id: the drafter's MASK.
-        kv_block_size: tokens per page of the KV cache, a multiple of `diffusion_block_size`.
-        max_num_rows: rows that one forward may have; more are split. Verification has as many.
-        device: of all tensors.
-        diffusion_block_size: tokens of a block, which is committed when it is complete.
-        logit_shift: the logit at position i predicts token i + `logit_shift`.
-    """
-
-    vocab_size: int
+    vocab_size: int  # of the drafter; it reads MASK where the target has an id beyond it, or none
     mask_token_id: int
-    kv_block_size: int
-    max_num_rows: int
-    device: torch.device
-    diffusion_block_size: int = 32
-    logit_shift: int = 1
+    kv_block_size: int  # tokens per page of the KV cache, a multiple of `diffusion_block_size`
+    max_num_rows: int  # of one forward; more are split. Verification has as many
+    device: torch.device  # of all tensors
+    diffusion_block_size: int = 32  # tokens of a block, which is committed when it is complete
+    logit_shift: int = 1  # the logit at position i predicts token i + `logit_shift`
 
     def __post_init__(self) -> None:
         assert self.kv_block_size % self.diffusion_block_size == 0
@@ -65,7 +55,7 @@ class Masks(NamedTuple):
     may_stop: torch.Tensor  # [n, longest] 1 where a stop token ends the draft
     lens: torch.Tensor  # [n] tokens drafted, these included
     first_columns: torch.Tensor  # [n] of the draft in the canvas
-    caps: torch.Tensor  # [n] most tokens that the draft may have after this increment
+    caps: torch.Tensor  # [n] most tokens of the draft after this increment, reused ones included
 
 
 class Judged(NamedTuple):
@@ -121,15 +111,8 @@ class Workspace(Drafts):
         self.increments = increments
         self.starts = step.final_lens  # [num_seqs] first position of each in the next pass
         ends = step.known_lens + self.lens + increments
-        self.ends = np.where(increments > 0, ends, step.final_lens)  # one after its last position
-
-    def active(self) -> Lengths:
-        """Sequences with rows in the next pass; in the first also those that only commit."""
-        return np.flatnonzero(self.ends > self.starts)
-
-    def spare_budget(self) -> int:
-        """Tokens that may still be drafted if all masks of the next pass become tokens."""
-        return self.step.draft_budget - int((self.lens + self.increments).sum())
+        # one after its last position; in the first pass some sequences only commit
+        self.ends = np.where(increments > 0, ends, step.final_lens)
 
     def parts(self, seqs: Lengths) -> list[Lengths]:
         """Consecutive parts of `seqs` whose rows fit one pass each (usually one part)."""
@@ -209,7 +192,7 @@ class Workspace(Drafts):
 
         Args:
             first_rows: [n] first row of each in the pass.
-            max_reused: most tokens that a draft may get on top of its increment.
+            max_reused: see `Masks.caps`.
         """
         step, lens, increments = self.step, self.lens[seqs], self.increments[seqs]
         offsets = np.arange(increments.max())
@@ -231,25 +214,24 @@ class Workspace(Drafts):
         per_draft = (plane[:, 0] for plane in (new, first_columns, caps))
         return Masks(seqs, valid, places, *per_mask, *per_draft)
 
-    def fill(self, masks: Masks, found: TokenConfidence) -> None:
-        """Write what was found for each mask, one row each."""
+    def fill(self, masks: Masks, found: TokenConfidence) -> torch.Tensor:
+        """Write what was found for each mask, one row each.
+
+        Returns:
+            [1 or 2, n, longest draft] confidences and entropies of all that was drafted.
+        """
         self.canvas[masks.owners, masks.columns] = found.token_ids.view_as(masks.rows)
         found_signals = (found.probabilities, found.entropies)
         for signal, values in zip(self.signals, found_signals, strict=False):
             assert values is not None
             signal[masks.owners, masks.positions] = values.view_as(masks.rows)
-
-    def signals_of(self, masks: Masks) -> torch.Tensor:
-        """[1 or 2, n, longest draft] confidences and entropies of all that was drafted."""
         longest = int((self.lens + self.increments)[masks.seqs].max())
         return self.signals[:, masks.owners[:, 0], :longest]
 
     def settle(
         self, masks: Masks, sure: torch.Tensor, judged: Judged, reused: torch.Tensor
-    ) -> Flags:
-        """Note on the host what an increment has brought: [n] which drafts go on.
-
-        The only copy back of an increment.
+    ) -> None:
+        """Note on the host what an increment has brought: the only copy back of an increment.
 
         Args:
             sure: [n, longest] confidence of each mask.
@@ -265,7 +247,8 @@ class Workspace(Drafts):
         self.ends_at_stop[seqs] = report[:, 3] > 0
         self.lens[seqs] = num_judged + num_reused
         self.num_passes[seqs] += 1
-        return (report[:, 2] > 0) & (self.lens[seqs] < self.step.max_draft_lens[seqs])
+        has_room = self.lens[seqs] < self.step.max_draft_lens[seqs]
+        self.willing[seqs] = (report[:, 2] > 0) & has_room
 
     def drafted(self, lens: Lengths) -> torch.Tensor:
         """[num_seqs, longest] int64: what was drafted, cut out of the canvas."""

@@ -135,7 +135,7 @@ class Session:
         wanted = asked(state.params, emitted, self.eos_token_ids, state.num_speculative_tokens)
         max_draft_lens = np.minimum(wanted.max_draft_lens, np.maximum(state.room, 0))
         ended = sampled & (wanted.ended | (state.room < 0))
-        size, committed = drafter.diffusion_block_size, state.committed_lens
+        size, committed = drafter.geometry.diffusion_block_size, state.committed_lens
         final = np.maximum(state.computed_lens // size * size, committed)
         return DraftStep(
             req_ids=view.req_ids,

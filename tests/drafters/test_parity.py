@@ -143,7 +143,7 @@ def test_uncached(pair):
 
 def test_cached(pair):
     """Catches KV that is written from other states, or to other slots, than are read."""
-    size = pair[0].drafter.diffusion_block_size
+    size = pair[0].drafter.geometry.diffusion_block_size
     sequences = [ids for ids in prompts() if len(ids) > size]
     starts = [len(ids) * 2 // 3 // size * size for ids in sequences]
     heads = [ids[:start] for ids, start in zip(sequences, starts, strict=True)]

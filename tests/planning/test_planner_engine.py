@@ -105,7 +105,7 @@ def test_kv_from_a_connector_is_not_trusted(expected):
             return propose(step)
 
         drafter.propose = watching
-        drafter.planner = Planner(drafter.draft_increment)
+        drafter.planner = Planner(drafter.planner.draft_increment)
         longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
         for trusted in (True, False):
             proposer(llm).foreign_kv = not trusted
