@@ -13,12 +13,7 @@ from failfast_vllm.drafting.records import to_device
 
 
 class CommittedBlocks:
-    """The bits of all pages.
-
-    Args:
-        num_pages: physical pages of the KV cache.
-        kv_block_size: tokens per page, a multiple of `diffusion_block_size`.
-    """
+    """The bits of `num_pages` pages of `kv_block_size` tokens, whole diffusion blocks each."""
 
     def __init__(
         self, num_pages: int, kv_block_size: int, diffusion_block_size: int, device: torch.device

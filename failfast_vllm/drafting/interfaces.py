@@ -72,11 +72,7 @@ class Verdict(NamedTuple):
 
 
 class Policy(Observer, ABC):
-    """A rule for the length of drafts.
-
-    Asked after each increment of a draft where the draft ends if it ends here, and whether to draft
-    another increment.
-    """
+    """A rule for the length of drafts."""
 
     needs_entropy = False
     ends_by = DOUBT  # why a draft that does not go on is complete: index into STOP_REASONS
@@ -85,17 +81,13 @@ class Policy(Observer, ABC):
     def begin(self, req_ids: Sequence[str], max_draft_lens: Lengths) -> Lengths:
         """Prepare a step; called once, before its first increment.
 
-        Args:
-            max_draft_lens: [num_seqs] most tokens to draft; 0 = no draft.
-
-        Returns:
-            [num_seqs] the same or less.
+        Returns `max_draft_lens`, [num_seqs], or less: most tokens to draft; 0 = no draft.
         """
         return max_draft_lens
 
     @abstractmethod
     def extend(self, draft: DraftSoFar) -> Verdict:
-        """Decide after an increment."""
+        """After an increment: where the draft ends if it ends here, and whether it goes on."""
 
 
 class Planner(Observer):
@@ -198,8 +190,7 @@ class Reuse(Observer):
     def append(self, canvas: torch.Tensor, masks: Masks, judged: Judged) -> torch.Tensor:
         """Append tokens in `canvas` to drafts that neither go on nor have stopped.
 
-        Returns:
-            [n] int64, how many; a draft has at most `masks.caps` tokens then.
+        Returns how many, [n] int64; a draft has at most `masks.caps` tokens then.
         """
         return judged.ends.new_zeros(judged.ends.shape)
 

@@ -1,13 +1,12 @@
 """Causal path search (DiffuSpec, arXiv 2510.02358): which of a pass's candidates make a text.
 
-A pass judges its masks independently of each other: the best token of each need not follow from the
-best token before it. The search walks through the candidates from left to right, and maximises
+The best token of each mask need not follow from the best token before it. A beam search from left
+to right maximises
 
     WEIGHT * log p(drafter) + (1 - WEIGHT) * log p(token | the two before it)
 
-with a beam. Where the paper trains the 3-gram model on a corpus, this one counts what the server
-has read and written. It costs no pass, and changes drafts only, which the target verifies.
-The search is NumPy only: a few small arrays per mask.
+Where the paper trains the 3-gram model on a corpus, this one counts what the server has read and
+written. The search is NumPy only: a few small arrays per mask.
 """
 
 from collections.abc import Iterable, Sequence
@@ -92,9 +91,9 @@ class PathSearch(TokenChooser):
         """Count what the sequences have said since the last step that was looked at."""
         rows, positions = self.unseen(step.req_ids, step.known_lens)
         columns = positions[:, None] + np.array([-2, -1, 0])
-        device = step.token_ids.device
-        slots = to_device(step.slots[rows][:, None], device)
-        grams = step.token_ids[slots, to_device(np.maximum(columns, 0), device)].cpu().numpy()
+        slots = np.broadcast_to(step.slots[rows][:, None], columns.shape)
+        at = to_device(np.array((slots, np.maximum(columns, 0))), step.token_ids.device)
+        grams = step.token_ids[at[0], at[1]].cpu().numpy()
         self.trigrams.see(np.where(columns < 0, UNKNOWN, grams))
 
     def choose(

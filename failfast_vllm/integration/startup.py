@@ -22,7 +22,7 @@ from failfast_vllm.drafting.reuse import RejectedDrafts
 from failfast_vllm.drafting.workspace import Geometry
 from failfast_vllm.integration.measure import measure_costs
 from failfast_vllm.integration.session import adapter_of
-from failfast_vllm.observe.counters import DraftStats, Stopwatch
+from failfast_vllm.observe.counters import DraftStats
 from failfast_vllm.observe.trace import TraceWriter
 from failfast_vllm.planning.costs import Costs
 from failfast_vllm.planning.planner import LoadPlanner
@@ -30,7 +30,7 @@ from failfast_vllm.policies.table import make_policy
 
 
 class TimedDraftModel(HostedDraftModel):
-    """The draft model, with a stopwatch on what drafting asks of it."""
+    """The draft model, which counts the time that drafting spends in it."""
 
     def __init__(
         self,
@@ -39,23 +39,23 @@ class TimedDraftModel(HostedDraftModel):
         layer_names: Iterable[str],
         table_width: int,
         device: torch.device,
-        watch: Stopwatch,
+        stats: DraftStats,
     ) -> None:
         super().__init__(model, vllm_config, layer_names, table_width, device)
-        self.watch = watch
+        self.stats = stats
 
     def forward(self, batch: DraftBatch) -> torch.Tensor:
-        with self.watch:
+        with self.stats.in_model():
             return super().forward(batch)
 
     def confidence(self, hidden_states: torch.Tensor, *, details: bool = False) -> TokenConfidence:
-        with self.watch:
+        with self.stats.in_model():
             return super().confidence(hidden_states, details=details)
 
     def candidates(
         self, hidden_states: torch.Tensor, *, details: bool = False
     ) -> tuple[TokenConfidence, Candidates]:
-        with self.watch:
+        with self.stats.in_model():
             return super().candidates(hidden_states, details=details)
 
 
@@ -77,7 +77,7 @@ def make_drafter(
         )
     knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
     return Drafter(
-        TimedDraftModel(model, vllm_config, layer_names, table_width, device, stats.in_model),
+        TimedDraftModel(model, vllm_config, layer_names, table_width, device, stats),
         make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"]),
         Planner(knobs["draft_increment"]),
         _geometry(vllm_config, kv_block_size, device),

@@ -1,7 +1,8 @@
 """What a worker counts. NumPy only."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -57,20 +58,6 @@ class Counts:
         return counts
 
 
-class Stopwatch:
-    """Adds up the time that is spent inside of it."""
-
-    def __init__(self) -> None:
-        self.ms = 0.0
-        self._began = 0.0
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.ms += (time.perf_counter() - self._began) * 1e3
-
-
 class DraftStats:
     """Counters since the engine started, and who is told of its rounds.
 
@@ -78,7 +65,6 @@ class DraftStats:
     """
 
     def __init__(self) -> None:
-        self.in_model = Stopwatch()
         self.counts = Counts()
         self.on_round: Callable[[Round], None] | None = None
         self.drafts_only = False  # it wants no rounds without a draft
@@ -89,14 +75,16 @@ class DraftStats:
         """Count from zero; receivers of rounds stay."""
         self.num_steps = self.num_forwards = self.num_rows = 0
         self.total_ms = 0.0  # in steps that drafted, the draft model included
-        self.in_model.ms = 0.0
+        self.forward_ms = 0.0  # inside the draft model
         self._began = self._waits_since = 0.0  # the latter for a verification; 0.0 = for none
         self.counts.take()
 
-    @property
-    def forward_ms(self) -> float:
-        """Time inside the draft model."""
-        return self.in_model.ms
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Count the time that is spent inside of it."""
+        began = time.perf_counter()
+        yield
+        self.forward_ms += (time.perf_counter() - began) * 1e3
 
     @property
     def wants_plain(self) -> bool:
