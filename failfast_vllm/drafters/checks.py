@@ -18,7 +18,6 @@ from failfast_vllm.drafters.families import (
     FAMILIES,
     FAMILY_NAMES,
     MODELS_DIR,
-    QWEN_VOCAB_SIZES,
     Family,
     family_of,
     is_block_size,
@@ -36,7 +35,7 @@ def choose_drafter(target: str, model_type: str, vocab_size: int) -> str:
     if Path(target).exists() and Path(target).resolve() == (MODELS_DIR / "target").resolve():
         return str(MODELS_DIR / "drafter")
     for family in FAMILIES:
-        if model_type in family.targets and vocab_size in QWEN_VOCAB_SIZES:
+        if model_type in family.targets and vocab_size in family.vocab_sizes:
             return family.drafter
     raise ValueError(
         f"failfast: no drafter is known for the target {target!r} (model type {model_type!r}, "
@@ -251,7 +250,7 @@ def mask_token_id(
         return int(mask)
     if family.mask_token in drafter_vocab:
         return drafter_vocab[family.mask_token]
-    if config.get("vocab_size") in QWEN_VOCAB_SIZES:
+    if config.get("vocab_size") in family.vocab_sizes:
         return family.published_mask_token_id
     raise ValueError(
         f"failfast: the drafter's MASK token is unknown (no {family.mask_token!r} in its "

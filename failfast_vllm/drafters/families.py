@@ -42,6 +42,7 @@ class Family:
     # have their size in their name. None: the configuration class has the default.
     plain_names: tuple[str, ...] | None = None
     has_experts: bool = False  # layers of Qwen3-MoE
+    vocab_sizes: tuple[int, ...] = QWEN_VOCAB_SIZES  # of the targets and published checkpoints
 
     @property
     def base_type(self) -> str:

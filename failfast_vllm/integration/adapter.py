@@ -21,7 +21,7 @@ class Adapter:
     device: torch.device
     model: torch.nn.Module
     session: Session | None = None  # set by `open_session`
-    postponed: Any = None  # the step that `take_drafts` drafts for
+    postponed: tuple[Any, ...] | None = None  # the step that `take_drafts` drafts for
 
     def set_up(self) -> None:
         """Called once vLLM's proposer is made."""
@@ -61,24 +61,30 @@ class Adapter:
         """Not kept: vLLM may lower the target's limit to what its KV cache holds (auto-fit)."""
         return max_positions(self.vllm_config)
 
-    def view(self, drafter: Drafter) -> View:
+    def view(self, *step: Any) -> View:
         """A reading of the runner, with the step that was postponed."""
         raise NotImplementedError
 
     def take_drafts(self) -> DraftTokenIds | None:
         """What the scheduler is told of the postponed step; None where there is none."""
-        if self.session is None or self.postponed is None:
+        step, self.postponed = self.postponed, None
+        if step is None:
             return None
-        view = self.view(self.session.drafter)
-        self.postponed = None
-        return self.session.step(view)
+        assert self.session is not None
+        return self.session.step(self.view(*step))
+
+    def committed_lens(
+        self, block_table: torch.Tensor, computed_lens: torch.Tensor
+    ) -> torch.Tensor:
+        """As `CommittedBlocks.committed_lens`."""
+        assert self.session is not None
+        return self.session.drafter.blocks.committed_lens(block_table, computed_lens)
 
     def clear_new_pages(self, scheduler_output: Any, group: int, page_size: int) -> None:
         """Note that nothing is committed to the pages that this step's requests have got."""
-        if self.session is not None:
-            trusts_hits = not self.foreign_kv
-            pages = new_pages(scheduler_output, group, page_size, trusts_hits=trusts_hits)
-            self.session.drafter.blocks.clear(pages, page_size)
+        assert self.session is not None
+        pages = new_pages(scheduler_output, group, page_size, trusts_hits=not self.foreign_kv)
+        self.session.drafter.blocks.clear(pages, page_size)
 
 
 def new_pages(scheduler_output: Any, group: int, page_size: int, *, trusts_hits: bool) -> list[int]:

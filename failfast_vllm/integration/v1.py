@@ -18,7 +18,6 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from failfast_vllm.drafters.hosted import profile_pass
 from failfast_vllm.drafters.parallel import drafter_group, keep_apart
-from failfast_vllm.drafting.drafter import Drafter
 from failfast_vllm.drafting.records import UNKNOWN, Drafts, to_device
 from failfast_vllm.integration.adapter import Adapter
 from failfast_vllm.integration.session import Outcome, State
@@ -33,12 +32,11 @@ class _View:
     def __init__(
         self,
         adapter: "FailFastProposer",
-        drafter: Drafter,
         scheduler_output: Any,
         sampled_token_ids: list[list[int]],  # [num_reqs][0 or more]
         common_attn_metadata: Any,
     ) -> None:
-        self.adapter, self.drafter = adapter, drafter
+        self.adapter = adapter
         self.scheduler_output = scheduler_output
         self.emitted = sampled_token_ids
         self.num_reqs = len(sampled_token_ids)
@@ -57,7 +55,7 @@ class _View:
         known, limit = self.known_lens, self.adapter.position_limit
         before = self.batch.num_computed_tokens_cpu[: self.num_reqs]  # this step
         at_most = to_device(np.minimum(before, limit), self.adapter.device)
-        committed = self.drafter.blocks.committed_lens(self.block_table, at_most).cpu().numpy()
+        committed = self.adapter.committed_lens(self.block_table, at_most).cpu().numpy()
         scheduled = self.scheduler_output.num_scheduled_tokens
         computed = before.astype(np.int64) + np.array([scheduled[r] for r in self.req_ids])
         computed = np.where(sampled, known - 1, computed)
@@ -153,8 +151,8 @@ class FailFastProposer(Adapter, DraftModelProposer):
         self.postponed = scheduler_output, emitted, common_attn_metadata
         return [[]] * len(emitted)
 
-    def view(self, drafter: Drafter) -> _View:
-        return _View(self, drafter, *self.postponed)
+    def view(self, *step: Any) -> _View:
+        return _View(self, *step)
 
     def target_step(self, runner: Any) -> Callable[[int], torch.Tensor]:
         """A step of the target, without attention, over a number of tokens."""
@@ -174,7 +172,7 @@ class FailFastProposer(Adapter, DraftModelProposer):
         self.postponed = None  # nobody has asked for its drafts
         if self.session is not None:
             self.session.forget(scheduler_output.finished_req_ids)
-        self.clear_new_pages(scheduler_output, self.kv_cache_gid, self.block_size)
+            self.clear_new_pages(scheduler_output, self.kv_cache_gid, self.block_size)
 
     def drop_stale_budgets(self) -> None:
         """vLLM leaves a thinking budget in its row to a request without one that moves there."""

@@ -25,7 +25,6 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from failfast_vllm.drafters.cuda_graphs import cuda_graph
 from failfast_vllm.drafters.hosted import HostedDraftModel, profile_pass
 from failfast_vllm.drafters.parallel import drafter_group, keep_apart
-from failfast_vllm.drafting.drafter import Drafter
 from failfast_vllm.drafting.records import UNKNOWN, Drafts, Lengths, to_device
 from failfast_vllm.integration.adapter import Adapter
 from failfast_vllm.integration.session import Outcome, State
@@ -38,44 +37,33 @@ class _View:
     def __init__(
         self,
         adapter: "FailFastSpeculator",
-        drafter: Drafter,
         input_batch: Any,
         num_sampled: torch.Tensor,  # [num_reqs] int32
         num_speculative_tokens: int,
     ) -> None:
-        self.adapter, self.drafter = adapter, drafter
-        self.states, self.batch = adapter.req_states, input_batch
-        self.num_sampled = num_sampled
+        self.adapter, self.states, self.batch = adapter, adapter.req_states, input_batch
+        self.num_reqs: int = input_batch.num_reqs
+        self.num_sampled = num_sampled[: self.num_reqs]
         self.num_speculative_tokens = num_speculative_tokens
         self.req_ids: Sequence[str] = input_batch.req_ids
         self.num_tokens: int = input_batch.num_tokens
-        num_verified = input_batch.num_draft_tokens_per_req
-        self.num_verified: Sequence[int] = (
-            [0] * input_batch.num_reqs if num_verified is None else num_verified.tolist()
-        )
+        verified = input_batch.num_draft_tokens_per_req
+        self.num_verified = [0] * self.num_reqs if verified is None else verified.tolist()
         tables = adapter.block_tables.input_block_tables
-        self.block_table = tables[adapter.kv_group][: input_batch.num_reqs]
+        self.block_table = tables[adapter.kv_group][: self.num_reqs]
 
     def outcome(self) -> Outcome:
         """Copy the verdict from the device: lengths, and the last tokens of each request."""
-        states, rows, device = self.states, self.batch.idx_mapping, self.adapter.device
+        rows, limit = self.batch.idx_mapping, self.adapter.position_limit
+        known = self.states.total_len.gpu[rows].long()
+        computed = self.states.num_computed_tokens.gpu[rows].long().clamp(max=limit)
+        committed = self.adapter.committed_lens(self.block_table, computed)
+        table = self.states.all_token_ids.gpu
         most = 1 + max(self.num_verified, default=0)
-        known = states.total_len.gpu[rows].long()
-        computed = states.num_computed_tokens.gpu[rows].long()
-        computed = computed.clamp(max=self.adapter.position_limit)
-        columns = known[:, None] + torch.arange(-most, 0, device=device)
-        columns = columns.clamp(0, states.all_token_ids.gpu.shape[1] - 1)
-        verdict = torch.cat(
-            (
-                known[:, None],
-                self.drafter.blocks.committed_lens(self.block_table, computed)[:, None],
-                computed[:, None],
-                self.num_sampled[: self.batch.num_reqs, None].long(),
-                states.all_token_ids.gpu[rows[:, None], columns].long(),
-            ),
-            dim=1,
-        )
-        on_host = verdict.cpu().numpy()  # the copy back
+        columns = known[:, None] + torch.arange(-most, 0, device=self.adapter.device)
+        last_ids = table[rows[:, None], columns.clamp(0, table.shape[1] - 1)]
+        lens = torch.stack((known, committed, computed, self.num_sampled.long()), dim=1)
+        on_host = torch.cat((lens, last_ids.long()), dim=1).cpu().numpy()  # the copy back
         self.known_lens, self.committed_lens, self.computed_lens, num_emitted = on_host[:, :4].T
         emitted = [
             ids[most - length :]
@@ -108,7 +96,7 @@ class _View:
             if req_id in embedded:
                 hidden = embedded[req_id]
                 token_ids[row, : len(hidden)].masked_fill_(hidden, UNKNOWN)
-        return token_ids, np.arange(self.batch.num_reqs)
+        return token_ids, np.arange(self.num_reqs)
 
     def hand_out(self, drafts: Drafts) -> list[list[int]]:
         """The ids stay on the device, where the runner finds them; a grammar sees them, too."""
@@ -147,21 +135,14 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
         return model
 
     def set_attn(
-        self,
-        model_state: Any,
-        kv_cache_config: Any,
-        block_tables: Any,
-        target_input_buffers: Any,
-        target_attn_groups: Any,
+        self, model_state: Any, kv_cache_config: Any, block_tables: Any, *of_target: Any
     ) -> None:
         """Called by the runner once the KV cache is laid out.
 
         On a GPU twice: the first cache only tells how much memory graphs take.
         """
         self.session = None  # graphs over the first cache go before the second comes
-        super().set_attn(
-            model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups
-        )
+        super().set_attn(model_state, kv_cache_config, block_tables, *of_target)
         groups = [
             i
             for i, group in enumerate(kv_cache_config.kv_cache_groups)
@@ -198,7 +179,8 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
     def add_requests(self, scheduler_output: Any) -> None:
         """Called after the runner has put new and resumed requests into their state slots."""
         self.postponed = None  # nobody has asked for its drafts
-        self.clear_new_pages(scheduler_output, self.kv_group, self.page_size)
+        if self.session is not None:
+            self.clear_new_pages(scheduler_output, self.kv_group, self.page_size)
         for request in scheduler_output.scheduled_new_reqs:
             slot = self.req_states.req_id_to_index[request.req_id]
             self.params[slot] = request.sampling_params
@@ -236,8 +218,8 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
         no_drafts: torch.Tensor = self.draft_tokens[: input_batch.num_reqs].fill_(0)
         return no_drafts
 
-    def view(self, drafter: Drafter) -> _View:
-        return _View(self, drafter, *self.postponed)
+    def view(self, *step: Any) -> _View:
+        return _View(self, *step)
 
     def target_step(self, runner: Any) -> Callable[[int], torch.Tensor]:
         """A step of the target over a number of tokens, as vLLM runs it: in a graph if one fits."""

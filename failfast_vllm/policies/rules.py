@@ -23,7 +23,7 @@ import numpy as np
 
 from failfast_vllm.drafting.interfaces import DraftSoFar, Policy, Verdict
 from failfast_vllm.drafting.records import LOAD, Lengths
-from failfast_vllm.planning.calibration import CONFIDENCE_EDGES, Calibration, position_buckets
+from failfast_vllm.planning.acceptance import CONFIDENCE_EDGES, Calibration, position_buckets
 from failfast_vllm.policies.parameters import length, number
 
 if TYPE_CHECKING:

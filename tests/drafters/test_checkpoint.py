@@ -307,7 +307,7 @@ MALFORMED_FILES = {
         header(json.dumps({"a\x1b" + "b" * 5000: entry(offsets=(2, 4))}) + " " * 4),
         ["is damaged", "invalid offset for tensor `a", "..."],
     ),
-    "unknown-type": (one_tensor(dtype="\x1b[31m\n" * 99), ["is damaged", "unknown variant", "..."]),
+    "unknown-type": (one_tensor(dtype="\x1b[31m\n" * 99), ["is damaged", "unknown variant"]),
     "a-directory": (be_a_directory, ["is not a file"]),
     "a-pipe": (be_a_pipe, ["is not a file"]),
     "a-dangling-link": (dangle, ["is not a file"]),
@@ -380,7 +380,7 @@ def test_a_malformed_file_is_refused_before_the_engine_is_configured(checkpoint)
     arguments = {"skip_tokenizer_init": True}
     assert build(asking(path), load_format="dummy", **arguments).speculative_config
     (path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match=r"\Afailfast: .*it has 0 bytes"):
+    with pytest.raises(ValueError, match=r"\Afailfast: .*header too small"):
         build(asking(path), **arguments)
 
 

@@ -21,6 +21,7 @@ from failfast_vllm.drafters import checks
 from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR
 from failfast_vllm.policies.table import PARAMETERS, make_policy
 from failfast_vllm.tools import sizing as plan
+from failfast_vllm.tools.published_models import PUBLISHED_TARGETS
 from published import SDAR_1_7B
 
 TARGET = MODELS_DIR / "target"
@@ -626,7 +627,7 @@ def test_the_default_drafter_of_qwen3_has_blocks_of_32(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     target = tmp_path / "target"
     target.mkdir()
-    fields = plan.PUBLISHED_TARGETS["Qwen/Qwen3-4B"]
+    fields = PUBLISHED_TARGETS["Qwen/Qwen3-4B"]
     (target / "config.json").write_text(json.dumps(fields), encoding="utf-8")
 
     for chosen in ("failfast", asking(model=snapshot)):

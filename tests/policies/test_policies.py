@@ -13,7 +13,7 @@ from failfast_vllm.drafting.records import Round
 from failfast_vllm.drafting.reuse import RejectedDrafts, continuation
 from failfast_vllm.integration.session import Session
 from failfast_vllm.observe.counters import DraftStats
-from failfast_vllm.planning.calibration import Calibration
+from failfast_vllm.planning.acceptance import Calibration
 from failfast_vllm.policies.alternatives import AdaEdl, DiffuSpecAdl
 from failfast_vllm.policies.bandit import TapOut
 from failfast_vllm.policies.rules import Confidence, FailFast, SpecDecPlusPlus

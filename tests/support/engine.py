@@ -9,7 +9,8 @@ from failfast_vllm.config import METHOD, MODELS_DIR, FailFastConfig
 from failfast_vllm.drafting.interfaces import BestTokens, NoReuse, Unplanned
 from failfast_vllm.drafting.path_search import PathSearch
 from failfast_vllm.drafting.reuse import RejectedDrafts
-from failfast_vllm.planning.planner import Costs, CostTable, LoadPlanner
+from failfast_vllm.planning.costs import Costs, CostTable
+from failfast_vllm.planning.planner import LoadPlanner
 from failfast_vllm.policies.table import make_policy
 from failfast_vllm.tools import offline
 
