@@ -48,12 +48,16 @@ class Counts:
         if not seen:
             return
         confidences = np.concatenate(seen)
-        lens = np.array([len(part) for part in seen])
-        places = np.arange(len(confidences)) - np.repeat(lens.cumsum() - lens, lens)
-        accepted = places < np.repeat([r.num_accepted for r in rounds], lens)
         bins = np.minimum((confidences * NUM_BINS).astype(np.int64), NUM_BINS - 1)
-        self.bins[0] += np.bincount(bins, minlength=NUM_BINS)
-        self.bins[1] += np.bincount(bins[accepted], minlength=NUM_BINS)
+        judged = np.bincount(bins, minlength=NUM_BINS)
+        self.bins[:2] += judged
+        end, rejected = 0, []
+        for found, part in zip(rounds, seen, strict=True):
+            end += len(part)
+            if found.num_accepted < len(part):  # the last one was not accepted
+                rejected.append(end - 1)
+        if rejected:
+            self.bins[1] -= np.bincount(bins[rejected], minlength=NUM_BINS)
         weights = np.bincount(bins, confidences * CONFIDENCE_SCALE, minlength=NUM_BINS)
         self.bins[2] += weights.round().astype(np.int64)
 
