@@ -1,4 +1,4 @@
-"""What the causal path search (`failfast_vllm/paths.py`) does for the small pair, and its cost.
+"""What the causal path search (`drafting/path_search.py`) does for the small pair, and its cost.
 
 One pass of masks, without a cache; the draft is the best token of each mask, or the best path
 through their candidates. Drafts are checked against the target's greedy answers. 3-grams are
