@@ -4,7 +4,7 @@
 #   make check    formatting, lint, types, import direction
 #   make test-next  the part of the suite that meets vLLM, on vLLM 0.33 in .venv-next (CONTRIBUTING.md)
 #   make models   train the shipped models again (two cores, about an hour)
-#   make bench    offline benchmark
+#   make bench    drafting methods on the shipped pair, alone and by eight
 #   make clean    remove what the targets above left behind, except trained states (build/small_pair)
 
 PYTHON ?= python3
@@ -37,7 +37,7 @@ test: check
 # What meets vLLM's configuration, front end, scheduler and runners. Left out: what is the same on any
 # vLLM (the algorithm, kernels, plans, traces), and several ranks, which take too long.
 NEXT_TESTS := tests/test_imports.py tests/drafters/test_parity.py tests/observe/test_metrics.py \
-	tests/tools/test_cli.py $(addprefix tests/integration/test_,$(addsuffix .py,plugin hook_bodies \
+	tests/tools/test_cli.py $(addprefix tests/integration/test_,$(addsuffix .py,plugin hooks hook_bodies \
 	config lossless features http sampling drafter_state))
 
 test-next: .venv-next/.ready
@@ -54,7 +54,7 @@ models: .venv/.ready
 	$(PY) benchmarks/small_pair/train.py
 
 bench: .venv/.ready
-	$(PY) benchmarks/bench_offline.py
+	.venv/bin/failfast bench --concurrency 1 8
 
 clean:
 	rm -rf .venv .venv-next .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info dist build/lib build/bdist.*

@@ -25,7 +25,9 @@ from typing import Any, NamedTuple
 import httpx
 
 from failfast_vllm.config import MODELS_DIR
-from failfast_vllm.tools.bench import PROMPTS, SHIPPED_PAIR, provenance, read_prompts
+from failfast_vllm.tools.offline import read_prompts
+from failfast_vllm.tools.report import provenance
+from failfast_vllm.tools.shipped import PROMPTS, SHIPPED_PAIR
 
 SERVERS: dict[str, list[str]] = {"none": [], "failfast": ["--speculative-config", "failfast"]}
 START_SECONDS = 300

@@ -16,9 +16,9 @@ from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
-from failfast_vllm.tools.bench import PROMPTS, SHIPPED_PAIR, provenance, read_prompts
-from failfast_vllm.tools.cli import ENGINE_ENVIRONMENT
-from failfast_vllm.tools.offline import encode, engine
+from failfast_vllm.tools.offline import ENGINE_ENVIRONMENT, encode, engine, read_prompts
+from failfast_vllm.tools.report import provenance
+from failfast_vllm.tools.shipped import PROMPTS, SHIPPED_PAIR
 
 PHASES = (1, 64, 1)  # requests in flight
 SETTLING_SECONDS = 2.0

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from failfast_vllm.tools.bench import PROMPTS, SHIPPED_PAIR, provenance, read_prompts
-from failfast_vllm.tools.cli import ENGINE_ENVIRONMENT
 from failfast_vllm.tools.load_generator import Watch, closed_loop
-from failfast_vllm.tools.offline import encode, engine
+from failfast_vllm.tools.offline import ENGINE_ENVIRONMENT, encode, engine, read_prompts
+from failfast_vllm.tools.report import provenance
+from failfast_vllm.tools.shipped import PROMPTS, SHIPPED_PAIR
 
 METHODS = {"none": None, "failfast": {"method": "failfast"}}
 CONCURRENCIES = (1, 32, 8, 64, 2, 16, 48, 4)

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from evaluate import Prompt, answered, load_model, target_answers
-from failfast_vllm.tools.bench import SHIPPED_PAIR, provenance
+from failfast_vllm.tools.report import provenance
+from failfast_vllm.tools.shipped import SHIPPED_PAIR
 from train import MODELS_DIR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))

@@ -4,7 +4,7 @@ vLLM builds metadata for every backend on each target step; those calls get None
 drafter's own passes bring a `BlockDiffusionMetadata` through the forward context.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -39,9 +39,7 @@ class BlockDiffusionMetadata:
     block_table: torch.Tensor  # [num_seqs, max_pages] int
     slot_mapping: torch.Tensor | None  # [num_rows] int64, -1 = not committed; None: none is
     diffusion_block_size: int
-    groups: list[PaddedGroup] | None = field(
-        default=None
-    )  # made by the first layer; not for Triton
+    groups: list[PaddedGroup] | None = None  # made by the first layer; not for Triton
 
 
 @register_backend(BACKEND_NAME)

@@ -9,9 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+MODELS_DIR = Path(__file__).parents[1] / "small_pair"  # the shipped target and its drafter
 QWEN_VOCAB_SIZES = (151936, 152064)  # one vocabulary: up to 3B and Qwen3, from 7B on
 MAX_DIFFUSION_BLOCK_SIZE = 32  # every KV page is a multiple of it, so of every smaller block too
 DIFFUSION_BLOCK_SIZES = (4, 8, 16, MAX_DIFFUSION_BLOCK_SIZE)
+BLOCK_SIZE = "diffusion_block_size"  # the user's key
+BLOCK_SIZE_NAMES = ", ".join(map(str, DIFFUSION_BLOCK_SIZES))
 SIZE_IN_NAME = re.compile(r"-b(\d+)(?=-|$)")  # JetLM/SDAR-1.7B-Chat-b32
 
 
@@ -22,6 +25,8 @@ class Family:
     name: str
     architecture: str
     model_types: tuple[str, ...]  # the published one first
+    base_config: str  # of transformers: the class whose fields a config.json has
+    base_model: str  # below vllm.model_executor.models: the class with the same weights
     block_size_key: str
     default_block_size: int
     logit_shift: int  # the logit at position i predicts token i + logit_shift
@@ -37,6 +42,12 @@ class Family:
     # have their size in their name. None: the configuration class has the default.
     plain_names: tuple[str, ...] | None = None
     has_experts: bool = False  # layers of Qwen3-MoE
+    vocab_sizes: tuple[int, ...] = QWEN_VOCAB_SIZES  # of the targets and published checkpoints
+
+    @property
+    def base_type(self) -> str:
+        """The model type of the targets whose tensors have the same names and shapes."""
+        return self.base_model.split(".")[0]
 
     def filled(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """`config` as the published configuration class would read it; block and MASK apart."""
@@ -44,6 +55,10 @@ class Family:
         if self.defaults and fields["num_key_value_heads"] is None:
             fields["num_key_value_heads"] = fields.get("num_attention_heads")
         return fields
+
+    def head_dim(self, config: Mapping[str, Any]) -> int:
+        """Of a `filled` config: what it states, else the hidden size over the heads."""
+        return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
     def size_in_name(self, name: str) -> int | None:
         """The diffusion block size that a checkpoint's published name stands for, or None."""
@@ -59,6 +74,8 @@ FAST_DLLM_V2 = Family(  # arXiv 2509.26328; MASK from the authors' code, the con
     name="Fast-dLLM v2",
     architecture="Fast_dLLM_QwenForCausalLM",
     model_types=("Fast_dLLM_Qwen", "qwen2"),
+    base_config="Qwen2Config",
+    base_model="qwen2.Qwen2ForCausalLM",
     block_size_key="bd_size",
     default_block_size=32,
     logit_shift=1,
@@ -81,6 +98,8 @@ SDAR = Family(
     name="SDAR",
     architecture="SDARForCausalLM",
     model_types=("sdar",),
+    base_config="Qwen3Config",
+    base_model="qwen3.Qwen3ForCausalLM",
     block_size_key="block_size",
     default_block_size=4,
     logit_shift=0,
@@ -111,6 +130,8 @@ SDAR_MOE = replace(
     name="SDAR MoE",
     architecture="SDARMoeForCausalLM",
     model_types=("sdar_moe",),
+    base_config="Qwen3MoeConfig",
+    base_model="qwen3_moe.Qwen3MoeForCausalLM",
     drafter="JetLM/SDAR-30B-A3B-Chat-b32",
     targets=(),  # chosen for none: it costs what a large target does
     defaults={},  # whose a silent file would be could not be looked up: all must be stated
@@ -118,6 +139,7 @@ SDAR_MOE = replace(
     has_experts=True,
 )
 FAMILIES = (FAST_DLLM_V2, SDAR, SDAR_MOE)
+FAMILY_NAMES = " or ".join(family.name for family in FAMILIES)
 
 
 def published_names(path: str, config: Mapping[str, Any]) -> list[str]:
@@ -148,3 +170,8 @@ def family_of(architectures: Any) -> Family | None:
             if family.architecture in architectures:
                 return family
     return None
+
+
+def is_block_size(value: Any) -> bool:
+    """Whether the kernels have diffusion blocks of this size; True is no size."""
+    return isinstance(value, int) and not isinstance(value, bool) and value in DIFFUSION_BLOCK_SIZES

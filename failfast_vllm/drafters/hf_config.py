@@ -3,28 +3,24 @@
 The published `auto_map` to remote code is ignored.
 """
 
-from typing import ClassVar
+from typing import Any
 
-from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
+import transformers
 
-
-class FastDLLMConfig(Qwen2Config):
-    """Qwen2's fields and `bd_size`."""
-
-    model_type = "Fast_dLLM_Qwen"
+from failfast_vllm.drafters.families import FAMILIES, Family
 
 
-class SDARConfig(Qwen3Config):
-    """Qwen3's fields; `block_size` and `mask_token_id` where a file states them."""
+def _config_class(family: Family) -> type[Any]:
+    """The base's fields, with the family's block size and MASK where a file states them."""
+    fields = {
+        "__module__": __name__,
+        "__doc__": f"The config of {family.name}.",
+        "model_type": family.model_types[0],
+        "attribute_map": {},  # every field keeps its published name
+    }
+    base = getattr(transformers, family.base_config)
+    return type(f"{family.architecture.removesuffix('ForCausalLM')}Config", (base,), fields)
 
-    model_type = "sdar"
 
-
-class SDARMoeConfig(Qwen3MoeConfig):
-    """Qwen3-MoE's fields; `block_size` and `mask_token_id` where a file states them."""
-
-    model_type = "sdar_moe"
-    attribute_map: ClassVar[dict[str, str]] = {}  # `num_experts` keeps its name
-
-
-CONFIGS = {config.model_type: config for config in (FastDLLMConfig, SDARConfig, SDARMoeConfig)}
+CONFIGS = {family.model_types[0]: _config_class(family) for family in FAMILIES}
+globals().update((cls.__name__, cls) for cls in CONFIGS.values())  # ranks unpickle them by name

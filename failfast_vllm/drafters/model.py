@@ -1,22 +1,21 @@
-"""The drafter families as vLLM models: vLLM's Qwen2, Qwen3 and Qwen3-MoE with block attention.
+"""The drafter families as vLLM models: their base models of vLLM with block attention.
 
 Only the attention layer differs; everything else is vLLM's. Loaded natively: a checkpoint's remote
 code is never run.
 """
 
+import importlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
-from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 
 from failfast_vllm.drafters.attention import BlockDiffusionBackend
-from failfast_vllm.drafters.checkpoint import check_tensors, expected_shapes
-from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR, SDAR_MOE, Family
+from failfast_vllm.drafters.checkpoint import check_tensors
+from failfast_vllm.drafters.families import FAMILIES, Family
+from failfast_vllm.drafters.layout import expected_shapes
 
 
 def _attend_in_blocks(decoder: Any, vllm_config: VllmConfig) -> None:
@@ -37,44 +36,26 @@ def _attend_in_blocks(decoder: Any, vllm_config: VllmConfig) -> None:
         )
 
 
-def _checked(
-    family: Family, config: Any, weights: Iterable[tuple[str, torch.Tensor]]
-) -> Iterable[tuple[str, torch.Tensor]]:
-    shapes = expected_shapes(family, config.to_dict())
-    return check_tensors(config.name_or_path, weights, shapes)
+def _model_class(family: Family) -> type[Any]:
+    """The family's architecture: the base's weights, checked while they are loaded."""
+    module, name = family.base_model.split(".")
+    base: Any = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+
+    class BlockDiffusionModel(base):  # type: ignore[misc]
+        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            _attend_in_blocks(self.model, vllm_config)
+
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            shapes = expected_shapes(family, self.config.to_dict())
+            checked = check_tensors(self.config.name_or_path, weights, shapes)
+            loaded: set[str] = super().load_weights(checked)
+            return loaded
+
+    BlockDiffusionModel.__name__ = BlockDiffusionModel.__qualname__ = family.architecture
+    BlockDiffusionModel.__doc__ = f"{family.name} on {name}'s weights."
+    return BlockDiffusionModel
 
 
-class Fast_dLLM_QwenForCausalLM(Qwen2ForCausalLM):  # noqa: N801 - the published name
-    """Fast-dLLM v2 (arXiv 2509.26328): Qwen2's weights."""
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        _attend_in_blocks(self.model, vllm_config)
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        loaded: set[str] = super().load_weights(_checked(FAST_DLLM_V2, self.config, weights))
-        return loaded
-
-
-class SDARForCausalLM(Qwen3ForCausalLM):
-    """SDAR (arXiv 2510.06303): Qwen3's weights."""
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        _attend_in_blocks(self.model, vllm_config)
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        loaded: set[str] = super().load_weights(_checked(SDAR, self.config, weights))
-        return loaded
-
-
-class SDARMoeForCausalLM(Qwen3MoeForCausalLM):
-    """SDAR (arXiv 2510.06303): Qwen3-MoE's weights."""
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        _attend_in_blocks(self.model, vllm_config)
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        loaded: set[str] = super().load_weights(_checked(SDAR_MOE, self.config, weights))
-        return loaded
+MODELS = {family.architecture: _model_class(family) for family in FAMILIES}
+globals().update(MODELS)  # vLLM looks an architecture up by its name

@@ -6,25 +6,17 @@ converts its output to int64 first), so the sampler divides the logits by unset 
 greedy requests in the same batch too. Greedy-only batches never get there.
 """
 
-from collections.abc import Callable
-
 import torch
 
-Expand = Callable[..., torch.Tensor]
 
-
-def expanding(original: Expand) -> Expand:
-    """Wrap `vllm.v1.sample.rejection_sampler.expand_batch_to_tokens` by what its docstring says."""
-
-    def expand_batch_to_tokens(
-        x: torch.Tensor,
-        cu_num_tokens: torch.Tensor,
-        num_tokens: int,
-        replace_from: int = 0,
-        replace_to: int = 0,
-    ) -> torch.Tensor:
-        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
-        expanded = x.repeat_interleave(counts, output_size=num_tokens)
-        return expanded.masked_fill(expanded == replace_from, replace_to)
-
-    return expand_batch_to_tokens
+def expand_batch_to_tokens(
+    x: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> torch.Tensor:
+    """What the docstring of `vllm.v1.sample.rejection_sampler.expand_batch_to_tokens` says."""
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    expanded = x.repeat_interleave(counts, output_size=num_tokens)
+    return expanded.masked_fill(expanded == replace_from, replace_to)

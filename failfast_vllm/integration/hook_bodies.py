@@ -1,8 +1,8 @@
 """The bodies of vLLM's functions that our hooks were written against, as digests by version.
 
-A hook's probe compares parameters; what the function does may change behind them. In a checkout
+A hook's probe compares parameters; what the function does with them may change. In a checkout
 
-    python -m failfast_vllm.hook_bodies
+    python -m failfast_vllm.integration.hook_bodies
 
 stores the bodies of the vLLM that is installed, once the tests pass on it.
 """
@@ -15,8 +15,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from failfast_vllm import plugin
-from failfast_vllm.plugin import Hook
+from failfast_vllm.integration import hooks, versions
+from failfast_vllm.integration.hooks import Hook
 
 STORE = Path(__file__).with_suffix(".json")  # {vLLM version: {hook: digest}}
 
@@ -50,9 +50,9 @@ def _is_idle(node: Any) -> bool:
 def installed() -> dict[str, str]:
     """{hook: digest} of the vLLM that is installed, without what it lacks or hides."""
     found = {}
-    for hook in filter(plugin.is_due, plugin.ALL_HOOKS):
+    for hook in filter(hooks.is_due, hooks.all_hooks()):
         try:
-            found[hook.name] = digest_of(inspect.getsource(plugin.hooked(hook)))
+            found[hook.name] = digest_of(inspect.getsource(hooks.original_of(hook)))
         except (ImportError, AttributeError, OSError, TypeError):
             continue  # no such function, or none with a source
     return found
@@ -60,8 +60,8 @@ def installed() -> dict[str, str]:
 
 def known() -> dict[str, dict[str, str]]:
     """What is stored of the versions that differ from the installed one in their last number."""
-    ours = plugin.minor(plugin.vllm_version())
-    return {version: of for version, of in _stored().items() if plugin.minor(version) == ours}
+    ours = versions.minor(versions.vllm_version())
+    return {version: of for version, of in _stored().items() if versions.minor(version) == ours}
 
 
 def _stored() -> dict[str, dict[str, str]]:
@@ -72,7 +72,7 @@ def _stored() -> dict[str, dict[str, str]]:
 def change(hook: Hook, bodies: dict[str, str]) -> str:
     """How a hook's body in `installed()` differs from what we know, or an empty string."""
     tested = known()
-    if not plugin.is_due(hook) or not tested:  # an unsupported version, which is said elsewhere
+    if not hooks.is_due(hook) or not tested:  # an unsupported version, which is said elsewhere
         return ""
     if bodies.get(hook.name) in {of_version.get(hook.name, "") for of_version in tested.values()}:
         return ""
@@ -81,7 +81,7 @@ def change(hook: Hook, bodies: dict[str, str]) -> str:
 
 def store() -> None:
     """Add the installed version to the file, or replace it there."""
-    bodies = {**_stored(), plugin.vllm_version().partition("+")[0]: installed()}
+    bodies = {**_stored(), versions.vllm_version().partition("+")[0]: installed()}
     STORE.write_text(json.dumps(bodies, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

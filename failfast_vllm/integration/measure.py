@@ -8,7 +8,7 @@ from vllm.config import VllmConfig
 
 from failfast_vllm import METHOD
 from failfast_vllm.drafters.hosted import HostedDraftModel, row_class
-from failfast_vllm.planning.planner import Costs, CostTable
+from failfast_vllm.planning.costs import Costs, CostTable
 
 MAX_TURNS, MIN_TURNS, TURNS_SECONDS = 10, 3, 12.0  # of timing the models
 SLOW_MS = 500.0  # wider passes than one that takes longer are extrapolated

@@ -1,15 +1,20 @@
-"""What a single request may ask of its drafts. No vLLM, no torch.
+"""What a single request may ask of its drafts, and the hooks that admit requests.
 
 The keys below come in `SamplingParams.extra_args`, over HTTP in `vllm_xargs`. They only tighten
 what the server was started with, and are checked where the request is admitted.
 """
 
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from failfast_vllm.config import METHOD
+from failfast_vllm.drafters.families import family_of
+from failfast_vllm.integration.hooks import asked_for, hook
 
 MAX_LEN = "failfast_max_len"
 CONFIDENCE_THRESHOLD = "failfast_confidence_threshold"
@@ -94,3 +99,43 @@ def asked(
             if is_number and threshold == threshold:  # no NaN
                 found.min_confidences[i] = min(max(threshold, 0.0), 1.0)
     return found
+
+
+@functools.cache
+def _request_error() -> type[Exception]:
+    from vllm.exceptions import VLLMValidationError
+
+    class RequestError(VLLMValidationError, ValueError):
+        """HTTP 400 on a server, which answers a mere ValueError with 500."""
+
+    return RequestError
+
+
+@hook("requests", "vllm.v1.engine.input_processor:InputProcessor._validate_params")
+def check_request(
+    original: Any, self: Any, params: Any, supported_tasks: Any, *rest: Any, **more: Any
+) -> Any:
+    """Checks a request's own limits before it is admitted: they are the client's error.
+
+    Goes when: vLLM lets plugins check a request's `extra_args`.
+    """
+    if asked_for(self.vllm_config):
+        knobs = self.vllm_config.additional_config[METHOD]
+        try:
+            check(params, knobs["num_speculative_tokens"], knobs.get("confidence_threshold", 0.0))
+        except ValueError as error:
+            raise _request_error()(str(error)) from None
+    return original(self, params, supported_tasks, *rest, **more)
+
+
+@hook("requests", "vllm.sampling_params:SamplingParams._validate_spec_decode")
+def admit_undrafted(
+    original: Any, self: Any, speculative_config: Any, *rest: Any, **more: Any
+) -> None:
+    """Serves requests with `min_p` or `logit_bias` without drafts, which vLLM would refuse.
+
+    Goes when: vLLM admits them beside a drafter.
+    """
+    drafter = getattr(speculative_config, "draft_model_config", None)
+    if drafter is None or not family_of(drafter.architectures):
+        original(self, speculative_config, *rest, **more)

@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.config.utils import replace
 
 from failfast_kernels import TokenConfidence
-from failfast_vllm.config import METHOD, POLICIES
+from failfast_vllm.config import METHOD
 from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.drafters.hosted import HostedDraftModel
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
@@ -17,7 +17,6 @@ from failfast_vllm.drafting.drafter import Drafter
 from failfast_vllm.drafting.interfaces import (
     BestTokens,
     NoReuse,
-    Policy,
     Reuse,
     TokenChooser,
     Unplanned,
@@ -31,8 +30,9 @@ from failfast_vllm.integration.measure import measure_costs
 from failfast_vllm.integration.session import adapter_of
 from failfast_vllm.observe.counters import DraftStats, Stopwatch
 from failfast_vllm.observe.trace import TraceWriter
-from failfast_vllm.planning.planner import Costs, LoadPlanner
-from failfast_vllm.policies.learned import make_policy
+from failfast_vllm.planning.costs import Costs
+from failfast_vllm.planning.planner import LoadPlanner
+from failfast_vllm.policies.table import make_policy
 
 
 class TimedDraftModel(HostedDraftModel):
@@ -84,7 +84,7 @@ def make_drafter(
     knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
     return Drafter(
         TimedDraftModel(model, vllm_config, layer_names, table_width, device, stats.in_model),
-        _make_policy(knobs),
+        make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"]),
         Unplanned(knobs["draft_increment"]),
         _geometry(vllm_config, kv_block_size, device),
         CommittedBlocks(num_pages, kv_block_size, knobs["diffusion_block_size"], device),
@@ -112,11 +112,6 @@ def _geometry(vllm_config: VllmConfig, kv_block_size: int, device: torch.device)
     )
 
 
-def _make_policy(knobs: dict[str, Any]) -> Policy:
-    parameters = {name: knobs[name] for name in POLICIES[knobs["policy"]]}
-    return make_policy(knobs["policy"], parameters, knobs["num_speculative_tokens"])
-
-
 def _make_tokens(knobs: dict[str, Any]) -> TokenChooser:
     return PathSearch() if knobs["path_search"] else BestTokens()
 
@@ -137,7 +132,7 @@ def start_serving(runner: Any) -> None:
     stats.reset()
     if stats.trace is None:  # may be open: some start-ups end twice
         stats.trace = _trace_writer(vllm_config, drafter.geometry.kv_block_size)
-    drafter.policy = _make_policy(knobs)
+    drafter.policy = make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"])
     drafter.tokens, drafter.reuse = _make_tokens(knobs), _make_reuse(knobs)
     drafter.blocks.bits.zero_()
     session.ledger = Ledger()

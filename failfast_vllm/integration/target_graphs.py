@@ -6,14 +6,13 @@ has graphs for any mix of 1 to 1 + K tokens per request; we ask for the same, an
 token per request besides, for steps without drafts. **No GPU has captured them.**
 """
 
-import logging
 from typing import Any
 
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.attn_utils import get_varlen_cudagraph_unsupported_backend
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
-logger = logging.getLogger("vllm.failfast")
+from failfast_vllm.integration.hooks import logger
 
 
 def widen(runner: Any) -> None:

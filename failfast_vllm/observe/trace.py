@@ -1,7 +1,7 @@
 """Rounds on disk: what a server drafted and the target accepted, one JSON object per line.
 
 The first rank writes it if the speculative config says `"trace": "FILE.jsonl"`; `failfast trace`
-and `failfast simulate` read it. The first line of each run is a header, each other line a round:
+reads it. The first line of each run is a header, each other line a round:
 
     step         of the engine, from 1: the one that verified the round
     seqs         sequences in that step
@@ -19,7 +19,6 @@ may end inside the last round that its request emitted. No vLLM, no torch.
 
 import json
 import logging
-import math
 import os
 import threading
 from collections import deque
@@ -38,8 +37,6 @@ FORMAT = "failfast_trace"  # the header's first key; its value is the version of
 VERSION = 1
 FLUSH_SECONDS = 0.5
 MAX_PENDING = 32768  # lines that wait for a slow disk, some 50 MB
-LONG_DRAFT = 30  # tokens
-HISTOGRAM_EDGES = (1, 5, 10, 11, 20, 21, 30, 31, 40, 41, 50, 51, 60, 61)  # a bin starts at each
 
 
 class TraceWriter:
@@ -155,11 +152,6 @@ class Round(NamedTuple):
     accepted: int
     confidences: tuple[float, ...]
 
-    @property
-    def judged(self) -> int:
-        """Tokens with a confidence that the target judged: up to the first that it rejected."""
-        return min(self.accepted + 1, self.drafted, len(self.confidences))
-
 
 @dataclass(frozen=True)
 class Trace:
@@ -197,14 +189,7 @@ def read(path: str | Path) -> Trace:
     Raises:
         ValueError: no trace, or a damaged line, with its number.
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8", errors="replace")
-    except OSError as error:
-        raise ValueError(
-            f"cannot read {path} ({error.strerror}); give a file that a server has written, "
-            "see --record."
-        ) from None
-    lines = text.split("\n")[:-1]  # behind the last newline: nothing, or a line that is cut
+    lines = _whole_lines(path)
     headers: list[dict[str, Any]] = []
     rounds: list[Round] = []
     first_request = 0  # of this run
@@ -231,6 +216,17 @@ def read(path: str | Path) -> Trace:
     if not headers:
         raise ValueError(f"{path} is empty; wait until the server has run a step.")
     return Trace(headers, rounds)
+
+
+def _whole_lines(path: str | Path) -> list[str]:
+    try:
+        text = Path(path).read_bytes().decode("utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {path} ({error.strerror}); give a file that a server has written, "
+            "see --record."
+        ) from None
+    return text.split("\n")[:-1]  # after the last newline: nothing, or a line that is cut
 
 
 def is_trace(path: Path) -> bool:
@@ -267,180 +263,3 @@ def _round(fields: Mapping[str, Any]) -> Round | None:
     found = Round._make([*counts, tuple(confidences)])
     fits = len(confidences) <= found.drafted and found.accepted <= found.drafted
     return found if fits else None
-
-
-class Decile(NamedTuple):
-    """Judged tokens of one tenth of confidences."""
-
-    low: float
-    judged: int
-    confidence: float  # mean
-    acceptance: float  # accepted share
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What `failfast trace` prints. `drafts` are the rounds that verified a draft."""
-
-    trace: Trace
-
-    @property
-    def drafts(self) -> list[Round]:
-        return [r for r in self.trace.rounds if r.drafted]
-
-    @property
-    def acceptance_length(self) -> float:
-        """Tokens per draft with the bonus, vLLM's definition; 0 without any."""
-        return _mean([r.accepted + 1 for r in self.drafts])
-
-    @property
-    def acceptance_by_position(self) -> list[tuple[int, int]]:
-        """Per position in a draft, of the tokens behind accepted ones: how many, how many kept."""
-        longest = max((r.drafted for r in self.drafts), default=0)
-        return [
-            (
-                sum(r.drafted > i and r.accepted >= i for r in self.drafts),
-                sum(r.accepted > i for r in self.drafts),
-            )
-            for i in range(longest)
-        ]
-
-    @property
-    def reliability(self) -> list[Decile]:
-        """By tenths of the confidence, empty ones left out; tokens behind a rejection unseen."""
-        tenths: dict[int, list[tuple[float, bool]]] = {}
-        for r in self.drafts:
-            for i, confidence in enumerate(r.confidences[: r.judged]):
-                tenth = min(math.floor(confidence * 10 + 1e-9), 9)
-                tenths.setdefault(tenth, []).append((confidence, i < r.accepted))
-        return [
-            Decile(
-                tenth / 10,
-                len(seen),
-                _mean([confidence for confidence, _ in seen]),
-                _mean([kept for _, kept in seen]),
-            )
-            for tenth, seen in sorted(tenths.items())
-        ]
-
-    @property
-    def draft_lens(self) -> list[tuple[int, int, int]]:
-        """The histogram: shortest, longest, and how many; from 1 token on."""
-        longest = max((r.drafted for r in self.drafts), default=0)
-        found = []
-        for low, after in zip(HISTOGRAM_EDGES, (*HISTOGRAM_EDGES[1:], 1 << 30), strict=True):
-            if low <= longest:
-                count = sum(low <= r.drafted < after for r in self.drafts)
-                found.append((low, min(after - 1, max(longest, low)), count))
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        drafts = self.drafts
-        return {
-            "runs": self.trace.headers,
-            "requests": len({r.request for r in self.trace.rounds}),
-            "steps": len(self.trace.rounds) - len(drafts),  # without a draft
-            "rounds": len(drafts),
-            "emitted": sum(r.accepted + 1 for r in self.trace.rounds),
-            "drafted": sum(r.drafted for r in drafts),
-            "accepted": sum(r.accepted for r in drafts),
-            "acceptance_length": self.acceptance_length,
-            "passes_per_round": _mean([r.passes for r in drafts]),
-            "rows_per_pass": sum(r.rows for r in drafts) / max(1, sum(r.passes for r in drafts)),
-            "sequences_per_step": _mean([r.seqs for r in drafts]),
-            "share_of_long_drafts": _mean([r.drafted >= LONG_DRAFT for r in drafts]),
-            "draft_lens": [
-                {"from": low, "to": high, "count": count} for low, high, count in self.draft_lens
-            ],
-            "acceptance_by_position": [
-                {"judged": judged, "accepted": accepted}
-                for judged, accepted in self.acceptance_by_position
-            ],
-            "reliability": [decile._asdict() for decile in self.reliability],
-        }
-
-
-def render(summary: Summary) -> str:
-    """The report for a reader."""
-    figures, header = summary.to_dict(), summary.trace.header
-    text = [describe(header)]
-    if len(summary.trace.headers) > 1:
-        text.append(f"the last of {len(summary.trace.headers)} runs in this file")
-    text += [
-        f"  {label:<24}{value}"
-        for label, value in (
-            ("requests", figures["requests"]),
-            ("rounds", f"{figures['rounds']}, and {figures['steps']} without a draft"),
-            ("tokens", figures["emitted"]),
-            ("acceptance length", f"{figures['acceptance_length']:.2f} tokens per round"),
-            ("draft passes", f"{figures['passes_per_round']:.2f} per round"),
-            ("rows", f"{figures['rows_per_pass']:.1f} per sequence and pass"),
-            ("sequences", f"{figures['sequences_per_step']:.1f} per step"),
-            (f"drafts of {LONG_DRAFT} or more", f"{figures['share_of_long_drafts']:.1%}"),
-        )
-    ]
-    text += ["", "draft length   rounds"]
-    for low, high, count in summary.draft_lens:
-        name = f"{low}" if low == high else f"{low}-{high}"
-        share = count / len(summary.drafts)
-        text.append(f"{name:>12}{count:>9}  {'#' * round(40 * share)}")
-    text += ["", "position       judged  accepted"]
-    for name, judged, accepted in _positions(summary.acceptance_by_position):
-        text.append(f"{name:>12}{judged:>9}  {accepted / judged:>8.1%}")
-    text += ["", "confidence     judged   mean  accepted"]
-    for decile in summary.reliability:
-        name = f"{decile.low:.1f}-{decile.low + 0.1:.1f}"
-        text.append(
-            f"{name:>12}{decile.judged:>9}{decile.confidence:>7.3f}{decile.acceptance:>10.1%}"
-        )
-    return "\n".join(text)
-
-
-def describe(header: Mapping[str, Any]) -> str:
-    """One line: which models, which policy."""
-    drafter = f" with {header['drafter']}" if "drafter" in header else ""
-    parts = [f"{header.get('target', 'no target')}{drafter}"]
-    parts += [
-        f"{name} {header[key]}" if name else str(header[key])
-        for name, key in (
-            ("", "dtype"),
-            ("policy", "policy"),
-            ("threshold", "confidence_threshold"),
-            ("increment", "draft_increment"),
-            ("cap", "num_speculative_tokens"),
-            ("load aware:", "load_aware"),
-            ("", "date"),
-        )
-        if header.get(key) not in (None, False)
-    ]
-    return ", ".join(parts)
-
-
-def _positions(by_position: list[tuple[int, int]]) -> list[tuple[str, int, int]]:
-    """The first ten positions (from 1) each, the others by tens; unjudged ones left out."""
-    groups = [(i, i + 1) for i in range(10)]
-    groups += [(low, low + 10) for low in range(10, max(10, len(by_position)), 10)]
-    found = []
-    for low, high in groups:
-        judged = sum(seen for seen, _ in by_position[low:high])
-        accepted = sum(kept for _, kept in by_position[low:high])
-        name = f"{high}" if high == low + 1 else f"{low + 1}-{min(high, len(by_position))}"
-        if judged:
-            found.append((name, judged, accepted))
-    return found
-
-
-def trajectory(rounds: Sequence[Round]) -> str:
-    """One request, a line per round."""
-    lines = [
-        f"Request {rounds[0].request}, round by round: = accepted, + bonus, . rejected",
-        "round  known  draft  passes  accepted",
-    ]
-    for i, r in enumerate(rounds):
-        strip = "=" * r.accepted + "+" + "." * (r.drafted - r.accepted)
-        lines.append(f"{i:>5}{r.known:>7}{r.drafted:>7}{r.passes:>8}{r.accepted:>10}  {strip}")
-    return "\n".join(lines)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

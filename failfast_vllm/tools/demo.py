@@ -4,17 +4,29 @@ Batch size 1, so the speed-up is a speed-up of latency. In float32, because in b
 many tokens at once rounds differently from decoding one, and a near-tie may flip an argmax.
 """
 
+import argparse
 import contextlib
 import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from failfast_vllm.tools.offline import TracedRound, adapter, encode, engine, traced
+from failfast_vllm.config import MODELS_DIR
+from failfast_vllm.tools.arguments import UsageError, add_answer_arguments, refusals
+from failfast_vllm.tools.offline import (
+    TracedRound,
+    adapter,
+    encode,
+    engine,
+    engine_environment,
+    traced,
+)
+from failfast_vllm.tools.shipped import held_out_prompts
 
 DTYPE = "float32"
 GREEN, YELLOW, RED_STRUCK, DIM, RESET = "\033[32m", "\033[33m", "\033[2;9;31m", "\033[2m", "\033[0m"
@@ -82,6 +94,30 @@ class Comparison:
                 "failfast": _tokens_per_second(self.failfast),
             },
         }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `failfast demo`."""
+    add_answer_arguments(parser)
+    parser.add_argument("--target", type=Path, metavar="PATH", help="default: the shipped target")
+    parser.add_argument("--drafter", type=Path, metavar="PATH", help="default: the target's own")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, and print both sides; returns 1 if the answers differ."""
+    needed = [] if args.target else ["target"] if args.drafter else ["target", "drafter"]
+    prompts = held_out_prompts(needed)
+    for path in filter(None, (args.target, args.drafter)):
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{path} has no config.json. Give a checkpoint directory.")
+    target, drafter = args.target or MODELS_DIR / "target", args.drafter
+    if not args.target:  # 5 M parameters: waiting for a second thread costs more than it computes
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with engine_environment(), refusals():
+        chosen = choose_prompts(prompts, args.num_prompts)
+        result = compare(str(target), drafter and str(drafter), chosen, args.max_tokens)
+    print(json.dumps(result.to_dict()) if args.json else render(result, sys.stdout))
+    return 0 if result.outputs_identical else 1
 
 
 def choose_prompts(path: Path, num_prompts: int) -> list[Prompt]:
@@ -154,24 +190,12 @@ def _answer_all(llm: Any, prompts: list[Prompt], max_tokens: int, bar: Any) -> l
     return [answer(prompt) for prompt in prompts]
 
 
-def record(
-    target: str,
-    drafter: str | None,
-    prompts: list[Prompt],
-    max_tokens: int,
-    path: Path,
-    with_ids: bool,
-) -> None:
+def record(target: str, prompts: list[Prompt], max_tokens: int, path: Path, with_ids: bool) -> None:
     """Answer `prompts` once with failfast, one at a time, into the trace `path`; as `compare`."""
     from tqdm import tqdm
     from vllm import SamplingParams
 
-    speculative = {
-        "method": "failfast",
-        "trace": str(path),
-        "trace_ids": with_ids,
-        **({"model": drafter} if drafter else {}),
-    }
+    speculative = {"method": "failfast", "trace": str(path), "trace_ids": with_ids}
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     with (
         tqdm(total=len(prompts) + 1, unit="step", leave=False) as bar,

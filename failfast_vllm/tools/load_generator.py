@@ -1,115 +1,40 @@
 """Closed loops: a number of requests in flight, each replaced at once when it ends.
 
-`EngineProcess` and `Server` answer prompts in such a loop and yield a `Run`: what was answered,
-how fast, and what became of the drafts. Engines take turns within a run, each on its own clock: a
+`EngineProcess` answers prompts in such a loop and yields a `Run`: what was answered, how fast, and
+what became of the drafts. Engines take turns within a run, each on its own clock: a
 machine's speed may drift by half within a minute, and ratios of whole runs show little else.
 """
 
-import asyncio
 import contextlib
-import json
-import math
 import multiprocessing
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.drafting.records import Round
-from failfast_vllm.integration.requests import MAX_LEN
-from failfast_vllm.tools.offline import TracedRound, adapter, encode, engine, traced
+from failfast_vllm.tools.offline import (
+    Prompt,
+    TracedRound,
+    adapter,
+    encode,
+    engine,
+    model_runner,
+    traced,
+)
+from failfast_vllm.tools.tally import Tally
 
-NUM_BINS = 10  # of the confidence
 TURN_SECONDS = 0.25
-
-Prompt = dict[str, Any]  # {"messages": [...]} or {"prompt": text}
-
-
-@dataclass
-class Tally:
-    """What verification found of some drafts.
-
-    A token was judged if all before it in its draft were accepted.
-    """
-
-    num_drafts: int = 0
-    num_drafted: int = 0  # tokens
-    num_accepted: int = 0
-    num_passes: float = 0.0  # of the drafter; nan = unknown
-    lengths: Counter[int] = field(default_factory=Counter)  # draft length -> drafts
-    drafted: Counter[int] = field(default_factory=Counter)  # position -> tokens
-    accepted: Counter[int] = field(default_factory=Counter)
-    judged: Counter[int] = field(default_factory=Counter)  # confidence bin -> tokens
-    right: Counter[int] = field(default_factory=Counter)  # of them accepted
-    confidence: Counter[int] = field(default_factory=Counter)  # of them the sum
-
-    def add(
-        self, num_drafted: int, num_accepted: int, num_passes: float, confidences: Sequence[float]
-    ) -> None:
-        """Count one verified draft, which is not empty; `confidences` may be fewer than tokens."""
-        self.num_drafts += 1
-        self.num_drafted += num_drafted
-        self.num_accepted += num_accepted
-        self.num_passes += num_passes
-        self.lengths[num_drafted] += 1
-        self.drafted.update(range(num_drafted))
-        self.accepted.update(range(num_accepted))
-        for position, confidence in enumerate(confidences[: num_accepted + 1]):
-            where = min(int(confidence * NUM_BINS), NUM_BINS - 1)
-            self.judged[where] += 1
-            self.right[where] += position < num_accepted
-            self.confidence[where] += confidence  # type: ignore[assignment]
-
-    def update(self, other: "Tally") -> None:
-        for part in fields(self):
-            mine, theirs = getattr(self, part.name), getattr(other, part.name)
-            if isinstance(mine, Counter):
-                mine.update(theirs)
-            else:
-                setattr(self, part.name, mine + theirs)
-
-    def to_dict(self) -> dict[str, Any]:
-        rounds = max(1, self.num_drafts)
-        return {
-            "acceptance_length": round(1 + self.num_accepted / rounds, 3),
-            "passes_per_round": rounded(self.num_passes / rounds),
-            "drafts": self.num_drafts,
-            "drafted_tokens": self.num_drafted,
-            "accepted_tokens": self.num_accepted,
-            "draft_lengths": {str(n): self.lengths[n] for n in sorted(self.lengths)},
-            "drafted_per_position": _by_position(self.drafted),
-            "accepted_per_position": _by_position(self.accepted),
-            "reliability": [
-                {
-                    "bin": f"{i / NUM_BINS:.1f}-{(i + 1) / NUM_BINS:.1f}",
-                    "count": self.judged[i],
-                    "accepted": self.right[i],
-                    "mean_confidence": round(self.confidence[i] / self.judged[i], 4),
-                }
-                for i in sorted(self.judged)
-            ],
-        }
-
-
-def _by_position(counts: Counter[int]) -> list[int]:
-    return [counts[i] for i in range(max(counts, default=-1) + 1)]
-
-
-def rounded(value: float) -> float | None:
-    """For JSON, which has no nan."""
-    return None if math.isnan(value) else round(value, 3)
 
 
 class Served(NamedTuple):
     """One answered request."""
 
     num_tokens: int
-    ttft_ms: float  # to the first token; nan = unknown
+    ttft_ms: float  # to the first token
     latency_ms: float
 
     @property
@@ -118,75 +43,123 @@ class Served(NamedTuple):
         return (self.latency_ms - self.ttft_ms) / max(1, self.num_tokens - 1)
 
 
+class StepTimes(NamedTuple):
+    """Milliseconds, added up over engine steps."""
+
+    num_steps: int
+    draft_ms: float
+    own_ms: float  # of it outside the draft model; 0 for the methods of vLLM
+    verify_ms: float  # the target's pass and sampling
+    other_ms: float  # scheduling, detokenising, bookkeeping
+
+
 @dataclass
 class Run:
     """One closed loop of one method."""
 
     seconds: float
-    answers: list[Any]  # token ids or text, in the order of the prompts
+    answers: list[list[int]]  # token ids, in the order of the prompts
     served: list[Served]
     tally: Tally
     trajectory: list[TracedRound]  # of the first answer, where the drafter reports its rounds
+    step_times: StepTimes | None = None  # None on a GPU
 
     @property
     def tokens_per_second(self) -> float:
         return sum(s.num_tokens for s in self.served) / self.seconds
 
 
-def pad_vocabulary(source: Path, vocab_size: int, destination: Path) -> Path:
-    """Copy a checkpoint with its embedding padded: vLLM's draft_model wants equal sizes."""
-    import torch
-    from safetensors.torch import load_file, save_file
+class CallTimes:
+    """Adds up the milliseconds inside calls of an engine."""
 
-    destination.mkdir()
-    for path in source.iterdir():
-        if path.suffix != ".safetensors":
-            (destination / path.name).write_bytes(path.read_bytes())
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    missing = vocab_size - config["vocab_size"]
-    weights = load_file(source / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in weights:  # the padding repeats row 0: equal logits, and the lower id wins a tie
-            rows = weights[name]
-            weights[name] = torch.cat([rows, rows[:1].expand(missing, -1)]).contiguous()
-    save_file(weights, destination / "model.safetensors", metadata={"format": "pt"})
-    config["vocab_size"] = vocab_size
-    (destination / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return destination
+    def __init__(self) -> None:
+        self.ms, self.calls = Counter[str](), Counter[str]()
 
+    def wrap(self, owner: Any, name: str, key: str) -> None:
+        """Time `owner.name` under `key` from now on, if there is such a method."""
+        original = getattr(owner, name, None)
+        if original is None:
+            return
 
-def padded_ar_drafter(folder: Path) -> Path:
-    """The shipped autoregressive drafter with the shipped target's vocabulary, in `folder`."""
-    config = json.loads((MODELS_DIR / "target" / "config.json").read_text(encoding="utf-8"))
-    return pad_vocabulary(MODELS_DIR / "ar-drafter", config["vocab_size"], folder / "ar-drafter")
+        def timed(*args: Any, **more: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return original(*args, **more)
+            finally:
+                self.ms[key] += (time.perf_counter() - began) * 1e3  # type: ignore[assignment]
+                self.calls[key] += 1
+
+        setattr(owner, name, timed)
 
 
 class Watch:
-    """Tallies the verified drafts of an engine, in whose process it must be."""
+    """Tallies an engine's verified drafts and times its steps; must be in the engine's process."""
 
     def __init__(self, llm: Any, speculative_config: dict[str, Any] | None) -> None:
+        from vllm.platforms import current_platform
+
         from failfast_vllm.observe.counters import DraftStats
 
-        self.tally, self.first_rounds = Tally(), list[Any]()
-        core = llm.llm_engine.engine_core.engine_core
         found = adapter(llm)
         stats = getattr(found, "stats", None)
-        self.reports_rounds = isinstance(stats, DraftStats)
-        self._adapter = found if self.reports_rounds else None
-        if isinstance(stats, DraftStats):
-            stats.on_round, stats.drafts_only = self._on_round, True
+        self._stats = stats if isinstance(stats, DraftStats) else None
+        self._adapter = found if self._stats else None
+        self._stopwatch = None
+        if current_platform.device_type == "cpu":
+            self._stopwatch = self._time_calls(llm.llm_engine, model_runner(llm))
+        self.begin()
+        if self._stats is not None:
+            self._stats.on_round, self._stats.drafts_only = self._on_round, True
         elif speculative_config:
             is_draft_model = speculative_config["method"] == "draft_model"
             passes = speculative_config["num_speculative_tokens"] if is_draft_model else 0
-            self._count_in(core.scheduler, passes)
+            self._count_in(llm.llm_engine.engine_core.engine_core.scheduler, passes)
+
+    @property
+    def reports_rounds(self) -> bool:
+        return self._stats is not None
 
     def begin(self) -> None:
-        self.tally, self.first_rounds = Tally(), []
+        self.tally, self.first_rounds = Tally(), list[Any]()
+        self._own_ms_before = self._own_ms()
+        if self._stopwatch is not None:
+            self._stopwatch.ms.clear()
+            self._stopwatch.calls.clear()
 
     def stood_still(self, seconds: float) -> None:
         """The engine was not asked for that long: not a time for the planner to learn."""
         if self._adapter is not None:
             self._adapter.drafter.planner.stood_still(seconds)
+
+    def step_times(self) -> StepTimes | None:
+        """Since `begin`; None on a GPU, where calls return before their work is done."""
+        if self._stopwatch is None:
+            return None
+        ms = self._stopwatch.ms
+        in_target = ms["target"] - ms["draft in target"]
+        draft_ms = ms["draft in target"] + ms["draft"]
+        return StepTimes(
+            self._stopwatch.calls["step"],
+            draft_ms,
+            self._own_ms() - self._own_ms_before,
+            in_target,
+            ms["step"] - in_target - draft_ms,
+        )
+
+    def _own_ms(self) -> float:
+        return self._stats.total_ms - self._stats.forward_ms if self._stats else 0.0
+
+    @staticmethod
+    def _time_calls(llm_engine: Any, runner: Any) -> CallTimes:
+        """failfast drafts when vLLM takes the drafts, other methods while the target samples."""
+        stopwatch = CallTimes()
+        stopwatch.wrap(llm_engine, "step", "step")
+        stopwatch.wrap(runner, "execute_model", "target")
+        stopwatch.wrap(runner, "sample_tokens", "target")
+        stopwatch.wrap(runner, "propose_draft_token_ids", "draft in target")  # V1
+        stopwatch.wrap(getattr(runner, "speculator", None), "propose", "draft in target")  # V2
+        stopwatch.wrap(runner, "take_draft_token_ids", "draft")
+        return stopwatch
 
     def _on_round(self, round_: Any) -> None:
         if round_.req_id.split("-")[0] == "0":
@@ -209,6 +182,42 @@ class Watch:
         scheduler.make_spec_decoding_stats = counting
 
 
+class _Answering:
+    """Requests that are being answered, by number; seconds are those of the engine's own turns."""
+
+    def __init__(self) -> None:
+        self.answers, self.served = dict[int, list[int]](), dict[int, Served]()
+        self.prompt_len = 0  # of the first
+        self._began, self._first = dict[int, float](), dict[int, float]()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._began) - len(self.answers)
+
+    def begin(self, i: int, now: float) -> None:
+        self._began[i] = now
+
+    def note(self, output: Any, now: float) -> None:
+        """Take down what a step has said of a request."""
+        i = int(output.request_id.split("-")[0])
+        self._first.setdefault(i, now)
+        if i == 0:
+            self.prompt_len = len(output.prompt_token_ids)
+        if output.finished:
+            self.answers[i] = list(output.outputs[0].token_ids)
+            ttft_ms, latency_ms = ((then - self._began[i]) * 1e3 for then in (self._first[i], now))
+            self.served[i] = Served(len(self.answers[i]), ttft_ms, latency_ms)
+
+    def in_order(self, seconds: float, watch: Watch) -> Run:
+        """What was answered, in the order of the prompts."""
+        trajectory = []
+        if watch.reports_rounds:
+            trajectory = whole_trajectory(watch.first_rounds, self.prompt_len, self.answers[0])
+        order = range(len(self.answers))
+        answers, served = [self.answers[i] for i in order], [self.served[i] for i in order]
+        return Run(seconds, answers, served, watch.tally, trajectory, watch.step_times())
+
+
 def closed_loop(
     llm: Any,
     watch: Watch,
@@ -226,39 +235,23 @@ def closed_loop(
 
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     waiting = enumerate(islice(cycle(prompts), num_requests))
-    began, first = dict[int, float](), dict[int, float]()
-    answers, served = dict[int, list[int]](), dict[int, Served]()
+    requests = _Answering()
     watch.begin()
-    prompt_len = 0  # of the first
     start = turn = time.perf_counter()
     stood_still = 0.0
-    while len(answers) < num_requests:
-        for i, prompt in islice(waiting, concurrency - (len(began) - len(answers))):
-            began[i] = time.perf_counter() - stood_still
+    while len(requests.answers) < num_requests:
+        for i, prompt in islice(waiting, concurrency - requests.num_in_flight):
+            requests.begin(i, time.perf_counter() - stood_still)
             llm.llm_engine.add_request(str(i), prompt, params)
         for output in llm.llm_engine.step():
-            now, i = time.perf_counter() - stood_still, int(output.request_id.split("-")[0])
-            first.setdefault(i, now)
-            if i == 0:
-                prompt_len = len(output.prompt_token_ids)
-            if output.finished:
-                answers[i] = list(output.outputs[0].token_ids)
-                ttft_ms, latency_ms = (first[i] - began[i]) * 1e3, (now - began[i]) * 1e3
-                served[i] = Served(len(answers[i]), ttft_ms, latency_ms)
+            requests.note(output, time.perf_counter() - stood_still)
         paused = time.perf_counter()
-        if paused - turn >= TURN_SECONDS and len(answers) < num_requests:
+        if paused - turn >= TURN_SECONDS and len(requests.answers) < num_requests:
             yield None
             turn = time.perf_counter()
             stood_still += turn - paused
             watch.stood_still(turn - paused)
-    seconds = time.perf_counter() - stood_still - start
-    order = range(num_requests)
-    trajectory = []
-    if watch.reports_rounds:
-        trajectory = whole_trajectory(watch.first_rounds, prompt_len, answers[0])
-    yield Run(
-        seconds, [answers[i] for i in order], [served[i] for i in order], watch.tally, trajectory
-    )
+    yield requests.in_order(time.perf_counter() - stood_still - start, watch)
 
 
 def whole_trajectory(
@@ -346,140 +339,3 @@ def _work(
                             pipe.recv()  # our next turn
     except Exception as error:
         pipe.send(" ".join(f"{type(error).__name__}: {error}".split()))
-
-
-class Server:
-    """An OpenAI-compatible server, asked as one method."""
-
-    def __init__(self, url: str, prompts: list[Prompt], max_tokens: int, xargs: Prompt) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.prompts, self.max_tokens = prompts, max_tokens
-        self.extra = {"vllm_xargs": xargs} if xargs else {}
-        self.model = ""  # set by `connect`
-
-    def connect(self) -> "Server":
-        """Ask for the model's name; raises ValueError where there is no such server."""
-        found = asyncio.run(self._get("/v1/models"))
-        try:
-            self.model = json.loads(found)["data"][0]["id"]
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(
-                f"{self.url} is no OpenAI-compatible server. Correct --server."
-            ) from None
-        return self
-
-    def version(self) -> str:
-        """vLLM's, or what else it is."""
-        try:
-            return str(json.loads(asyncio.run(self._get("/version")))["version"])
-        except (ValueError, LookupError, TypeError):
-            return "unknown"
-
-    def understands_failfast(self) -> bool:
-        """Whether its drafts can be switched off per request: a wrong limit must be refused."""
-        probe = {"prompt": "a", "max_tokens": 1, "vllm_xargs": {MAX_LEN: -1}}
-        try:
-            asyncio.run(self._complete_once(probe))
-        except ValueError as error:
-            return MAX_LEN in str(error)
-        return False
-
-    def __call__(self, concurrency: int, num_requests: int) -> Iterator[Run]:
-        """A closed loop in a single turn: a server cannot be told to stand still."""
-        yield asyncio.run(self._closed_loop(concurrency, num_requests))
-
-    async def _closed_loop(self, concurrency: int, num_requests: int) -> Run:
-        import aiohttp
-
-        waiting = enumerate(islice(cycle(self.prompts), num_requests))
-        answers, served = dict[int, str](), dict[int, Served]()
-        before = await self._counters()
-        connector = aiohttp.TCPConnector(limit=0)
-        timeout = aiohttp.ClientTimeout(total=None)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-
-            async def client() -> None:
-                for i, prompt in waiting:
-                    body = {**prompt, "max_tokens": self.max_tokens, "temperature": 0, **self.extra}
-                    began = time.perf_counter()
-                    answers[i], num_tokens = await self._complete(session, body)
-                    latency_ms = (time.perf_counter() - began) * 1e3
-                    served[i] = Served(num_tokens, math.nan, latency_ms)
-
-            start = time.perf_counter()
-            await asyncio.gather(*(client() for _ in range(concurrency)))
-            seconds = time.perf_counter() - start
-        tally = _tally_of(before, await self._counters())
-        order = range(num_requests)
-        return Run(seconds, [answers[i] for i in order], [served[i] for i in order], tally, [])
-
-    async def _complete_once(self, body: Prompt) -> None:
-        import aiohttp
-
-        async with aiohttp.ClientSession() as session:
-            await self._complete(session, body)
-
-    async def _complete(self, session: Any, body: Prompt) -> tuple[str, int]:
-        """An answer and its number of tokens; raises ValueError with the server's complaint."""
-        import aiohttp
-
-        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-        try:
-            async with session.post(
-                self.url + path, json={"model": self.model, **body}
-            ) as response:
-                text = await response.text()
-        except (aiohttp.ClientError, OSError) as error:
-            raise ValueError(f"the server {self.url} went away ({error}).") from None
-        if response.status != 200:
-            raise ValueError(f"{self.url}{path} answered {response.status}: {text[:300]}")
-        found = json.loads(text)
-        (choice,) = found["choices"]
-        answer = choice["message"]["content"] if "messages" in body else choice["text"]
-        return answer or "", found["usage"]["completion_tokens"]
-
-    async def _counters(self) -> Counter[str | int]:
-        """vLLM's counters of drafts by name, and of accepted tokens by position; or nothing."""
-        from prometheus_client.parser import text_string_to_metric_families
-
-        try:
-            text = await self._get("/metrics")
-        except ValueError:
-            return Counter()
-        found: Counter[str | int] = Counter()
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                name = sample.name.removeprefix("vllm:spec_decode_num_").removesuffix("_total")
-                if sample.name == f"vllm:spec_decode_num_{name}_total":
-                    position = sample.labels.get("position")
-                    found[int(position) if position else name] += int(sample.value)
-        return found
-
-    async def _get(self, path: str) -> str:
-        import aiohttp
-
-        try:
-            async with (
-                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session,
-                session.get(self.url + path) as response,
-            ):
-                text = await response.text()
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise ValueError(
-                f"the server {self.url} is not reachable ({error}). Start it or correct --server."
-            ) from None
-        if response.status != 200:
-            raise ValueError(f"{self.url}{path} answered {response.status}. Correct --server.")
-        return text
-
-
-def _tally_of(before: Counter[str | int], after: Counter[str | int]) -> Tally:
-    """What a server's counters say of the time between; draft passes are not among them."""
-    grown = Counter({key: after[key] - before[key] for key in after})
-    return Tally(
-        grown["drafts"],
-        grown["draft_tokens"],
-        grown["accepted_tokens"],
-        math.nan if grown["drafts"] else 0.0,
-        accepted=Counter({key: n for key, n in grown.items() if isinstance(key, int) and n}),
-    )

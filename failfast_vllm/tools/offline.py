@@ -1,15 +1,51 @@
-"""A vLLM engine in this process, and its answers round by round."""
+"""A vLLM engine in this process, its prompts, and its answers round by round."""
 
 import contextlib
+import ctypes
 import gc
 import itertools
+import json
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from failfast_vllm.config import MODELS_DIR
 
 if TYPE_CHECKING:
     from failfast_vllm.drafting.records import Round
+
+Prompt = dict[str, Any]  # {"messages": [...]} or {"prompt": text}
+
+ENGINE_ENVIRONMENT = {  # one process, a small cache, no hub; what the user has set stays
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@contextlib.contextmanager
+def engine_environment() -> Iterator[None]:
+    """Defaults for an engine in this process; inside, all that writes to stdout gets stderr.
+
+    Done to the file descriptor: vLLM's C++ libraries (gloo, oneDNN) print past `sys.stdout`.
+    """
+    for key, value in ENGINE_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        ctypes.CDLL(None).fflush(None)  # what C has buffered belongs to stderr too
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 @contextlib.contextmanager
@@ -34,15 +70,60 @@ def engine(speculative_config: dict[str, Any] | None, **engine_args: Any) -> Ite
         gc.collect()
 
 
+def model_runner(llm: Any) -> Any:
+    """The model runner, V1 or V2, of an engine of one rank in this process."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return executor.driver_worker.worker.model_runner
+
+
 def adapter(llm: Any) -> Any:
-    """The drafter's adapter in an engine of one rank in this process; None without speculation."""
+    """The drafter's adapter, on either model runner; None without speculation."""
     from failfast_vllm.integration.session import adapter_of
 
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    return adapter_of(executor.driver_worker.worker.model_runner)
+    return adapter_of(model_runner(llm))
 
 
-def encode(tokenizer: Any, prompt: dict[str, Any]) -> dict[str, Any]:
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file of JSON lines; raises ValueError naming the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the prompts of {path} ({error}).") from None
+    prompts = [
+        _prompt(line, f"{path}, line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts.")
+    return prompts
+
+
+def _prompt(line: str, where: str) -> Prompt:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error}).") from None
+    entry = entry if isinstance(entry, dict) else {}
+    if isinstance(entry.get("prompt"), str):
+        return {"prompt": entry["prompt"]}
+    if _are_messages(entry.get("messages")):
+        return {"messages": entry["messages"]}
+    raise ValueError(
+        f'{where} must hold "messages" (a list of objects with "role" and '
+        f'"content") or "prompt" (a text); got {line[:60]}'
+    )
+
+
+def _are_messages(found: Any) -> bool:
+    return (
+        isinstance(found, list)
+        and bool(found)
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in found)
+    )
+
+
+def encode(tokenizer: Any, prompt: Prompt) -> dict[str, Any]:
     """{"messages": ...} or {"prompt": text} as vLLM takes it, after the chat template."""
     if "prompt" in prompt:
         return prompt

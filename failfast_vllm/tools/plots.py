@@ -57,9 +57,8 @@ def caption(facts: dict[str, Any]) -> str:
     parts = [
         " and ".join(models),  # one name for the shipped pair
         facts.get("dtype"),
-        facts.get("server") and f"server: {facts['server']}",
         facts["device"],
-        f"vLLM {facts.get('server_version') or facts['vllm']}",
+        f"vLLM {facts['vllm']}",
         f"failfast {facts['failfast_vllm']} (git {facts['git']})",
         facts["date"],
     ]

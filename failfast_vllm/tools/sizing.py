@@ -7,294 +7,34 @@ No vLLM, no torch.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from failfast_vllm.config import (
+from failfast_vllm.config import FailFastConfig
+from failfast_vllm.drafters.checks import (
     BlockSize,
-    FailFastConfig,
     check_drafter_config,
     choose_drafter,
     find_block_size,
     undivided_size,
 )
-from failfast_vllm.drafters.families import DIFFUSION_BLOCK_SIZES, FAST_DLLM_V2, Family, family_of
+from failfast_vllm.drafters.families import BLOCK_SIZE_NAMES, DIFFUSION_BLOCK_SIZES, Family
+from failfast_vllm.tools.model_size import (
+    Shape,
+    kv_bytes_per_token,
+    read_bytes,
+    shape_of,
+    weight_bytes,
+)
+from failfast_vllm.tools.published_models import GPUS, PUBLISHED_DRAFTERS, PUBLISHED_TARGETS, Gpu
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT_LEN = 1024
 # FailFast v3, 32B target, MATH, tau 0.4 (arXiv 2512.20573): drafts of 13.9 tokens, 5.6 accepted
 PUBLISHED_DRAFT_LEN = 13.9
 PUBLISHED_ACCEPTANCE_LENGTH = 6.6  # with the bonus token, vLLM's definition
-VOCAB_PADDING = 64  # vLLM's VocabParallelEmbedding
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-
-
-class Gpu(NamedTuple):
-    """Data-sheet figures unless said otherwise."""
-
-    name: str
-    bandwidth: float  # bytes/s
-    compute: float  # dense bf16 flop/s
-    memory: float  # bytes
-    source: str = "vendor data sheet"
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        # the sheet says 989e12; large bf16 GEMMs were measured at about 790e12
-        Gpu("H200", 4.8e12, 790e12, 141e9, "data-sheet bandwidth, measured bf16 compute"),
-        Gpu("H100", 3.35e12, 989e12, 80e9),  # SXM5
-        Gpu("A100-80G", 2.039e12, 312e12, 80e9),  # SXM4
-        Gpu("L40S", 0.864e12, 362e12, 48e9),
-        Gpu("A6000", 0.768e12, 154.8e12, 48e9),  # RTX A6000, GA102: the sheet's 309.7 is sparse
-    )
-}
-
-
-def _config(model_type: str, architecture: str, **fields: Any) -> dict[str, Any]:
-    return {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "torch_dtype": "bfloat16",
-        **fields,
-    }
-
-
-def _dense(
-    hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocab: int, tied: bool
-) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": mlp,
-        "vocab_size": vocab,
-        "tie_word_embeddings": tied,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "hidden_act": "silu",
-    }
-
-
-def _qwen2(*shape: Any) -> dict[str, Any]:
-    return _config("qwen2", "Qwen2ForCausalLM", **_dense(*shape))
-
-
-def _qwen3(*shape: Any) -> dict[str, Any]:
-    return _config(
-        "qwen3", "Qwen3ForCausalLM", head_dim=128, attention_bias=False, **_dense(*shape)
-    )
-
-
-def _sdar(*shape: Any) -> dict[str, Any]:
-    return _config("sdar", "SDARForCausalLM", head_dim=128, attention_bias=False, **_dense(*shape))
-
-
-def _fast_dllm(*shape: Any) -> dict[str, Any]:
-    return _config("Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM", bd_size=32, **_dense(*shape))
-
-
-PUBLISHED_TARGETS = {  # from the published config.json of each
-    "Qwen/Qwen2.5-7B-Instruct": _qwen2(3584, 28, 28, 4, 18944, 152064, False),
-    "Qwen/Qwen2.5-14B-Instruct": _qwen2(5120, 48, 40, 8, 13824, 152064, False),
-    "Qwen/Qwen2.5-32B-Instruct": _qwen2(5120, 64, 40, 8, 27648, 152064, False),
-    "Qwen/Qwen2.5-72B-Instruct": _qwen2(8192, 80, 64, 8, 29568, 152064, False),
-    "Qwen/Qwen3-4B": _qwen3(2560, 36, 32, 8, 9728, 151936, True),
-    "Qwen/Qwen3-8B": _qwen3(4096, 36, 32, 8, 12288, 151936, False),
-    "Qwen/Qwen3-14B": _qwen3(5120, 40, 40, 8, 17408, 151936, False),
-    "Qwen/Qwen3-32B": _qwen3(5120, 64, 64, 8, 25600, 151936, False),
-}
-_SDAR_SHAPES = {  # also with blocks of 8, 16 and 32, as "-b32" says
-    "JetLM/SDAR-1.7B-Chat": _sdar(2048, 28, 16, 8, 6144, 151936, False),
-    "JetLM/SDAR-4B-Chat": _sdar(2560, 36, 32, 8, 9728, 151936, False),
-    "JetLM/SDAR-8B-Chat": _sdar(4096, 36, 32, 8, 12288, 151936, False),
-    "JetLM/SDAR-30B-A3B-Chat": _config(  # the sizes of Qwen3-30B-A3B, which it was trained from
-        "sdar_moe",
-        "SDARMoeForCausalLM",
-        head_dim=128,
-        attention_bias=False,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        moe_intermediate_size=768,
-        norm_topk_prob=True,
-        num_experts=128,
-        num_experts_per_tok=8,
-        **_dense(2048, 48, 32, 4, 6144, 151936, False),
-    ),
-}
-PUBLISHED_DRAFTERS = {
-    "Efficient-Large-Model/Fast_dLLM_v2_1.5B": _fast_dllm(1536, 28, 12, 2, 8960, 151936, True),
-    "Efficient-Large-Model/Fast_dLLM_v2_7B": _fast_dllm(3584, 28, 28, 4, 18944, 152064, False),
-    **{
-        f"{name}{size}": config
-        for name, config in _SDAR_SHAPES.items()
-        for size in ("-b32", "-b16", "-b8", "")
-    },
-    "Gen-Verse/TraDo-4B-Instruct": _SDAR_SHAPES["JetLM/SDAR-4B-Chat"],
-    "Gen-Verse/TraDo-8B-Instruct": _SDAR_SHAPES["JetLM/SDAR-8B-Chat"],
-    "Gen-Verse/TraDo-8B-Thinking": _SDAR_SHAPES["JetLM/SDAR-8B-Chat"],
-}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One tensor-parallel rank's part of a decoder; see `shape_of` and `per_rank`."""
-
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int  # of one expert, if there are experts
-    vocab_size: int
-    tied: bool  # lm_head is the embedding
-    qkv_bias: bool
-    output_bias: bool
-    qk_norm: bool
-    value_bytes: int  # of a weight that is not quantised, and of a KV value
-    num_experts: int = 0  # 0: a dense MLP
-    num_active_experts: int = 0
-    quantised_bits: float | None = None  # of a linear layer's weight; 0: the config does not say
-
-    @property
-    def exact(self) -> bool:
-        """Whether every byte of the weights is known: no scales and zero points of unknown size."""
-        return self.quantised_bits is None
-
-
-def shape_of(name: str, config: Mapping[str, Any]) -> Shape:
-    """The shape that a `config.json` describes.
-
-    Raises:
-        ValueError: a model type whose tensors are not known here, or a missing field.
-    """
-    model_type = config.get("model_type")
-    family = family_of(config.get("architectures"))
-    known = ("qwen2", "qwen3", "qwen3_moe")
-    if family is None and model_type not in known:
-        raise ValueError(
-            f"the tensors of {name!r} are not known (model type {model_type!r}); "
-            f"give a config of {', '.join(known)} or of a drafter."
-        )
-    qwen2 = model_type == "qwen2" or family is FAST_DLLM_V2
-    moe = family.has_experts if family else model_type == "qwen3_moe"
-    config = family.filled(config) if family else config
-    if moe and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
-        raise ValueError(f"{name!r} mixes dense and expert layers; only all-expert ones are known.")
-    heads = _size(name, config, "num_attention_heads")
-    hidden = _size(name, config, "hidden_size")
-    bias = bool(config.get("attention_bias", qwen2))
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-    if dtype not in BYTES:
-        raise ValueError(f"{name!r} must have a dtype of {', '.join(BYTES)}; got {dtype!r}.")
-    return Shape(
-        hidden_size=hidden,
-        num_layers=_size(name, config, "num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=_size(name, config, "num_key_value_heads"),
-        # transformers' Qwen3Config has heads of 128 where the file is silent
-        head_dim=config.get("head_dim") or (hidden // heads if qwen2 else 128),
-        intermediate_size=_size(
-            name, config, "moe_intermediate_size" if moe else "intermediate_size"
-        ),
-        vocab_size=_size(name, config, "vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=bias,
-        output_bias=bias and not qwen2,
-        qk_norm=not qwen2,
-        value_bytes=BYTES[dtype],
-        num_experts=_size(name, config, "num_experts") if moe else 0,
-        num_active_experts=_size(name, config, "num_experts_per_tok") if moe else 0,
-        quantised_bits=_quantised_bits(config.get("quantization_config")),
-    )
-
-
-def _quantised_bits(quantisation: Any) -> float | None:
-    if not isinstance(quantisation, Mapping):
-        return None
-    bits = quantisation.get("bits", 8 if quantisation.get("quant_method") == "fp8" else 0)
-    return float(bits) if isinstance(bits, int) else 0.0
-
-
-def _size(name: str, config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name!r} must have a positive integer {key!r}; got {value!r}.")
-    return value
-
-
-def per_rank(name: str, shape: Shape, tensor_parallel_size: int) -> Shape:
-    """The part of one rank: KV heads are replicated when there are fewer than ranks.
-
-    Raises:
-        ValueError: vLLM cannot divide the heads or the MLP.
-    """
-    ranks = tensor_parallel_size
-    if ranks == 1:
-        return shape
-    divides = shape.num_heads % ranks == shape.intermediate_size % ranks == 0
-    if not divides or (shape.num_kv_heads % ranks and ranks % shape.num_kv_heads):
-        raise ValueError(
-            f"--tensor-parallel-size must divide the {shape.num_heads} heads "
-            f"({shape.num_kv_heads} KV) and the MLP of {name!r}; got {ranks}."
-        )
-    vocab = -(-shape.vocab_size // VOCAB_PADDING) * VOCAB_PADDING
-    return replace(
-        shape,
-        num_heads=shape.num_heads // ranks,
-        num_kv_heads=max(1, shape.num_kv_heads // ranks),
-        intermediate_size=shape.intermediate_size // ranks,
-        vocab_size=-(-vocab // ranks),
-    )
-
-
-def weight_bytes(shape: Shape) -> int:
-    """Bytes of all tensors; of a quantised checkpoint without its scales and zero points."""
-    return int(_bytes(shape, shape.num_experts, num_embeddings=1 if shape.tied else 2))
-
-
-def kv_bytes_per_token(shape: Shape) -> int:
-    """Bytes of keys and values of one token, all layers, at the dtype of the weights."""
-    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * shape.value_bytes
-
-
-def read_bytes(shape: Shape, num_tokens: float) -> float:
-    """Bytes of weights that one pass over `num_tokens` reads.
-
-    Of an untied embedding a pass reads its tokens' rows only: neglected. Of experts it reads those
-    that some token chose, here every choice as likely as any other.
-    """
-    experts: float = shape.num_experts
-    if experts:
-        experts *= 1 - (1 - shape.num_active_experts / experts) ** num_tokens
-    return _bytes(shape, num_experts=experts, num_embeddings=1)
-
-
-def _bytes(shape: Shape, num_experts: float, num_embeddings: int) -> float:
-    """Layers, the final norm and `num_embeddings` matrices of the vocabulary's size."""
-    linear, rest = _layer_params(shape, num_experts)
-    rest = rest * shape.num_layers + shape.hidden_size * (1 + num_embeddings * shape.vocab_size)
-    linear *= shape.num_layers
-    if shape.quantised_bits is None:
-        return (linear + rest) * shape.value_bytes
-    return linear * shape.quantised_bits / 8 + rest * shape.value_bytes
-
-
-def _layer_params(shape: Shape, num_experts: float) -> tuple[float, int]:
-    """Parameters of one layer: of its linear weights (with `num_experts`), and all others."""
-    hidden = shape.hidden_size
-    q = shape.num_heads * shape.head_dim
-    kv = shape.num_kv_heads * shape.head_dim
-    mlp = 3 * hidden * shape.intermediate_size  # gate, up, down
-    linear = hidden * (2 * q + 2 * kv) + mlp * (num_experts if shape.num_experts else 1)
-    rest = 2 * hidden + hidden * shape.num_experts  # norms, router
-    rest += (q + 2 * kv) * shape.qkv_bias + hidden * shape.output_bias
-    return linear, rest + 2 * shape.head_dim * shape.qk_norm
 
 
 def pass_ms(gpu: Gpu, shape: Shape, rows: Sequence[float], contexts: Sequence[float]) -> float:
@@ -310,29 +50,12 @@ def pass_ms(gpu: Gpu, shape: Shape, rows: Sequence[float], contexts: Sequence[fl
     assert shape.quantised_bits != 0, "the bytes of these weights are unknown"
     num_rows = sum(rows)
     bytes_read = read_bytes(shape, num_rows) + sum(contexts) * kv_bytes_per_token(shape)
-    dense, rest = _layer_params(shape, shape.num_active_experts)
-    params = shape.num_layers * (dense + rest) + shape.hidden_size * (1 + shape.vocab_size)
+    params = shape.linear + shape.experts * shape.share + shape.others
+    params += shape.hidden_size * shape.vocab_size
     attention = 4 * shape.num_heads * shape.head_dim * shape.num_layers  # q.k and p.v
     pairs = sum(n * context for n, context in zip(rows, contexts, strict=True))
     flops = 2 * params * num_rows + attention * pairs
     return 1e3 * float(max(bytes_read / gpu.bandwidth, flops / gpu.compute))
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """Modelled times of a pair on one GPU type; the shapes are those of a rank."""
-
-    gpu: Gpu
-    target: Shape
-    drafter: Shape
-
-    def draft_ms(self, rows: Sequence[float], contexts: Sequence[float]) -> float:
-        """One draft pass: [num_seqs] rows and cached tokens -> ms."""
-        return pass_ms(self.gpu, self.drafter, rows, contexts)
-
-    def verify_ms(self, tokens: Sequence[float], contexts: Sequence[float]) -> float:
-        """One target step: [num_seqs] tokens (1 = no draft) and cached tokens -> ms."""
-        return pass_ms(self.gpu, self.target, tokens, contexts)
 
 
 @dataclass(frozen=True)
@@ -382,16 +105,6 @@ class Line(NamedTuple):
     speedup: float
 
 
-def model_line(costs: CostModel, profile: Profile, batch_size: int, context_len: int) -> Line:
-    """A round of `batch_size` equal sequences against plain decoding of the same."""
-    contexts = [context_len] * batch_size
-    draft = costs.draft_ms([profile.draft_rows] * batch_size, contexts)
-    verify = costs.verify_ms([profile.draft_len + 1] * batch_size, contexts)
-    plain = costs.verify_ms([1] * batch_size, contexts)
-    round_ms = profile.passes_per_round * draft + verify
-    return Line(batch_size, draft, verify, plain, profile.acceptance_length * plain / round_ms)
-
-
 @dataclass(frozen=True)
 class Plan:
     """All that `failfast plan` prints. Bytes are of one rank."""
@@ -400,7 +113,9 @@ class Plan:
     drafter_name: str
     family: Family
     block: BlockSize
-    costs: CostModel
+    gpu: Gpu
+    target: Shape
+    drafter: Shape
     profile: Profile
     batch_sizes: tuple[int, ...]
     context_len: int
@@ -410,31 +125,37 @@ class Plan:
     @property
     def lines(self) -> list[Line]:
         """Modelled, by batch size; none where a model's bytes are unknown."""
-        if 0 in (self.costs.target.quantised_bits, self.costs.drafter.quantised_bits):
+        if 0 in (self.target.quantised_bits, self.drafter.quantised_bits):
             return []
-        return [
-            model_line(self.costs, self.profile, size, self.context_len)
-            for size in self.batch_sizes
-        ]
+        return [self._line(batch_size) for batch_size in self.batch_sizes]
+
+    def _line(self, batch_size: int) -> Line:
+        """A round of `batch_size` equal sequences against plain decoding of the same."""
+        profile, contexts = self.profile, [self.context_len] * batch_size
+        draft = pass_ms(self.gpu, self.drafter, [profile.draft_rows] * batch_size, contexts)
+        verify = pass_ms(self.gpu, self.target, [profile.draft_len + 1] * batch_size, contexts)
+        plain = pass_ms(self.gpu, self.target, [1] * batch_size, contexts)
+        round_ms = profile.passes_per_round * draft + verify
+        return Line(batch_size, draft, verify, plain, profile.acceptance_length * plain / round_ms)
 
     @property
     def kv_share(self) -> float:
         """The drafter's part of the KV pool."""
-        drafter = kv_bytes_per_token(self.costs.drafter)
-        return drafter / (drafter + kv_bytes_per_token(self.costs.target))
+        drafter = kv_bytes_per_token(self.drafter)
+        return drafter / (drafter + kv_bytes_per_token(self.target))
 
     @property
     def logits_bytes(self) -> int:
         """Of the longest verification of the largest batch, in float32 (as it is sampled)."""
         num_tokens = FailFastConfig.from_user({}).num_speculative_tokens + 1
-        vocab = self.costs.target.vocab_size * self.tensor_parallel_size  # gathered
+        vocab = self.target.vocab_size * self.tensor_parallel_size  # gathered
         return max(self.batch_sizes) * num_tokens * vocab * 4
 
     @property
     def notes(self) -> list[str]:
         """Assumptions, and what does not add up."""
-        gpu, profile = self.costs.gpu, self.profile
-        notes = [
+        gpu, profile = self.gpu, self.profile
+        return [
             f"modelled, not measured: a pass takes max(bytes / {gpu.bandwidth / 1e12:g} TB/s, "
             f"flops / {gpu.compute / 1e12:g} TFLOP/s) on {gpu.name} ({gpu.source}); launches, "
             "sampling, scheduling and communication cost nothing, so a speed-up is an upper bound",
@@ -445,50 +166,33 @@ class Plan:
             f"{self.context_len} cached tokens per sequence, {profile.draft_rows:.1f} rows per "
             "sequence and draft pass (draft, half a block, tokens to commit), lm_head on each",
             "tokenizers are compared when vLLM starts, not here",
+            *_weight_notes(self.target_name, self.target),
+            *_weight_notes(self.drafter_name, self.drafter),
+            *self._doubts(),
         ]
-        for name, shape in (
-            (self.target_name, self.costs.target),
-            (self.drafter_name, self.costs.drafter),
-        ):
-            if not shape.exact:
-                counted = (
-                    f"linear layers at {shape.quantised_bits:g} bits, without scales"
-                    if shape.quantised_bits
-                    else "embeddings, biases and norms only, and no times"
-                )
-                notes.append(f"{name} is quantised: its weights are not exact ({counted})")
-            if shape.num_experts:
-                notes.append(f"{name}: experts are chosen evenly, as many as the tokens reach")
+
+    def _doubts(self) -> Iterator[str]:
         if self.block.doubt:
-            notes.append(
-                f"{self.drafter_name} drafts in blocks of {self.block.size}: {self.block.doubt}"
-            )
+            yield f"{self.drafter_name} drafts in blocks of {self.block.size}: {self.block.doubt}"
         if self.draft_tensor_parallel_size != self.tensor_parallel_size:
-            notes.append(
-                "the drafter's heads do not divide so: set 'draft_tensor_parallel_size' to 1"
-            )
-        weights = weight_bytes(self.costs.target) + weight_bytes(self.costs.drafter)
-        if weights > gpu.memory:
-            notes.append(f"the weights do not fit: {gpu.name} has {gpu.memory / 1e9:g} GB")
-        return notes
+            yield "the drafter's heads do not divide so: set 'draft_tensor_parallel_size' to 1"
+        if weight_bytes(self.target) + weight_bytes(self.drafter) > self.gpu.memory:
+            yield f"the weights do not fit: {self.gpu.name} has {self.gpu.memory / 1e9:g} GB"
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
-        target, drafter = self.costs.target, self.costs.drafter
+        shapes = {"target": self.target, "drafter": self.drafter}
         return {
             "target": self.target_name,
             "drafter": self.drafter_name,
             "family": self.family.name,
             "diffusion_block_size": self.block.size,
-            "gpu": self.costs.gpu._asdict(),
+            "gpu": self.gpu._asdict(),
             "tensor_parallel_size": self.tensor_parallel_size,
             "draft_tensor_parallel_size": self.draft_tensor_parallel_size,
-            "weight_bytes": {"target": weight_bytes(target), "drafter": weight_bytes(drafter)},
-            "weight_bytes_exact": {"target": target.exact, "drafter": drafter.exact},
-            "kv_bytes_per_token": {
-                "target": kv_bytes_per_token(target),
-                "drafter": kv_bytes_per_token(drafter),
-            },
+            "weight_bytes": {key: weight_bytes(shape) for key, shape in shapes.items()},
+            "weight_bytes_exact": {key: shape.exact for key, shape in shapes.items()},
+            "kv_bytes_per_token": {key: kv_bytes_per_token(s) for key, s in shapes.items()},
             "drafter_share_of_kv": self.kv_share,
             "verification_logits_bytes": self.logits_bytes,
             "profile": asdict(self.profile),
@@ -497,6 +201,18 @@ class Plan:
             "by_batch_size": [{**line._asdict(), "modelled": True} for line in self.lines],
             "notes": self.notes,
         }
+
+
+def _weight_notes(name: str, shape: Shape) -> Iterator[str]:
+    if not shape.exact:
+        counted = (
+            f"linear layers at {shape.quantised_bits:g} bits, without scales"
+            if shape.quantised_bits
+            else "embeddings, biases and norms only, and no times"
+        )
+        yield f"{name} is quantised: its weights are not exact ({counted})"
+    if shape.experts:
+        yield f"{name}: experts are chosen evenly, as many as the tokens reach"
 
 
 def make_plan(
@@ -514,30 +230,27 @@ def make_plan(
     """Plan a pair; raises ValueError, one line, on anything unknown."""
     if gpu not in GPUS:
         raise ValueError(f"--gpu must be one of {', '.join(GPUS)}; got {gpu!r}.")
-    target_name, target_config = load_config(target, PUBLISHED_TARGETS)
-    whole = shape_of(target_name, target_config)
-    chosen = drafter or choose_drafter(
-        target_name, str(target_config.get("model_type")), whole.vocab_size
-    )
-    drafter_name, drafter_config = load_config(chosen, PUBLISHED_DRAFTERS)
+    name, config = load_config(target, PUBLISHED_TARGETS)
+    vocab_size = shape_of(name, config).vocab_size
+    drafter = drafter or choose_drafter(name, str(config.get("model_type")), vocab_size)
+    drafter, drafter_config = load_config(drafter, PUBLISHED_DRAFTERS)
     if diffusion_block_size not in (None, *DIFFUSION_BLOCK_SIZES):
-        sizes = ", ".join(map(str, DIFFUSION_BLOCK_SIZES))
         raise ValueError(
-            f"--diffusion-block-size must be one of {sizes}; got {diffusion_block_size}."
+            f"--diffusion-block-size must be one of {BLOCK_SIZE_NAMES}; got {diffusion_block_size}."
         )
-    family = check_drafter_config(drafter_name, drafter_config, diffusion_block_size)
-    block = find_block_size(drafter_name, family, drafter_config, diffusion_block_size)
+    family = check_drafter_config(drafter, drafter_config, diffusion_block_size)
+    block = find_block_size(drafter, family, drafter_config, diffusion_block_size)
     # 12 heads on 8 ranks, say: each of them then holds the whole drafter
     undivided = undivided_size(family.filled(drafter_config), tensor_parallel_size)
     draft_ranks = 1 if undivided else tensor_parallel_size
-    draft_part = per_rank(drafter_name, shape_of(drafter_name, drafter_config), draft_ranks)
-    costs = CostModel(GPUS[gpu], per_rank(target_name, whole, tensor_parallel_size), draft_part)
     return Plan(
-        target_name,
-        drafter_name,
+        name,
+        drafter,
         family,
         block,
-        costs,
+        GPUS[gpu],
+        shape_of(name, config, tensor_parallel_size),
+        shape_of(drafter, drafter_config, draft_ranks),
         profile_of(block.size, acceptance_length, passes_per_round),
         (concurrency,) if concurrency else BATCH_SIZES,
         context_len,
@@ -575,7 +288,7 @@ def load_config(
 
 def render(plan: Plan) -> str:
     """The report for a reader."""
-    target, drafter = plan.costs.target, plan.costs.drafter
+    target, drafter = plan.target, plan.drafter
     rank = " per rank" if plan.tensor_parallel_size > 1 else ""
     text = [
         f"target    {plan.target_name}",

@@ -12,13 +12,13 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from checkpoints import tiny_config, write_checkpoint
 from engine import TARGET, engine, generate, mixed_prompts, watch
-from failfast_vllm import config as user_config
-from failfast_vllm import plugin
 from failfast_vllm.config import MODELS_DIR
-from failfast_vllm.drafters import hosted
+from failfast_vllm.drafters import checks, hosted
 from failfast_vllm.drafters import parallel as ranks
 from failfast_vllm.drafters.families import SDAR, SDAR_MOE
 from failfast_vllm.drafting.records import DraftBatch
+from failfast_vllm.integration.configure import check_balancing
+from failfast_vllm.integration.hooks import logger
 from rank_worker import EXTENSION
 from wide_models import equal_experts, four_heads, rewrite
 
@@ -264,10 +264,10 @@ def test_expert_parallelism_ends_at_the_target(expert_drafter, tmp_path):
 
 def test_experts_of_a_drafter_are_not_balanced():
     """Catches vLLM's balancer (no CPU has it) on a drafter whose experts are all on each rank."""
-    plugin._check_balancing(SDAR_MOE, "a-drafter", enable_eplb=False)
-    plugin._check_balancing(SDAR, "a-drafter", enable_eplb=True)
+    check_balancing(SDAR_MOE, "a-drafter", enable_eplb=False)
+    check_balancing(SDAR, "a-drafter", enable_eplb=True)
     with pytest.raises(ValueError, match=r"\Afailfast: [^\n]*got --enable-eplb") as caught:
-        plugin._check_balancing(SDAR_MOE, "a-drafter", enable_eplb=True)
+        check_balancing(SDAR_MOE, "a-drafter", enable_eplb=True)
     assert "'a-drafter'" in str(caught.value)
     assert "use a drafter without experts" in str(caught.value)
 
@@ -308,19 +308,19 @@ QWEN_1_5B = {  # the drafter of Qwen2.5 targets
 )
 def test_which_ranks_can_share_the_published_drafter(num_ranks, problem):
     """Catches a rule that divides too much: vLLM would stop in an assertion while loading."""
-    assert user_config.undivided_size(QWEN_1_5B, num_ranks) == problem
+    assert checks.undivided_size(QWEN_1_5B, num_ranks) == problem
 
 
 def test_experts_that_ranks_cannot_share():
     """Each expert is cut, so their number does not matter and their width does."""
     experts = {**QWEN_1_5B, "num_experts": 3, "moe_intermediate_size": 770}
-    assert user_config.undivided_size(experts, 2) is None
-    assert user_config.undivided_size(experts, 4) == "'moe_intermediate_size': 770"
+    assert checks.undivided_size(experts, 2) is None
+    assert checks.undivided_size(experts, 4) == "'moe_intermediate_size': 770"
 
 
 def test_a_vocabulary_that_ranks_cannot_share():
     even = {**QWEN_1_5B, "num_key_value_heads": 12, "intermediate_size": 8961}
-    assert user_config.undivided_size(even, 3) == "'vocab_size': 151936"
+    assert checks.undivided_size(even, 3) == "'vocab_size': 151936"
 
 
 def build(given, num_ranks=2, model=TARGET, **settings):
@@ -341,7 +341,7 @@ def num_drafter_ranks(built):
 
 def test_a_drafter_is_shared_where_possible(shared_drafter, monkeypatch):
     lines = []
-    monkeypatch.setattr(plugin.logger, "info", lambda text, *args: lines.append(text % args))
+    monkeypatch.setattr(logger, "info", lambda text, *args: lines.append(text % args))
     assert num_drafter_ranks(build({"model": shared_drafter})) == 2
     both = {"model": shared_drafter, "draft_tensor_parallel_size": 2}
     assert num_drafter_ranks(build(both)) == 2

@@ -13,10 +13,10 @@ from transformers import (
 
 from checkpoints import fuse_experts, tiny_config, write_checkpoint, write_weights
 from engine import engine, proposer
-from failfast_vllm.config import check_local_drafter
+from failfast_vllm.drafters.checks import check_local_drafter
 from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR, SDAR_MOE
 from failfast_vllm.drafting.records import DraftBatch
-from failfast_vllm.plugin import register_model
+from failfast_vllm.integration.worker import register_model
 from independent import IndependentDrafter
 
 LENGTHS = (1, 2, 3, 4, 5, 8, 31, 32, 33, 64, 95, 127, 128, 129, 200, 256, 257, 300)

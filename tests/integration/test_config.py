@@ -16,11 +16,12 @@ from transformers import AutoTokenizer
 
 from build_config import build, edit, refusal
 from checkpoints import tiny_config, write_checkpoint, write_headers
-from failfast_vllm import config
 from failfast_vllm.config import METHOD, MODELS_DIR, FailFastConfig
+from failfast_vllm.drafters import checks
 from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR
-from failfast_vllm.policies.learned import make_policy
+from failfast_vllm.policies.table import PARAMETERS, make_policy
 from failfast_vllm.tools import sizing as plan
+from failfast_vllm.tools.published_models import PUBLISHED_TARGETS
 from published import SDAR_1_7B
 
 TARGET = MODELS_DIR / "target"
@@ -166,7 +167,7 @@ def test_bad_parameter_of_a_policy_is_named(policy, key, value):
 def test_every_parameter_has_its_checks():
     """Catches a parameter that is added without a refusal."""
     checked = {(policy, key) for policy, key, _ in BAD_PARAMETERS}
-    listed = {(policy, key) for policy, keys in config.POLICIES.items() for key in keys}
+    listed = {(policy, key) for policy, keys in PARAMETERS.items() for key in keys}
     assert listed - checked == {("adaedl", "entropy_factor")}  # svip's
 
 
@@ -185,13 +186,12 @@ def test_a_parameter_of_another_policy_says_whose_it_is(policy, key, owners):
     assert f"{key!r} belongs to the policy {owners}; got the policy {policy!r}" in message
 
 
-@pytest.mark.parametrize("policy", config.POLICIES)
+@pytest.mark.parametrize("policy", PARAMETERS)
 def test_every_policy_is_built_from_its_defaults(policy):
     """Catches parameters that the policy's class does not take, or a cap below a minimum."""
     for given in ({}, {"num_speculative_tokens": 1}):
         flat = FailFastConfig.from_user({"policy": policy, **given}).to_dict()
-        names = config.POLICIES[policy]
-        make_policy(policy, {k: flat[k] for k in names}, flat["num_speculative_tokens"])
+        make_policy(policy, flat, flat["num_speculative_tokens"])
 
 
 def test_increment_may_not_exceed_a_lowered_cap():
@@ -519,7 +519,7 @@ SILENT = {"architectures": ["SDARForCausalLM"], "model_type": "sdar"}
 @pytest.mark.parametrize(("name", "expected"), NAMED_SIZES.items())
 def test_the_block_size_of_a_silent_config_is_in_the_name(name, expected):
     """Catches SDAR-1.7B-Chat-b32 in blocks of 4: its config.json does not state the size."""
-    size, doubt = config.find_block_size(name, SDAR, SILENT)
+    size, doubt = checks.find_block_size(name, SDAR, SILENT)
     assert (size, doubt is not None) == expected
     if doubt:
         assert "the default of SDAR" in doubt
@@ -530,7 +530,7 @@ def test_what_says_the_block_size():
     """Catches an order of config, user, name and origin in which a hint beats a statement."""
 
     def find(name, asked=None, family=SDAR, **fields):
-        return config.find_block_size(name, family, SILENT | fields, asked)
+        return checks.find_block_size(name, family, SILENT | fields, asked)
 
     assert find("x/SDAR-b32", block_size=8) == (8, None)
     assert find("x/SDAR-b32", block_size=8, asked=8) == (8, None)
@@ -551,7 +551,7 @@ def test_a_link_or_a_dot_has_the_name_of_its_directory(tmp_path, monkeypatch):
     (tmp_path / "drafter").symlink_to("SDAR-1.7B-Chat-b32")
     monkeypatch.chdir(tmp_path / "drafter")
     for name in (str(tmp_path / "drafter"), ".", "../drafter"):
-        assert config.find_block_size(name, SDAR, SILENT) == (32, None)
+        assert checks.find_block_size(name, SDAR, SILENT) == (32, None)
 
 
 @pytest.mark.parametrize(
@@ -567,7 +567,7 @@ def test_a_link_or_a_dot_has_the_name_of_its_directory(tmp_path, monkeypatch):
 def test_block_size_that_cannot_be(name, fields, asked, fragments):
     """Catches blocks that no kernel has, and a user who contradicts the checkpoint unheard."""
     with pytest.raises(ValueError, match=r"\Afailfast: [^\n]*\Z") as caught:
-        config.find_block_size(name, SDAR, SILENT | fields, asked)
+        checks.find_block_size(name, SDAR, SILENT | fields, asked)
     assert all(fragment in str(caught.value) for fragment in [repr(name), *fragments])
 
 
@@ -627,7 +627,7 @@ def test_the_default_drafter_of_qwen3_has_blocks_of_32(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     target = tmp_path / "target"
     target.mkdir()
-    fields = plan.PUBLISHED_TARGETS["Qwen/Qwen3-4B"]
+    fields = PUBLISHED_TARGETS["Qwen/Qwen3-4B"]
     (target / "config.json").write_text(json.dumps(fields), encoding="utf-8")
 
     for chosen in ("failfast", asking(model=snapshot)):
@@ -674,26 +674,26 @@ def test_multiples_of_32_tokens_per_page_are_accepted():
 def test_the_shipped_target_has_the_shipped_drafter(monkeypatch):
     """Catches a comparison of spellings: the relative path is the same directory."""
     monkeypatch.chdir(MODELS_DIR.parent)
-    for name in (str(TARGET), "models/target", "./models/../models/target/"):
+    for name in (str(TARGET), "small_pair/target", "./small_pair/../small_pair/target/"):
         built = build("failfast", model=name)
         assert Path(built.speculative_config.draft_model_config.model) == DRAFTER
 
 
 @pytest.mark.parametrize("vocab_size", [151936, 152064])
 def test_qwen25_targets_have_the_published_drafter(vocab_size):
-    assert config.choose_drafter("Qwen/Any", "qwen2", vocab_size) == FAST_DLLM_V2.drafter
+    assert checks.choose_drafter("Qwen/Any", "qwen2", vocab_size) == FAST_DLLM_V2.drafter
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen3_moe"])
 def test_qwen3_targets_have_the_published_drafter(model_type):
     """Catches Qwen2.5's drafter for Qwen3, which pads to the same size."""
-    assert config.choose_drafter("Qwen/Any", model_type, 151936) == SDAR.drafter
+    assert checks.choose_drafter("Qwen/Any", model_type, 151936) == SDAR.drafter
 
 
 @pytest.mark.parametrize(("model_type", "vocab_size"), [("llama", 151936), ("qwen2", 151646)])
 def test_other_families_have_no_drafter(model_type, vocab_size):
     with pytest.raises(ValueError, match="failfast: no drafter is known"):
-        config.choose_drafter("Qwen/Any", model_type, vocab_size)
+        checks.choose_drafter("Qwen/Any", model_type, vocab_size)
 
 
 @pytest.mark.parametrize("sizes", [(152064, 151936), (151936, 152064)])
@@ -709,16 +709,16 @@ def test_padded_vocabularies_may_differ(target, drafter, sizes):
 
 def test_mask_token_of_the_published_checkpoints():
     """Their config.json does not name it."""
-    assert config.mask_token_id(FAST_DLLM_V2, {"vocab_size": 151936}, {}) == 151665
-    assert config.mask_token_id(SDAR, {"vocab_size": 151936}, {}) == 151669
-    assert config.mask_token_id(FAST_DLLM_V2, {"vocab_size": 99}, {"|<MASK>|": 7}) == 7
-    assert config.mask_token_id(SDAR, {"vocab_size": 99}, {"<|MASK|>": 7}) == 7
+    assert checks.mask_token_id(FAST_DLLM_V2, {"vocab_size": 151936}, {}) == 151665
+    assert checks.mask_token_id(SDAR, {"vocab_size": 151936}, {}) == 151669
+    assert checks.mask_token_id(FAST_DLLM_V2, {"vocab_size": 99}, {"|<MASK>|": 7}) == 7
+    assert checks.mask_token_id(SDAR, {"vocab_size": 99}, {"<|MASK|>": 7}) == 7
 
 
 def test_a_drafter_may_have_a_mask_token_that_the_target_lacks():
     """Catches equality of the vocabularies as the rule."""
     target = {chr(97 + i): i for i in range(20)}
-    config.check_tokenizers("target", target, "drafter", {**target, "|<MASK>|": 20}, 20)
+    checks.check_tokenizers("target", target, "drafter", {**target, "|<MASK>|": 20}, 20)
 
 
 def test_the_code_of_a_drafter_is_never_run(drafter, tmp_path, monkeypatch):

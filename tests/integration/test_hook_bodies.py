@@ -5,8 +5,7 @@ import json
 import pytest
 from vllm.v1.engine.input_processor import InputProcessor
 
-from failfast_vllm import plugin
-from failfast_vllm.integration import hook_bodies
+from failfast_vllm.integration import hook_bodies, hooks, versions
 from failfast_vllm.tools import cli
 
 BODY = """
@@ -20,15 +19,15 @@ DIGEST = "f4c9a5efce6569df"  # of BODY on each Python from 3.10 to 3.13
 
 
 def test_doctor_warns_of_a_changed_body(capsys, monkeypatch):
-    """Catches a function that does something else now, behind the same parameters."""
+    """Catches a function that does something else now, with the same parameters."""
     original = InputProcessor._validate_params
-    (hook,) = [hook for hook in plugin.ALL_HOOKS if hook.function == "_validate_params"]
+    hook = hooks.hooks_of("requests")[0]
 
     def _validate_params(self, params, supported_tasks):
         return original(self, params, ())
 
     monkeypatch.setattr(InputProcessor, "_validate_params", _validate_params)
-    assert plugin.hook_problem(hook) is None
+    assert hooks.hook_problem(hook) is None
     assert cli.main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (where,) = [i for i, line in enumerate(lines) if line.startswith("warning")]
@@ -39,17 +38,18 @@ def test_doctor_warns_of_a_changed_body(capsys, monkeypatch):
 
 
 def test_a_patch_release_is_compared_with_its_minor_version(monkeypatch):
-    hook, bodies = plugin.ALL_HOOKS[0], {plugin.ALL_HOOKS[0].name: "of 0.32"}
+    hook = hooks.hooks_of("configuration")[0]
+    bodies = {hook.name: "of 0.32"}
     stored = {"0.32.0": bodies, "0.32.1": {hook.name: "of 0.32.1"}, "0.33.0": {}}
     monkeypatch.setattr(hook_bodies, "_stored", lambda: stored)
-    monkeypatch.setattr(plugin, "vllm_version", lambda: "0.32.9+cpu")
+    monkeypatch.setattr(versions, "vllm_version", lambda: "0.32.9+cpu")
     assert list(hook_bodies.known()) == ["0.32.0", "0.32.1"]
     assert hook_bodies.change(hook, bodies) == ""
     for changed in ({hook.name: "another"}, {}):  # the latter: a function without a source
         assert "not that of vLLM 0.32.0 or 0.32.1," in hook_bodies.change(hook, changed)
     late = hook._replace(since=(0, 33))
     assert hook_bodies.change(late, {}) == ""
-    monkeypatch.setattr(plugin, "vllm_version", lambda: "0.99.1")  # refused by another check
+    monkeypatch.setattr(versions, "vllm_version", lambda: "0.99.1")  # refused by another check
     assert hook_bodies.change(hook, bodies) == ""
 
 
@@ -91,6 +91,6 @@ def test_the_installed_version_is_stored_beside_the_others(tmp_path, monkeypatch
     hook_bodies.STORE.write_text('{"0.1.0": {"a": "b"}}')
     hook_bodies.store()
     stored = json.loads(hook_bodies.STORE.read_text())
-    version = plugin.vllm_version().partition("+")[0]
+    version = versions.vllm_version().partition("+")[0]
     assert stored == {"0.1.0": {"a": "b"}, version: hook_bodies.installed()}
-    assert set(stored[version]) == {h.name for h in plugin.ALL_HOOKS if plugin.is_due(h)}
+    assert set(stored[version]) == {h.name for h in hooks.all_hooks() if hooks.is_due(h)}

@@ -17,7 +17,8 @@ from vllm import SamplingParams
 from vllm.sampling_params import RepetitionDetectionParams
 
 from engine import chat_ids, core, proposer, shipped_prompts, watch
-from failfast_vllm.planning.planner import Costs, CostTable, LoadPlanner
+from failfast_vllm.planning.costs import Costs, CostTable
+from failfast_vllm.planning.planner import LoadPlanner
 from features import CASES, GREEDY, NAMES, SCHEMA, are_close, constrained, features_engine
 
 REASONING = {"reasoning_start_str": "Here", "reasoning_end_str": "The answer"}

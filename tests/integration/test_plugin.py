@@ -17,7 +17,8 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from engine import TARGET, chat_ids, engine, generate, proposer, shipped_prompts
 from failfast_vllm import plugin
 from failfast_vllm.config import METHOD, MODELS_DIR
-from failfast_vllm.plugin import Hook
+from failfast_vllm.integration import hooks, versions
+from hook_stages import replace_stage
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 MAX_REGISTER_SECONDS = 0.5  # measured: 0.001 to 0.01; importing the model runner takes over 1
@@ -96,8 +97,9 @@ def test_register_imports_no_runner(servers_without_failfast):
     """A worker may be forked from this process: what imports CUDA libraries must wait for it."""
     facts, _ = servers_without_failfast
     roots = ("vllm.v1.worker", "vllm.v1.spec_decode", "vllm.model_executor.models.qwen2")
-    assert "failfast_vllm.plugin" in facts["imported"]
-    assert not [m for m in facts["imported"] if m.startswith((*roots, "failfast_vllm.proposer"))]
+    ours = ("failfast_vllm.integration.v1", "failfast_vllm.integration.v2")
+    assert "failfast_vllm.integration.configure" in facts["imported"]
+    assert not [m for m in facts["imported"] if m.startswith((*roots, *ours))]
 
 
 def test_vllm_finds_the_plugin_once():
@@ -149,12 +151,17 @@ def test_wrong_word_gets_vllms_own_error(capsys, word):
     assert f"Value {word} cannot be converted" in error
 
 
+def creation():
+    """The hook that meets a speculative config."""
+    return hooks.hooks_of("configuration")[0]
+
+
 @pytest.fixture
 def unhooked(monkeypatch):
     """`EngineArgs` as vLLM ships it, until the test ends."""
     original = inspect.unwrap(EngineArgs.create_speculative_config)
     monkeypatch.setattr(EngineArgs, "create_speculative_config", original)
-    assert plugin.hook_problem(plugin.CONFIG_HOOKS[0]) is None
+    assert hooks.hook_problem(creation()) is None
 
 
 @pytest.fixture
@@ -173,14 +180,14 @@ def pretend_version(monkeypatch):
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "1.32.0", "dev"])
 def test_unsupported_versions(pretend_version, version):
     pretend_version(version)
-    problem = plugin.version_problem()
+    problem = versions.version_problem()
     assert problem == (f"vLLM {version} is not supported; install a version of 'vllm>=0.32,<0.34'.")
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0rc2", "0.33.4.dev3+gabc"])
 def test_supported_versions(pretend_version, version):
     pretend_version(version)
-    assert plugin.version_problem() is None
+    assert versions.version_problem() is None
 
 
 def test_vllm_without_metadata_names_its_version_itself(monkeypatch):
@@ -191,12 +198,13 @@ def test_vllm_without_metadata_names_its_version_itself(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     monkeypatch.setattr("vllm.__version__", "0.99.1")
-    assert "vLLM 0.99.1 is not supported" in plugin.version_problem()
+    assert "vLLM 0.99.1 is not supported" in versions.version_problem()
 
 
 def hook_another_signature(monkeypatch):
-    changed = plugin.CONFIG_HOOKS[0]._replace(parameters=("self", "renamed"))
-    monkeypatch.setattr(plugin, "CONFIG_HOOKS", (changed, *plugin.CONFIG_HOOKS[1:]))
+    changed = creation()._replace(body=lambda original, self, renamed: None)
+    others = hooks.hooks_of("configuration")[1:]
+    replace_stage(monkeypatch, "configuration", changed, *others)
 
 
 @pytest.mark.parametrize("reason", ["version", "signature"])
@@ -208,12 +216,10 @@ def test_unknown_vllm_serves_everything_but_failfast(monkeypatch, pretend_versio
         expected = "vLLM 0.99.1 is not supported"
     else:
         hook_another_signature(monkeypatch)
-        expected = (
-            f"{plugin.CONFIG_HOOKS[0].name} takes (self, target_model_config), not (self, renamed)"
-        )
-    with caplog.at_level("WARNING", plugin.logger.name):
+        expected = f"{creation().name} takes (self, target_model_config), not (self, renamed)"
+    with caplog.at_level("WARNING", hooks.logger.name):
         plugin.register()
-    warnings = [r.getMessage() for r in caplog.records if r.name == plugin.logger.name]
+    warnings = [r.getMessage() for r in caplog.records if r.name == hooks.logger.name]
     assert len(warnings) == 1
     assert f"failfast is off: {expected}" in warnings[0]
 
@@ -227,77 +233,26 @@ def test_unknown_vllm_serves_everything_but_failfast(monkeypatch, pretend_versio
         assert "install a version of 'vllm>=0.32,<0.34'" in str(caught.value)
 
 
-@pytest.mark.parametrize("hook", plugin.ALL_HOOKS, ids=lambda h: h.name)
-def test_this_vllm_has_every_hook(hook):
-    assert plugin.hook_problem(hook) is None
-
-
-class Runner:
-    def same(self, tokens):
-        pass
-
-    def renamed(self, token_ids):
-        pass
-
-    def reordered(self, metadata, tokens):
-        pass
-
-    def shortened(self):
-        pass
-
-    def extended(self, tokens, extra=None):
-        pass
-
-
 @pytest.fixture
-def hook(monkeypatch):
-    """A hook on a module of our own."""
-    module = types.ModuleType("vllm_of_tomorrow")
-    module.Runner = Runner
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return lambda function: Hook(module.__name__, "Runner", function, ("self", "tokens"))
+def renamed():
+    """A hook on a function whose parameters are not those of its body."""
+    creation = hooks.hooks_of("configuration")[0]
+    return creation._replace(body=lambda original, self, renamed: None)
 
 
-def test_hook_on_the_expected_signature(hook):
-    """A parameter behind ours is none of our business: we pass it on."""
-    assert plugin.hook_problem(hook("same")) is None
-    assert plugin.hook_problem(hook("extended")) is None
+@pytest.mark.parametrize("stage", ["v1", "v2"])
+def test_changed_runner_stops_the_worker_before_it_drafts(stage, monkeypatch, renamed):
+    replace_stage(monkeypatch, stage, renamed)
+    with pytest.raises(RuntimeError, match=r"failfast cannot run: vllm\.engine\.arg_utils"):
+        hooks.install(stage)
 
 
-@pytest.mark.parametrize(
-    ("function", "found"),
-    [
-        ("renamed", "takes (self, token_ids), not (self, tokens)"),
-        ("reordered", "takes (self, metadata), not (self, tokens)"),
-        ("shortened", "takes (self), not (self, tokens)"),
-    ],
-)
-def test_hook_on_a_changed_signature(hook, function, found):
-    """Catches arguments that would arrive under another name, with no error."""
-    assert plugin.hook_problem(hook(function)) == f"vllm_of_tomorrow.Runner.{function} {found}"
-
-
-def test_hook_on_something_that_is_gone(hook):
-    gone = hook("gone")
-    assert plugin.hook_problem(gone) == "vLLM has no vllm_of_tomorrow.Runner.gone"
-    assert "vLLM has no" in plugin.hook_problem(hook("same")._replace(owner="Walker"))
-    assert "vLLM has no" in plugin.hook_problem(hook("same")._replace(module="vllm.nowhere"))
-    assert plugin.missing_hooks((hook("same"), gone)).startswith("vLLM has no")
-
-
-@pytest.mark.parametrize("version", ["v1", "v2"])
-def test_changed_runner_stops_the_worker_before_it_drafts(version, monkeypatch, hook):
-    monkeypatch.setattr(plugin, f"{version.upper()}_HOOKS", (hook("renamed"),))
-    with pytest.raises(RuntimeError, match=r"failfast cannot run: vllm_of_tomorrow\.Runner"):
-        getattr(plugin, f"install_{version}_hooks")()
-
-
-@pytest.mark.parametrize("hooks", ["REQUEST_HOOKS", "ENGINE_HOOKS"])
-def test_changed_process_stops_failfast_and_nobody_else(monkeypatch, hook, hooks):
+@pytest.mark.parametrize("stage", ["requests", "engine"])
+def test_changed_process_stops_failfast_and_nobody_else(monkeypatch, renamed, stage):
     """Catches a plugin that breaks every server of a vLLM whose front end or core has changed."""
-    monkeypatch.setattr(plugin, hooks, (hook("renamed"),))
+    replace_stage(monkeypatch, stage, renamed)
     plugin.register()
-    with pytest.raises(RuntimeError, match=r"failfast cannot run: vllm_of_tomorrow\.Runner"):
+    with pytest.raises(RuntimeError, match=r"failfast cannot run: vllm\.engine\.arg_utils"):
         EngineArgs(model=TARGET, speculative_config=METHOD).create_engine_config()
 
 
@@ -322,10 +277,18 @@ def test_failfast_leaves_the_choice_of_the_runner_to_vllm():
     assert gaps[0] == gaps[1]
 
 
-def test_proposer_is_ours_only_when_asked_for():
+def test_proposer_is_ours_only_when_asked_for(monkeypatch):
     """Catches vLLM's own drafters being replaced, subclasses included."""
-    plugin.install_v1_hooks()
     from failfast_vllm.integration.v1 import FailFastProposer
+
+    made = []
+
+    def built(self, vllm_config, device, runner=None):
+        made.append((vllm_config, device))
+
+    monkeypatch.setattr(DraftModelProposer, "__init__", built)
+    monkeypatch.setattr(FailFastProposer, "__init__", built)
+    hooks.install("v1")
 
     class Another(DraftModelProposer):
         pass
@@ -333,16 +296,16 @@ def test_proposer_is_ours_only_when_asked_for():
     ours = types.SimpleNamespace(additional_config={METHOD: {}})
     for theirs in (None, {}, {"other": 1}):
         config = types.SimpleNamespace(additional_config=theirs)
-        made = DraftModelProposer.__new__(DraftModelProposer, config, "cpu", None)
-        assert type(made) is DraftModelProposer
-    made = DraftModelProposer.__new__(DraftModelProposer, ours, "cpu", None)
-    assert type(made) is FailFastProposer
-    assert type(Another.__new__(Another, ours, "cpu", None)) is Another
+        assert type(DraftModelProposer(config, "cpu", None)) is DraftModelProposer
+        assert made.pop() == (config, "cpu")
+    assert type(DraftModelProposer(vllm_config=ours, device="cpu")) is FailFastProposer
+    assert type(Another(ours, "cpu", None)) is Another
+    assert made == [(ours, "cpu")] * 2
 
 
 def test_length_check_of_other_drafters_is_vllms():
     """For failfast alone, a sequence near the end must not stop the drafts of all others."""
-    plugin.install_v1_hooks()
+    hooks.install("v1")
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from failfast_vllm.integration.v1 import FailFastProposer
@@ -367,7 +330,7 @@ def test_engine_of_another_method_runs_through_the_hooks():
     """All runner hooks are in place; vLLM's own drafter drafts and is verified as without them."""
     from vllm import SamplingParams
 
-    plugin.install_v1_hooks()
+    hooks.install("v1")
     # the target drafts for itself
     given = {"method": "draft_model", "model": TARGET, "num_speculative_tokens": 3}
     params = SamplingParams(temperature=0.0, max_tokens=32)

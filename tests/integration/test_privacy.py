@@ -10,7 +10,7 @@ from embedded import (
     checked_views,
 )
 from engine import core, engine, greedy_params, mixed_prompts, policy, proposer, watch
-from failfast_vllm.config import POLICIES
+from failfast_vllm.policies.table import POLICIES
 
 TIGHT = {"num_gpu_blocks_override": 36, "block_size": 64}  # preempts
 

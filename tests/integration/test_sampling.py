@@ -5,7 +5,7 @@ import torch
 
 from distribution import draw, free_words, p_value
 from engine import engine, watch
-from failfast_vllm.integration import cpu_sampling
+from failfast_vllm.integration.cpu_sampling import expand_batch_to_tokens as expand
 
 NUM_DRAWS = 20_000
 P_VALUE = 0.01
@@ -21,7 +21,6 @@ def sampling_engine():
 
 
 def test_parameters_are_spread_over_ragged_drafts():
-    expand = cpu_sampling.expanding(None)
     ends = torch.tensor([2, 2, 5], dtype=torch.int32)
     temperatures = expand(torch.tensor([0.0, 0.5, 0.7]), ends, 5, replace_from=0, replace_to=1)
     assert temperatures.tolist() == pytest.approx([1.0, 1.0, 0.7, 0.7, 0.7])

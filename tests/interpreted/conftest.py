@@ -6,15 +6,4 @@ vLLM chooses its V2 runner only where it finds Triton, and finds it on a CPU onl
 `cpu`. An empty one will do, since the interpreter needs none. For tests only: a step takes 80 ms.
 """
 
-from triton.backends import Backend, backends
-from triton.backends.compiler import BaseBackend
-from triton.backends.driver import DriverBase
-
-
-class NoDriver(DriverBase):
-    @classmethod
-    def is_active(cls):
-        return False
-
-
-backends.setdefault("cpu", Backend(BaseBackend, NoDriver))
+import triton_on_cpu  # noqa: F401

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 
-from failfast_vllm import plugin
 from failfast_vllm.config import METHOD
 from failfast_vllm.drafting.records import (
     BUDGET,
@@ -18,6 +17,8 @@ from failfast_vllm.drafting.records import (
     STOP_REASONS,
     Round,
 )
+from failfast_vllm.integration import hooks
+from failfast_vllm.integration.engine_hooks import install_metrics
 from failfast_vllm.integration.metrics import FailFastStatLogger
 from failfast_vllm.observe.counters import NUM_COUNTS, Counts
 from failfast_vllm.policies.rules import FailFast
@@ -104,8 +105,8 @@ def test_only_a_server_that_asked_has_the_logger(monkeypatch, asked, log_stats, 
 
     for name in ("update_draft_token_ids", "make_stats"):
         monkeypatch.setattr(Scheduler, name, getattr(Scheduler, name))
-    monkeypatch.setattr(plugin, "missing_hooks", lambda hooks: None)
-    plugin._install_metrics_hooks()
+    monkeypatch.setattr(hooks, "hook_problem", lambda hook: None)
+    install_metrics()
     AsyncLLM(fake_config(asked), None, log_stats)
     assert (seen[0] or []) == [FailFastStatLogger] * added
 

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from cost_tables import cost_tables
 from failfast_vllm.drafting.records import Round
 from failfast_vllm.integration.measure import measure_costs
-from failfast_vllm.planning import planner as load
-from failfast_vllm.planning.planner import AcceptanceByPosition, Costs, CostTable, LoadPlanner
-from failfast_vllm.tools.simulate import cost_tables
+from failfast_vllm.planning.acceptance import AcceptanceByPosition
+from failfast_vllm.planning.costs import Costs, CostTable
+from failfast_vllm.planning.guard import REST_STEPS
+from failfast_vllm.planning.planner import LoadPlanner
 
 INCREMENT, CAP = 10, 60
 TARGETS = ("7B", "32B")
@@ -22,12 +24,21 @@ def scaled(table, factor):
     return CostTable(table.sizes.astype(int).tolist(), (factor * table.ms).tolist())
 
 
+class Clock:
+    """Moves only when `ms` is set; read in seconds."""
+
+    ms = 0.0
+
+    def __call__(self):
+        return self.ms / 1e3
+
+
 class Simulation:
     """Sequences whose text is easy or hard in stretches, drafted for under a cost table."""
 
     def __init__(self, target, num_seqs, seed=0):
         self.rng = np.random.default_rng(seed)
-        costs = cost_tables("h200", target)
+        costs = cost_tables(target)
         self.draft_ms, self.verify_ms = costs.draft, costs.verify
         self.easy = np.zeros(num_seqs, dtype=bool)
 
@@ -64,11 +75,11 @@ class Fixed:
 
 
 class Planned:
-    """Drafts as a planner says, which learns from what comes of it; `clock` is what it reads."""
+    """Drafts as a planner says, which learns from what comes of it if it is given a clock."""
 
     def __init__(self, costs, clock=None):
-        self.planner = LoadPlanner(costs, CAP, INCREMENT, learns=clock is not None)
-        self.clock = clock or types.SimpleNamespace(ms=0.0)
+        learns, self.clock = clock is not None, clock or Clock()
+        self.planner = LoadPlanner(costs, CAP, INCREMENT, learns=learns, clock=self.clock)
         self.drafts = []  # first, drafted, kept lengths and confidences of the step before
         self.chosen = []
 
@@ -138,17 +149,14 @@ class BusyMachine:
             lambda n: self.spend(self.true.verify(n)),
             drafter,
             config,
-            clock=lambda: self.clock.ms / 1e3,
+            clock=self.clock,
         )
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """What the planner and the start-up measurement take for the time."""
-    clock = types.SimpleNamespace(ms=0.0)
-    fake_time = types.SimpleNamespace(perf_counter=lambda: clock.ms / 1e3)
-    monkeypatch.setattr(load, "time", fake_time)
-    return clock
+def clock():
+    """A clock for a planner; the start-up measurement reads it, too."""
+    return Clock()
 
 
 def best_fixed(target, num_seqs, seed=0):
@@ -172,12 +180,10 @@ def test_never_below_no_drafts_and_near_the_best_fixed_length(target, num_seqs):
 
 @pytest.mark.parametrize("errors", [(0.5, 0.5), (1.0, 0.4), (1.2, 0.9)])
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_load_that_jumps(target, errors, monkeypatch):
+def test_a_load_that_jumps(target, errors):
     """Catches a planner that is stuck in what paid before, or that believes its start-up times."""
-    clock = types.SimpleNamespace(ms=0.0)
-    fake_time = types.SimpleNamespace(perf_counter=lambda: clock.ms / 1e3)
-    monkeypatch.setattr(load, "time", fake_time)
-    true = cost_tables("h200", target)
+    clock = Clock()
+    true = cost_tables(target)
     costs = Costs(scaled(true.draft, errors[0]), scaled(true.verify, errors[1]))
     server = Planned(costs, clock)
     for num_seqs in (1, 64, 1, 256, 2):
@@ -193,12 +199,10 @@ def test_a_load_that_jumps(target, errors, monkeypatch):
 
 @pytest.mark.parametrize(("num_hiccups", "seconds"), [(1, 2), (4, 30)])
 @pytest.mark.parametrize("target", TARGETS)
-def test_slow_first_passes_are_got_over(target, num_hiccups, seconds, monkeypatch):
+def test_slow_first_passes_are_got_over(target, num_hiccups, seconds):
     """Catches a server that never drafts again because something had to warm up."""
-    clock = types.SimpleNamespace(ms=0.0)
-    fake_time = types.SimpleNamespace(perf_counter=lambda: clock.ms / 1e3)
-    monkeypatch.setattr(load, "time", fake_time)
-    server, sim = Planned(cost_tables("h200", target), clock), Simulation(target, 1)
+    clock = Clock()
+    server, sim = Planned(cost_tables(target), clock), Simulation(target, 1)
     usual = sim.draft_ms
     sim.draft_ms = lambda rows: 100.0 * usual(rows)
     for _ in range(num_hiccups):
@@ -211,14 +215,12 @@ def test_slow_first_passes_are_got_over(target, num_hiccups, seconds, monkeypatc
 
 
 @pytest.mark.parametrize("num_seqs", [1, 64])
-def test_time_that_the_engine_stood_still_is_not_learned(num_seqs, monkeypatch):
+def test_time_that_the_engine_stood_still_is_not_learned(num_seqs):
     """Catches measurements in turns that teach the planner how long the others took."""
     choices = []
     for pause_ms in (0.0, 512.0):
-        clock = types.SimpleNamespace(ms=0.0)
-        fake_time = types.SimpleNamespace(perf_counter=lambda clock=clock: clock.ms / 1e3)
-        monkeypatch.setattr(load, "time", fake_time)
-        server, sim = Planned(cost_tables("h200", "7B"), clock), Simulation("7B", num_seqs)
+        clock = Clock()
+        server, sim = Planned(cost_tables("7B"), clock), Simulation("7B", num_seqs)
         for _ in range(300):
             server.step(sim)
             clock.ms += pause_ms
@@ -232,7 +234,7 @@ def test_where_nothing_pays_most_steps_are_not_looked_at():
     sim = Simulation("7B", 256)
     server = Planned(Costs(sim.draft_ms, sim.verify_ms))
     sim.run(server, steps=340)
-    assert len(server.chosen) == 340 // (load.REST_STEPS + 1)
+    assert len(server.chosen) == 340 // (REST_STEPS + 1)
     assert not any(server.chosen)
 
 
@@ -248,11 +250,9 @@ def test_rests_end_when_the_load_falls():
 
 
 @pytest.mark.parametrize("num_seqs", [2, 16])
-def test_what_is_slower_than_none_is_hardly_tried(num_seqs, monkeypatch):
+def test_what_is_slower_than_none_is_hardly_tried(num_seqs):
     """Catches a planner that believes itself: here drafting takes what no table knows."""
-    clock = types.SimpleNamespace(ms=0.0)
-    fake_time = types.SimpleNamespace(perf_counter=lambda: clock.ms / 1e3)
-    monkeypatch.setattr(load, "time", fake_time)
+    clock = Clock()
     sim = Simulation("7B", num_seqs)
     server = Planned(Costs(sim.draft_ms, sim.verify_ms), clock)
     step_ended = server.planner.step_ended
@@ -274,11 +274,9 @@ def test_what_is_slower_than_none_is_hardly_tried(num_seqs, monkeypatch):
     assert fast.run(server, steps=100, warm_up=20) > 1.5 * Simulation("7B", 1).run(Fixed(0))
 
 
-def test_what_pays_at_one_load_does_not_excuse_another(monkeypatch):
+def test_what_pays_at_one_load_does_not_excuse_another():
     """Catches a spell of drafting that is judged over a load that has jumped."""
-    clock = types.SimpleNamespace(ms=0.0)
-    fake_time = types.SimpleNamespace(perf_counter=lambda: clock.ms / 1e3)
-    monkeypatch.setattr(load, "time", fake_time)
+    clock = Clock()
     few, many = Simulation("7B", 2), Simulation("7B", 32)
     server = Planned(Costs(few.draft_ms, few.verify_ms), clock)
     step_ended, sim = server.planner.step_ended, few
@@ -300,11 +298,9 @@ def test_what_pays_at_one_load_does_not_excuse_another(monkeypatch):
     assert tokens / ms >= 0.97 * none
 
 
-def test_a_plain_step_right_after_drafts_says_little(monkeypatch):
+def test_a_plain_step_right_after_drafts_says_little():
     """Catches drafting that looks good beside single plain steps, which find cold caches."""
-    clock = types.SimpleNamespace(ms=0.0)
-    fake_time = types.SimpleNamespace(perf_counter=lambda: clock.ms / 1e3)
-    monkeypatch.setattr(load, "time", fake_time)
+    clock = Clock()
     sim = Simulation("7B", 4)
     none, plain_ms = sim.run(Fixed(0)), float(sim.verify_ms(4))
     server = Planned(Costs(sim.draft_ms, sim.verify_ms), clock)
@@ -334,7 +330,7 @@ def test_a_busy_start_does_not_end_drafting_that_pays(target, num_seqs, clock):
     for seed in range(10):
         best, _ = best_fixed(target, num_seqs, seed)
         sim = Simulation(target, num_seqs, seed)
-        true = cost_tables("h200", target)
+        true = cost_tables(target)
         server = Planned(BusyMachine(true, 10.0, seed, clock).measure(), clock)
         shares.append(sim.run(server, steps=400, warm_up=60) / best)
     print(f"{target} x {num_seqs}: {np.round(shares, 2)} of the best fixed length")
@@ -387,7 +383,7 @@ def test_tries_where_drafting_does_not_pay_cost_little(num_seqs, dear, clock):
 @pytest.mark.parametrize("seed", range(6))
 def test_a_machine_that_is_busy_at_times_goes_on_drafting(num_seqs, seed, clock):
     """Catches drafting that is blamed for what slows down all that runs meanwhile."""
-    sim, true = Simulation("7B", num_seqs, seed), cost_tables("h200", "7B")
+    sim, true = Simulation("7B", num_seqs, seed), cost_tables("7B")
     rng, slowness = np.random.default_rng(seed), 1.0
 
     def slowed(table):
@@ -496,7 +492,7 @@ def test_positions_that_were_never_tried_follow_the_last_one_that_was():
 @pytest.mark.parametrize("size", [3, 40, 700])
 def test_a_cost_table_learns_what_a_pass_takes_beyond_its_start_up_time(size):
     """Catches corrections that never arrive, and one hiccup that moves the table."""
-    table = cost_tables("h200", "7B").verify
+    table = cost_tables("7B").verify
     truth = 1.5 * float(table(size)) + 4.0
     for _ in range(60):
         table.correct(size, truth)
@@ -546,21 +542,18 @@ def test_a_size_is_learned_soon_however_well_others_are_known():
 
 
 @pytest.mark.parametrize("agree", [True, False])
-def test_ranks_of_unequal_speed_decide_alike(agree, monkeypatch):
+def test_ranks_of_unequal_speed_decide_alike(agree):
     """The second rank is three times as slow in drafting; without agreement they part."""
-    clocks = [types.SimpleNamespace(ms=0.0) for _ in range(2)]
-    true = cost_tables("h200", "7B")
+    true = cost_tables("7B")
     sims = [Simulation("7B", 8), Simulation("7B", 8)]
     sims[1].draft_ms = scaled(true.draft, 3.0)
-    ranks = [Planned(Costs(true.draft, true.verify), clock) for clock in clocks]
+    ranks = [Planned(Costs(true.draft, true.verify), Clock()) for _ in range(2)]
     told = []
     if agree:
         ranks[0].planner.agree = lambda times: told.append(times) or times
         ranks[1].planner.agree = lambda times: told.pop()
     for _ in range(400):
-        for rank, sim, clock in zip(ranks, sims, clocks, strict=True):
-            perf_counter = lambda clock=clock: clock.ms / 1e3  # noqa: E731
-            monkeypatch.setattr(load, "time", types.SimpleNamespace(perf_counter=perf_counter))
+        for rank, sim in zip(ranks, sims, strict=True):
             rank.step(sim)
         assert not told
         if ranks[0].chosen != ranks[1].chosen:

@@ -11,7 +11,7 @@ import pytest
 from engine import engine, generate, greedy_params, mixed_prompts, proposer, watch
 from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.drafting.interfaces import Unplanned
-from failfast_vllm.planning.planner import Costs, CostTable
+from failfast_vllm.planning.costs import Costs, CostTable
 from independent import IndependentDrafter
 from state_check import TOLERANCE, largest_error
 
@@ -52,7 +52,7 @@ def test_drafting_that_comes_and_goes(expected, overrides):
         def moody_first(wanted, live_rows, commit_rows):
             late.append(int((commit_rows >= 64).sum()))
             increments = first(wanted, live_rows, commit_rows)
-            planner._steps_to_rest = rng.choice((0, 0, 3, 7))
+            planner.guard.steps_to_rest = rng.choice((0, 0, 3, 7))
             asks = rng.choice((0.0, 0.5, 1.0))  # of the sequences
             chosen = np.array([rng.random() < asks for _ in wanted])
             return np.where(chosen, np.minimum(wanted, 10), 0) if rng.random() < 0.8 else increments
@@ -87,7 +87,7 @@ def test_where_drafting_does_not_pay_nothing_is_drafted(expected):
         assert sum(len(r.emitted) for r in record.rounds) == sum(map(len, answers))
         assert proposer(llm).stats.num_forwards == 0
         planner.costs = Costs(CostTable([1, 256], [1e-3, 9e-3]), verify)
-        planner._steps_to_rest = 0
+        planner.guard.steps_to_rest = 0
         with watch(llm) as record:
             assert generate(llm, prompts, params) == answers
         record.assert_not_vacuous()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from failfast_vllm.config import POLICIES, policy_parameters
 from failfast_vllm.drafting import ledger
 from failfast_vllm.drafting.interfaces import DraftSoFar, NoReuse
 from failfast_vllm.drafting.ledger import PerRequest
@@ -14,15 +13,11 @@ from failfast_vllm.drafting.records import Round
 from failfast_vllm.drafting.reuse import RejectedDrafts, continuation
 from failfast_vllm.integration.session import Session
 from failfast_vllm.observe.counters import DraftStats
-from failfast_vllm.planning.calibration import Calibration
-from failfast_vllm.policies.learned import (
-    AdaEdl,
-    DiffuSpecAdl,
-    SpecDecPlusPlus,
-    TapOut,
-    make_policy,
-)
-from failfast_vllm.policies.rules import Confidence, FailFast
+from failfast_vllm.planning.acceptance import Calibration
+from failfast_vllm.policies.alternatives import AdaEdl, DiffuSpecAdl
+from failfast_vllm.policies.bandit import TapOut
+from failfast_vllm.policies.rules import Confidence, FailFast, SpecDecPlusPlus
+from failfast_vllm.policies.table import POLICIES, make_policy, policy_parameters
 from scripted import STOP, Script, make_drafter, make_step, random_script
 
 CAP = 60
@@ -259,8 +254,8 @@ class Arm(FailFast):
 
 
 def bandit(name, num_arms=4, seed=0):
-    arms = {str(i): Arm(0.45) for i in range(num_arms)}
-    return TapOut(arms, bandit=name, reward_weight=0.5, cap=10, seed=seed)
+    arms = [Arm(0.45) for _ in range(num_arms)]
+    return TapOut(bandit=name, reward_weight=0.5, policies=arms, cap=10, seed=seed)
 
 
 def play(policy, rates, num_rounds, rng):
@@ -367,7 +362,7 @@ def test_state_ends_with_its_request():
         policy = make_policy(name, policy_parameters(name, parameters, CAP), CAP)
         for _ in run_rounds(policy, script, 4, lambda seq, length: length // 2):
             pass
-        arms = policy.arms if name == "tapout" else (policy,)
+        arms = policy.policies if name == "tapout" else (policy,)
         states = [getattr(arm, "states", None) or arm.averages for arm in arms]
         assert sum(map(len, states)) >= 6
         policy.forget(["r0", "r1", "r2", "r3", "r4"])

@@ -8,7 +8,7 @@ import torch
 
 from distribution import draw, free_words, p_value
 from engine import chat_ids, engine, generate, policy, shipped_prompts, watch
-from failfast_vllm.config import POLICIES
+from failfast_vllm.policies.table import POLICIES
 
 NUM_PROMPTS = 12
 NUM_DRAWS = 2000

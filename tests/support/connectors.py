@@ -1,7 +1,7 @@
 """A store of KV on disk, filled and read by engines with and without a drafter."""
 
 from engine import core, generate, mixed_prompts, proposer, watch
-from failfast_vllm.planning.planner import Costs, CostTable
+from failfast_vllm.planning.costs import Costs, CostTable
 from state_check import TOLERANCE, largest_error
 
 PAGE = 64
@@ -47,7 +47,7 @@ def answers(llm, prompts, params, *, hits):
 def let_drafting_cost(llm, milliseconds):
     """Make the load planner rest, or end its rest."""
     planner = proposer(llm).drafter.planner
-    planner.learns, planner._steps_to_rest = False, 0
+    planner.learns, planner.guard.steps_to_rest = False, 0
     tables = CostTable([1, 256], [milliseconds, 9 * milliseconds]), CostTable([1, 256], [9.0, 18.0])
     planner.costs = Costs(*tables)
 

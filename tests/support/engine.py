@@ -5,12 +5,13 @@ import json
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from failfast_vllm.config import METHOD, MODELS_DIR, POLICIES, FailFastConfig
+from failfast_vllm.config import METHOD, MODELS_DIR, FailFastConfig
 from failfast_vllm.drafting.interfaces import BestTokens, NoReuse, Unplanned
 from failfast_vllm.drafting.path_search import PathSearch
 from failfast_vllm.drafting.reuse import RejectedDrafts
-from failfast_vllm.planning.planner import Costs, CostTable, LoadPlanner
-from failfast_vllm.policies.learned import make_policy
+from failfast_vllm.planning.costs import Costs, CostTable
+from failfast_vllm.planning.planner import LoadPlanner
+from failfast_vllm.policies.table import make_policy
 from failfast_vllm.tools import offline
 
 TARGET = str(MODELS_DIR / "target")
@@ -176,8 +177,7 @@ def policy(llm, variant, **given):
     if name == "goodput":
         costs = Costs(CostTable([1, 1000], [1.0, 2.0]), CostTable([1, 1000], [5.0, 9.0]))
         drafter.planner = LoadPlanner(costs, knobs["num_speculative_tokens"], 1)
-    parameters = {key: knobs[key] for key in POLICIES[name]}
-    drafter.policy = make_policy(name, parameters, knobs["num_speculative_tokens"])
+    drafter.policy = make_policy(name, knobs, knobs["num_speculative_tokens"])
     drafter.reuse = RejectedDrafts() if "+reuse" in variant else NoReuse()
     drafter.tokens = PathSearch() if "+paths" in variant else BestTokens()
     own.session = Session(drafter, own.stats, own.eos_token_ids)

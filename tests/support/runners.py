@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 
+import triton_on_cpu  # noqa: F401 - also in a process that is spawned
 from engine import engine, generate, greedy_params, mixed_prompts, proposer
 
 NUM_PROMPTS = 42
@@ -34,3 +35,15 @@ def plain():
         prompts = mixed_prompts(llm.get_tokenizer(), NUM_PROMPTS)
         params = greedy_params(prompts)
         return prompts, params, generate(llm, prompts, params)
+
+
+def start_batch_invariant():
+    """Start and end an engine that answers alike in every batch; to be run in its own process."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_BATCH_INVARIANT", "1")
+        supported = classmethod(lambda cls: True)  # a CPU's own backend is not
+        patch.setattr(CPUAttentionBackend, "supports_batch_invariance", supported)
+        with v2_engine(max_num_seqs=1) as llm:
+            assert proposer(llm).drafter is not None

@@ -1,36 +1,34 @@
-"""`failfast bench`: its arithmetic on made-up runs, a small real run, and a fake server."""
+"""`failfast bench`: its arithmetic on made-up runs, and a small real run."""
 
-import asyncio
 import json
-import math
 import multiprocessing
 import subprocess
 import sys
-import threading
 import types
-from collections import Counter, namedtuple
+from collections import namedtuple
 from itertools import count
 from pathlib import Path
 
 import pytest
-from aiohttp import web
 
-from failfast_vllm.config import POLICIES, FailFastConfig
-from failfast_vllm.tools import bench, cli
+from failfast_vllm.config import FailFastConfig
+from failfast_vllm.policies.table import POLICIES
+from failfast_vllm.tools import bench, cli, report
 from failfast_vllm.tools import load_generator as closed_loop
-from failfast_vllm.tools.load_generator import Run, Served, Server, Tally
+from failfast_vllm.tools.load_generator import CallTimes, Run, Served, StepTimes
 from failfast_vllm.tools.offline import TracedRound
+from failfast_vllm.tools.tally import Tally
 
 COMMAND = str(Path(sys.executable).with_name("failfast"))
 PNG = b"\x89PNG\r\n\x1a\n"
 FIGURES = ("throughput", "draft_lengths", "acceptance", "reliability", "trajectory")
 
 
-def made_up(seconds, answers, tally=None):
+def made_up(seconds, answers, step_times=None):
     """A run of requests with 10 ms to the first token and 5 ms for each that follows."""
     served = [Served(len(ids), 10.0, 10.0 + 5.0 * (len(ids) - 1)) for ids in answers]
     traced = [TracedRound([], [], [1], 1), TracedRound([2, 3], [4], [5], 1)]
-    return Run(seconds, answers, served, tally or Tally(), traced)
+    return Run(seconds, answers, served, Tally(), traced, step_times)
 
 
 def test_a_row_by_hand():
@@ -89,13 +87,11 @@ def test_the_warm_up_is_not_counted_and_methods_take_turns():
 
     bar = types.SimpleNamespace(update=lambda: None, set_description=lambda text: None)
     contenders = {name: contender(name) for name in ("none", "x")}
-    rows = bench.measure_point(contenders, 4, 2, 12, bar)
+    runs = bench.measure_point(contenders, 4, 2, 12, bar)
     turns = [("none", 4, 12), ("x", 4, 12)] * 2 + [("none", "ends"), ("x", "ends")]
     assert order == turns * 3
-    assert [(row["method"], row["speedups"]) for row in rows] == [
-        ("none", [1.0, 1.0]),
-        ("x", [2.0, 2.0]),
-    ]
+    seconds = {name: [run.seconds for run in found] for name, found in runs.items()}
+    assert seconds == {"none": [1.0, 1.0], "x": [0.5, 0.5]}
 
 
 class FakeEngine:
@@ -138,6 +134,7 @@ def loop(monkeypatch, first_rounds, pause=lambda: None):
         stood_still=slept.append,
         tally=Tally(),
         first_rounds=first_rounds,
+        step_times=lambda: None,
         reports_rounds=first_rounds is not None,
     )
     llm, prompts = FakeEngine(), [{"prompt_token_ids": [i]} for i in (0, 1)]
@@ -216,32 +213,127 @@ def test_methods_cover_all_policies_and_say_what_load_does():
 def test_tables():
     none, other = made_up(1.0, [[1, 2]]), made_up(0.5, [[1, 2]])
     rows = [bench.make_row("none", 1, [none], [none]), bench.make_row("x", 1, [other], [none])]
-    assert bench.speedups_table(rows).splitlines() == [
+    assert report.speedups_table(rows).splitlines() == [
         "| concurrency | none, tokens/s | x |",
         "| --- | --- | --- |",
         "| 1 | 2 | 2.00x |",
     ]
-    last = bench.full_table(rows).splitlines()[-1]
+    last = report.full_table(rows).splitlines()[-1]
     assert last.startswith("| 1 | x | 4 | 2.00x | ")
     assert last.endswith(" | 100.0% |")
     rows[1]["ttft_p50_ms"] = None
-    assert " | - | " in bench.full_table(rows)
+    assert " | - | " in report.full_table(rows)
+
+
+def test_milliseconds_per_step():
+    """Catches means of means, and zeros where nothing was timed."""
+    times = [StepTimes(2, 8.0, 1.0, 6.0, 0.5), StepTimes(8, 12.0, 1.0, 34.0, 4.5)]
+    row = bench.make_row("x", 1, [made_up(1.0, [[1, 2]], each) for each in times], None)
+    found = [row[key] for key in ("draft_ms", "own_ms", "verify_ms", "other_ms")]
+    assert found == [2.0, 0.2, 4.0, 0.5]
+    assert " | 2.00 | 0.20 | 4.00 | 0.50 | " in report.full_table([row])
+    untimed = bench.make_row("x", 1, [made_up(1.0, [[1, 2]])], None)
+    assert " | - | - | - | - | " in report.full_table([untimed])
+
+
+def test_a_stopwatch(monkeypatch):
+    """Catches calls that fail and are not counted, and results that get lost."""
+    now = [0.0]
+    monkeypatch.setattr(closed_loop.time, "perf_counter", lambda: now[0])
+
+    def sleep(seconds, fails=False):
+        now[0] += seconds
+        if fails:
+            raise KeyError
+        return seconds
+
+    owner, stopwatch = types.SimpleNamespace(sleep=sleep), CallTimes()
+    stopwatch.wrap(owner, "sleep", "asleep")
+    stopwatch.wrap(owner, "no such method", "never")
+    assert owner.sleep(0.5) == 0.5
+    with pytest.raises(KeyError):
+        owner.sleep(0.25, fails=True)
+    assert (stopwatch.ms, stopwatch.calls) == ({"asleep": 750.0}, {"asleep": 2})
+
+
+class FakeProcess:
+    """In place of an engine's process: all answers at once, in the second turn."""
+
+    running, started = [], []
+
+    def __init__(self, name, config, engine_args, prompts, max_tokens):
+        FakeProcess.running.append(name)
+        FakeProcess.started.append((list(FakeProcess.running), engine_args))
+
+    def __call__(self, concurrency, num_requests):
+        yield None
+        yield made_up(1.0, [[1, 2]] * num_requests)
+
+    @staticmethod
+    def close(engines):
+        FakeProcess.running = FakeProcess.running[len(engines) :]
+
+
+@pytest.fixture
+def fake_processes(monkeypatch):
+    monkeypatch.setattr(FakeProcess, "running", [])
+    monkeypatch.setattr(FakeProcess, "started", [])
+    monkeypatch.setattr(bench, "EngineProcess", FakeProcess)
+    return FakeProcess
+
+
+def bench_on(monkeypatch, device, argv):
+    """The exit code of a run with fake engines on a device of this type."""
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(current_platform, "device_type", device)
+    monkeypatch.setattr(report, "_device", lambda: device)
+    small = ["--repeats", "1", "--requests-per-point", "2", "--concurrency", "1", "2"]
+    return cli.main(["bench", "--methods", "ngram", "failfast", *small, *argv])
+
+
+def test_one_gpu_holds_one_engine_of_a_given_target(tmp_path, monkeypatch, capsys, fake_processes):
+    """Catches a GPU's memory cut into parts that no model fits into, and points that go missing."""
+    (tmp_path / "config.json").write_text("{}")
+    path = tmp_path / "found.json"
+    argv = ["--target", str(tmp_path), "--json", str(path)]
+    assert bench_on(monkeypatch, "cuda", argv) == 0
+    names = [["none"], ["ngram"], ["failfast"]]
+    assert [running for running, _ in fake_processes.started] == names
+    assert not any("gpu_memory_utilization" in given for _, given in fake_processes.started)
+    assert "one after another" in capsys.readouterr().err
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["provenance"]["engines"] == "one after another"
+    rows = [(row["concurrency"], row["method"]) for row in found["rows"]]
+    assert rows == [(c, name) for c in (1, 2) for (name,) in names]
+    assert {row["speedup"] for row in found["rows"]} == {1.0}
+
+
+@pytest.mark.parametrize(("device", "share"), [("cuda", 0.3), ("cpu", None)])
+def test_small_engines_take_turns(device, share, tmp_path, monkeypatch, capsys, fake_processes):
+    """The shipped pair fits in beside itself, and so does anything on a CPU."""
+    assert bench_on(monkeypatch, device, []) == 0
+    assert fake_processes.started[-1][0] == ["none", "ngram", "failfast"]
+    assert not fake_processes.running
+    shares = {given.get("gpu_memory_utilization") for _, given in fake_processes.started}
+    assert shares == {share}
+    assert "one after another" not in capsys.readouterr().err
 
 
 def test_results_are_resumed_only_with_the_same_settings(tmp_path):
     """Catches points of another measurement mixed in; a later date or more points are no other."""
     path = tmp_path / "found.json"
     facts = {"command": "a", "date": "today", "dtype": "float32"}
-    assert bench.earlier_rows(path, facts) == []
+    assert report.earlier_rows(path, facts) == []
     path.write_text(json.dumps({"provenance": facts, "rows": [{"concurrency": 1}]}))
-    assert bench.earlier_rows(path, {**facts, "command": "b", "date": "later"}) == [
+    assert report.earlier_rows(path, {**facts, "command": "b", "date": "later"}) == [
         {"concurrency": 1}
     ]
     with pytest.raises(ValueError, match="was measured with dtype 'float32'; got 'bfloat16'"):
-        bench.earlier_rows(path, {**facts, "dtype": "bfloat16"})
+        report.earlier_rows(path, {**facts, "dtype": "bfloat16"})
     path.write_text("[]")
     with pytest.raises(ValueError, match="holds no results"):
-        bench.earlier_rows(path, facts)
+        report.earlier_rows(path, facts)
 
 
 @pytest.mark.parametrize(
@@ -261,13 +353,6 @@ def test_results_are_resumed_only_with_the_same_settings(tmp_path):
         (["--resume"], "--resume continues a file. Add --json FILE."),
         (["--target", "{tmp}"], "has no config.json"),
         (["--drafter", "./nowhere"], "has no config.json"),
-        (["--method-name", "eagle"], "Add --server URL."),
-        (
-            ["--server", "http://127.0.0.1:9", "--dtype", "auto"],
-            "--dtype does not go with --server",
-        ),
-        (["--server", "http://127.0.0.1:9"], "is not reachable"),
-        (["--server", "nonsense"], "is not reachable"),
     ],
 )
 def test_bad_input_is_one_line(argv, message, tmp_path, capsys, monkeypatch):
@@ -350,15 +435,23 @@ def test_a_real_run_agrees_with_itself(real):
         # requests overlap: their rates add up to at least the whole's
         assert row["tokens_per_second_per_request"] * concurrency > 0.9 * row["tokens_per_second"]
         assert sum(row["draft_lengths"].values()) == row["drafts"]
+        # a step's times are those of all requests in it
+        in_steps = [row[f"{part}_ms"] for part in ("draft", "verify", "other")]
+        assert min(in_steps[1:]) > 0
+        assert row["own_ms"] <= row["draft_ms"]
+        assert sum(in_steps) < row["latency_p99_ms"]
         assert sum(row["drafted_per_position"]) == row["drafted_tokens"]
         assert sum(row["accepted_per_position"]) == row["accepted_tokens"]
         if method == "none":
             assert (row["acceptance_length"], row["passes_per_round"], row["drafts"]) == (1, 0, 0)
+            assert row["own_ms"] == 0
+            assert row["draft_ms"] < 0.1 * row["verify_ms"]
             continue
         length = 1 + row["accepted_tokens"] / row["drafts"]
         assert row["acceptance_length"] == pytest.approx(length, abs=1e-3)
         assert row["acceptance_length"] > 1.5
         assert row["passes_per_round"] >= 1
+        assert 0 < row["own_ms"] < row["draft_ms"]
         judged = sum(each["count"] for each in row["reliability"])
         right = sum(each["accepted"] for each in row["reliability"])
         assert right <= judged <= row["drafted_tokens"]
@@ -393,151 +486,24 @@ def test_a_complete_file_is_resumed_without_engines(real):
     assert "safetensors" not in done.stderr  # nothing was loaded
 
 
-class FakeServer:
-    """Enough of vLLM's server: answers after 20 ms, and drafts unless a request forbids it."""
-
-    def __init__(self, has_failfast=True):
-        self.has_failfast = has_failfast
-        self.counters = Counter()
-        self.in_flight, self.seen = [], []
-        self._running = 0
-        app = web.Application()
-        app.router.add_get("/v1/models", self.models)
-        app.router.add_get("/version", self.version)
-        app.router.add_get("/metrics", self.metrics)
-        app.router.add_post("/v1/completions", self.complete)
-        app.router.add_post("/v1/chat/completions", self.complete)
-        self.runner = web.AppRunner(app)
-        self.loop = asyncio.new_event_loop()
-        ready = threading.Event()
-        self.thread = threading.Thread(target=self.serve, args=(ready,), daemon=True)
-        self.thread.start()
-        assert ready.wait(10)
-
-    def serve(self, ready):
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_until_complete(self.runner.setup())
-        site = web.TCPSite(self.runner, "127.0.0.1", 0)
-        self.loop.run_until_complete(site.start())
-        self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
-        ready.set()
-        self.loop.run_forever()
-
-    def close(self):
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(10)
-        self.loop.run_until_complete(self.runner.cleanup())
-        self.loop.close()
-
-    async def models(self, request):
-        return web.json_response({"data": [{"id": "tiny"}]})
-
-    async def version(self, request):
-        return web.json_response({"version": "9.9"})
-
-    async def metrics(self, request):
-        lines = ["# TYPE vllm:other_total counter", "vllm:other_total 7.0"]
-        for name in ("drafts", "draft_tokens", "accepted_tokens"):
-            lines.append(f"# TYPE vllm:spec_decode_num_{name}_total counter")
-            lines.append(f'vllm:spec_decode_num_{name}_total{{engine="0"}} {self.counters[name]}')
-        name = "vllm:spec_decode_num_accepted_tokens_per_pos"
-        lines.append(f"# TYPE {name}_total counter")
-        for position in range(3):
-            lines.append(f'{name}_total{{position="{position}"}} {self.counters[position]}')
-        return web.Response(text="\n".join(lines) + "\n")
-
-    async def complete(self, request):
-        body = await request.json()
-        self.seen.append(body)
-        limit = body.get("vllm_xargs", {}).get("failfast_max_len")
-        if self.has_failfast and limit == -1:
-            return web.json_response({"message": "'failfast_max_len' must be"}, status=400)
-        self._running += 1
-        self.in_flight.append(self._running)
-        await asyncio.sleep(0.02)
-        self._running -= 1
-        if limit != 0:  # two drafts of 3 tokens: all accepted, and the first alone
-            self.counters.update({"drafts": 2, "draft_tokens": 6, "accepted_tokens": 4})
-            self.counters.update([0, 0, 1, 2])
-        answer = {"text": "b"} if "prompt" in body else {"message": {"content": "a"}}
-        return web.json_response({"choices": [answer], "usage": {"completion_tokens": 6}})
+def test_an_engine_that_cannot_start_says_why():
+    """Catches a parent that waits for ever, or shows a traceback of pickles."""
+    with pytest.raises(ValueError, match=r"the engine of 'x' failed: .*nowhere"):
+        closed_loop.EngineProcess("x", None, {"model": "/nowhere"}, [], 5)
 
 
-@pytest.fixture
-def fake():
-    servers = []
-
-    def make(**options):
-        servers.append(FakeServer(**options))
-        return servers[-1]
-
-    yield make
-    for server in servers:
-        server.close()
+def test_an_engine_that_died_is_named():
+    dead = object.__new__(closed_loop.EngineProcess)
+    dead.name, (dead._pipe, theirs) = "x", multiprocessing.Pipe()
+    theirs.close()
+    with pytest.raises(ValueError, match="the engine of 'x' died"):
+        next(dead(1, 2))
 
 
-def test_a_server_is_asked_with_and_without_drafts(fake, tmp_path, capsys):
-    """Catches counters of one method counted for the other, and loops with too few in flight."""
-    server = fake()
-    prompts = tmp_path / "prompts.jsonl"
-    messages = [{"role": "user", "content": "q"}]
-    prompts.write_text(json.dumps({"messages": messages}) + '\n{"prompt": "b"}\n')
-    path = tmp_path / "found.json"
-    argv = ["bench", "--server", server.url + "/v1/", "--prompts", str(prompts), "--repeats", "2"]
-    argv += ["--concurrency", "1", "3", "--requests-per-point", "6", "--json", str(path)]
-    assert cli.main(argv) == 0
-    assert "| 3 | failfast | " in capsys.readouterr().out
-    found = json.loads(path.read_text(encoding="utf-8"))
-    facts = found["provenance"]
-    assert (facts["target"], facts["server_version"]) == ("tiny", "9.9")
-    rows = {(row["method"], row["concurrency"]): row for row in found["rows"]}
-    assert list(rows) == [(m, c) for c in (1, 3) for m in ("none", "failfast")]
-    for (method, _), row in rows.items():
-        assert row["requests"] == 12  # the warm-up is not among them
-        assert row["answers_equal_to_none"] == 1.0
-        assert row["ttft_p50_ms"] is None
-        assert row["latency_p50_ms"] >= 20
-        if method == "none":
-            assert (row["drafts"], row["acceptance_length"]) == (0, 1.0)
-            assert row["passes_per_round"] == 0
-        else:
-            assert (row["drafts"], row["drafted_tokens"]) == (24, 72)
-            assert row["acceptance_length"] == 3.0
-            assert row["accepted_per_position"] == [24, 12, 12]
-            assert row["passes_per_round"] is None  # a server does not tell
-    assert max(server.in_flight) == 3
-    asked = server.seen[1:]  # after the probe
-    assert all(body["temperature"] == 0 and body["max_tokens"] == 200 for body in asked)
-    assert Counter(json.dumps(body.get("vllm_xargs")) for body in asked) == {
-        '{"failfast_max_len": 0}': 36,
-        "null": 36,
-    }
-
-
-def test_a_server_without_failfast_is_measured_alone(fake, tmp_path, capsys):
-    """Catches "none" measured with drafts, because the server does not know the key."""
-    server, path = fake(has_failfast=False), tmp_path / "found.json"
-    argv = ["bench", "--server", server.url, "--method-name", "eagle", "--repeats", "1"]
-    argv += ["--concurrency", "2", "--requests-per-point", "4", "--json", str(path)]
-    argv += ["--plots", str(tmp_path / "plots")]
-    assert cli.main(argv) == 0
-    assert "only it is measured" in capsys.readouterr().err
-    (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    assert (row["method"], row["speedup"], row["acceptance_length"]) == ("eagle", None, 3.0)
-    # a server tells neither draft lengths nor confidences
-    assert {p.name for p in (tmp_path / "plots").iterdir()} == {"throughput.png"}
-
-
-def test_a_complaint_of_the_server_is_one_line(fake):
-    server = Server(fake().url, [{"prompt": "a"}], 5, {"failfast_max_len": -1}).connect()
-    with pytest.raises(ValueError, match=r"/v1/completions answered 400: .*failfast_max_len"):
-        next(server(2, 4))
-
-
-def test_points_are_written_as_they_are_measured(fake, tmp_path, monkeypatch):
+def test_points_are_written_as_they_are_measured(tmp_path, monkeypatch, fake_processes):
     """Catches a killed run that has nothing to show, and one that begins from the start again."""
-    server, path = fake(), tmp_path / "found.json"
-    argv = ["bench", "--server", server.url, "--repeats", "1", "--requests-per-point", "2"]
+    path = tmp_path / "found.json"
+    argv = ["bench", "--methods", "failfast", "--repeats", "1", "--requests-per-point", "2"]
     argv += ["--json", str(path), "--concurrency", "1", "2"]
     point, calls = bench.measure_point, count()
 
@@ -557,20 +523,8 @@ def test_points_are_written_as_they_are_measured(fake, tmp_path, monkeypatch):
     assert [row["concurrency"] for row in rows] == [1, 1, 2, 2]
 
 
-def test_an_engine_that_cannot_start_says_why():
-    """Catches a parent that waits for ever, or shows a traceback of pickles."""
-    with pytest.raises(ValueError, match=r"the engine of 'x' failed: .*nowhere"):
-        closed_loop.EngineProcess("x", None, {"model": "/nowhere"}, [], 5)
-
-
-def test_an_engine_that_died_is_named():
-    dead = object.__new__(closed_loop.EngineProcess)
-    dead.name, (dead._pipe, theirs) = "x", multiprocessing.Pipe()
-    theirs.close()
-    with pytest.raises(ValueError, match="the engine of 'x' died"):
-        next(dead(1, 2))
-
-
-def test_nan_is_no_json():
-    assert closed_loop.rounded(math.nan) is None
-    assert closed_loop.rounded(1.23456) == 1.235
+def test_what_was_not_measured_is_null():
+    """Catches nan, which is no JSON: answers of one token have no time per further token."""
+    row = bench.make_row("x", 1, [made_up(1.0, [[1]])], None)
+    assert (row["tpot_p50_ms"], row["tpot_p99_ms"]) == (None, None)
+    json.dumps(row, allow_nan=False)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from failfast_vllm import plugin
 from failfast_vllm.config import FailFastConfig
 from failfast_vllm.drafting.records import Round
-from failfast_vllm.tools import cli, demo
+from failfast_vllm.integration import hooks as hook_registry
+from failfast_vllm.tools import cli, demo, doctor, shipped
 from failfast_vllm.tools.offline import TracedRound, traced
 
 COMMAND = str(Path(sys.executable).with_name("failfast"))
@@ -27,7 +27,8 @@ def run(*args, **env):
 @pytest.fixture
 def other_models(tmp_path, monkeypatch):
     """An empty directory in place of the shipped models."""
-    monkeypatch.setattr(cli, "MODELS_DIR", tmp_path)
+    monkeypatch.setattr(shipped, "MODELS_DIR", tmp_path)
+    monkeypatch.setattr(shipped, "PROMPTS", tmp_path / "prompts.jsonl")
     return tmp_path
 
 
@@ -54,7 +55,7 @@ def test_missing_models_are_one_line_and_exit_code_2(command, other_models, caps
 
 def fake_model(path, weights):
     path.mkdir()
-    for name in cli.SHIPPED_FILES:
+    for name in shipped.SHIPPED_FILES:
         (path / name).write_text("{}")
     (path / "model.safetensors").write_bytes(weights)
     return path
@@ -63,11 +64,17 @@ def fake_model(path, weights):
 def test_damaged_weights_are_found(tmp_path):
     header = b'{"__metadata__": {}, "w": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}'
     weights = len(header).to_bytes(8, "little") + header + b"1234"
-    assert cli.shipped_problem(fake_model(tmp_path / "whole", weights)) == ""
-    cut = cli.shipped_problem(fake_model(tmp_path / "cut", weights[:-1]))
-    assert f"has {len(weights) - 1} bytes, not {len(weights)}" in cut
-    pointer = cli.shipped_problem(fake_model(tmp_path / "lfs", b"version https://git-lfs"))
-    assert "is not a safetensors file" in pointer
+    assert shipped.model_problem(fake_model(tmp_path / "whole", weights)) == ""
+    for name, damaged in (
+        ("cut", weights[:-1]),
+        ("longer", weights + b"5"),
+        ("lfs", b"version https://git-lfs"),
+        ("empty", b""),
+    ):
+        path = fake_model(tmp_path / name, damaged)
+        problem = shipped.model_problem(path)
+        assert problem.startswith(f"{path / 'model.safetensors'} is not a whole safetensors file")
+        assert "\n" not in problem
 
 
 @pytest.mark.parametrize(
@@ -100,7 +107,7 @@ def test_demo_refuses_more_prompts_than_there_are(capsys):
 
 def test_light_commands_import_no_engine():
     code = (
-        "import sys; from failfast_vllm.cli import main; "
+        "import sys; from failfast_vllm.tools.cli import main; "
         "main(['models']); main(['plan', 'Qwen3-8B']); "
         "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
     )
@@ -117,19 +124,20 @@ def test_doctor_is_content_here(capsys, monkeypatch):
     assert {"python", "vllm", "torch", "triton", "transformers", "platform"} <= set(found)
     assert found["model runner"].startswith("V1")
     hooks = [check for check in report["checks"] if check["name"].startswith("hook ")]
-    assert len(hooks) == len(plugin.ALL_HOOKS)
-    # a hook is new: run `python -m failfast_vllm.hook_bodies` on each supported vLLM
+    assert len(hooks) == len(hook_registry.all_hooks())
+    # a hook is new: run `python -m failfast_vllm.integration.hook_bodies` on each supported vLLM
     assert [hook["name"] for hook in hooks if hook["warning"]] == []
 
 
 def test_doctor_names_a_missing_hook_and_the_remedy(capsys, monkeypatch):
-    gone = plugin.V1_HOOKS[0]._replace(function="gone")
-    monkeypatch.setattr(plugin, "ALL_HOOKS", (gone,))
+    first = hook_registry.hooks_of("v1")[0]
+    gone = first._replace(target=f"{first.target}_gone")
+    monkeypatch.setattr(hook_registry, "all_hooks", lambda: (gone,))
     assert cli.main(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
     (where,) = [i for i, line in enumerate(lines) if line.startswith("PROBLEM")]
     assert f"vLLM has no {gone.name}" in lines[where]
-    assert lines[where + 1].strip() == f"-> {cli.INSTALL_VLLM}"
+    assert lines[where + 1].strip() == f"-> {doctor.INSTALL_VLLM}"
 
 
 @pytest.mark.parametrize(
@@ -270,6 +278,6 @@ def test_an_interrupt_is_one_line_and_130(capsys, monkeypatch):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_demo", interrupted)
+    monkeypatch.setattr(demo, "run", interrupted)
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == "failfast demo: interrupted\n"

@@ -9,9 +9,11 @@ import pytest
 from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.tools import cli
 from failfast_vllm.tools import sizing as plan
+from failfast_vllm.tools.model_size import kv_bytes_per_token, read_bytes, shape_of, weight_bytes
+from failfast_vllm.tools.published_models import GPUS, PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
 
 DOCS = Path(__file__).parents[2] / "docs" / "drafters.md"
-MODELS = {**plan.PUBLISHED_TARGETS, **plan.PUBLISHED_DRAFTERS}
+MODELS = {**PUBLISHED_TARGETS, **PUBLISHED_DRAFTERS}
 DRAFTER = "Efficient-Large-Model/Fast_dLLM_v2_1.5B"
 MOE = {  # Qwen3-30B-A3B
     "model_type": "qwen3_moe",
@@ -31,7 +33,7 @@ MOE = {  # Qwen3-30B-A3B
 
 
 def shape(name):
-    return plan.shape_of(name, MODELS[name])
+    return shape_of(name, MODELS[name])
 
 
 def write(path, config):
@@ -68,7 +70,7 @@ def num_parameters(config):
 )
 def test_weights_are_those_of_the_model(config):
     """Catches a forgotten bias, norm, router, or a tied head counted twice."""
-    assert plan.weight_bytes(plan.shape_of("it", config)) == 2 * num_parameters(config)
+    assert weight_bytes(shape_of("it", config)) == 2 * num_parameters(config)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_weights_are_those_of_the_model(config):
 )
 def test_published_sizes(name, millions):
     """Catches a wrong field in our table of published configs."""
-    assert round(plan.weight_bytes(shape(name)) / 2e6) == millions
+    assert round(weight_bytes(shape(name)) / 2e6) == millions
 
 
 @pytest.mark.parametrize("name", ["target", "drafter"])
@@ -98,7 +100,7 @@ def test_weights_are_those_of_the_shipped_checkpoints(name):
     header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
     spans = [entry["data_offsets"] for key, entry in header.items() if key != "__metadata__"]
     _, config = plan.load_config(str(MODELS_DIR / name), {})
-    assert plan.weight_bytes(plan.shape_of(name, config)) == sum(b - a for a, b in spans)
+    assert weight_bytes(shape_of(name, config)) == sum(b - a for a, b in spans)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +115,9 @@ def test_weights_are_those_of_the_shipped_checkpoints(name):
 def test_floors_on_an_h200(name, gigabytes, floor_ms, kv_kib):
     """Catches an untied embedding counted as read, and units that are off."""
     part = shape(name)
-    assert plan.read_bytes(part, 1) / 1e9 == pytest.approx(gigabytes, rel=5e-3)
-    assert plan.pass_ms(plan.GPUS["H200"], part, [1], [0]) == pytest.approx(floor_ms, rel=1e-2)
-    assert plan.kv_bytes_per_token(part) == kv_kib * 1024
+    assert read_bytes(part, 1) / 1e9 == pytest.approx(gigabytes, rel=5e-3)
+    assert plan.pass_ms(GPUS["H200"], part, [1], [0]) == pytest.approx(floor_ms, rel=1e-2)
+    assert kv_bytes_per_token(part) == kv_kib * 1024
 
 
 @pytest.mark.parametrize(
@@ -131,17 +133,17 @@ def test_floors_on_an_h200(name, gigabytes, floor_ms, kv_kib):
 )
 def test_roofline(name, batch, rows, expected_ms):
     """Catches a lost term: the KV that is read, or the attention's flops."""
-    time = plan.pass_ms(plan.GPUS["H200"], shape(name), [rows] * batch, [1024] * batch)
+    time = plan.pass_ms(GPUS["H200"], shape(name), [rows] * batch, [1024] * batch)
     assert time == pytest.approx(expected_ms, rel=1e-2)
 
 
 def test_experts_are_read_as_tokens_reach_them():
     """Catches an MoE modelled as dense, or one that reads all experts for one token."""
-    moe = plan.shape_of("moe", MOE)
-    everything = plan.read_bytes(moe, 10_000)
-    assert plan.read_bytes(moe, 1) < everything / 6
+    moe = shape_of("moe", MOE)
+    everything = read_bytes(moe, 10_000)
+    assert read_bytes(moe, 1) < everything / 6
     assert everything == pytest.approx(
-        plan.weight_bytes(moe) - 2 * moe.vocab_size * moe.hidden_size, rel=1e-6
+        weight_bytes(moe) - 2 * moe.vocab_size * moe.hidden_size, rel=1e-6
     )
 
 
@@ -162,11 +164,11 @@ def test_a_speedup_is_tokens_over_time():
 def test_tensor_parallel_ranks():
     """Catches KV heads split below one, and a drafter of 12 heads cut in 8."""
     name = "Qwen/Qwen2.5-7B-Instruct"
-    half = plan.per_rank(name, shape(name), 2)
-    assert plan.kv_bytes_per_token(half) == 28 * 1024
-    whole = plan.weight_bytes(shape(name))
-    assert whole / 2 < plan.weight_bytes(half) < whole / 2 * 1.001  # norms on each
-    assert plan.kv_bytes_per_token(plan.per_rank(DRAFTER, shape(DRAFTER), 4)) == 14 * 1024
+    half = shape_of(name, MODELS[name], 2)
+    assert kv_bytes_per_token(half) == 28 * 1024
+    whole = weight_bytes(shape(name))
+    assert whole / 2 < weight_bytes(half) < whole / 2 * 1.001  # norms on each
+    assert kv_bytes_per_token(shape_of(DRAFTER, MODELS[DRAFTER], 4)) == 14 * 1024
     result = plan.make_plan("Qwen2.5-72B-Instruct", tensor_parallel_size=8)
     assert result.draft_tensor_parallel_size == 1
     assert any("draft_tensor_parallel_size" in note for note in result.notes)
@@ -211,8 +213,8 @@ def test_a_silent_drafter_is_counted_with_the_defaults_of_its_class(tmp_path):
     config = {**MODELS["JetLM/SDAR-4B-Chat"], "num_key_value_heads": 32, "rope_theta": 10000.0}
     defaults = ("head_dim", "num_key_value_heads", "rope_theta", "max_position_embeddings")
     silent = {key: value for key, value in config.items() if key not in defaults}
-    assert plan.shape_of("it", silent) == plan.shape_of("it", config)
-    assert plan.make_plan("Qwen3-8B", write(tmp_path / "it", silent)).costs.drafter.head_dim == 128
+    assert shape_of("it", silent) == shape_of("it", config)
+    assert plan.make_plan("Qwen3-8B", write(tmp_path / "it", silent)).drafter.head_dim == 128
 
 
 def test_a_drafter_is_shared_by_the_ranks_that_share_it_when_served(tmp_path):
@@ -236,9 +238,9 @@ def test_quantised_weights_are_not_called_exact(tmp_path):
     config = MODELS["Qwen/Qwen2.5-7B-Instruct"]
     awq = {**config, "quantization_config": {"quant_method": "awq", "bits": 4}}
     known = plan.make_plan(write(tmp_path / "known", awq))
-    assert known.costs.target.exact is False
-    bf16 = plan.weight_bytes(shape("Qwen/Qwen2.5-7B-Instruct"))
-    assert bf16 / 4 < plan.weight_bytes(known.costs.target) < bf16 / 2
+    assert known.target.exact is False
+    bf16 = weight_bytes(shape("Qwen/Qwen2.5-7B-Instruct"))
+    assert bf16 / 4 < weight_bytes(known.target) < bf16 / 2
     assert "not exact" in plan.render(known)
     other = {**config, "quantization_config": {"quant_method": "compressed-tensors"}}
     unknown = plan.make_plan(write(tmp_path / "unknown", other))
@@ -261,16 +263,16 @@ def test_command_prints_one_object_with_modelled_times(capsys):
     assert "13.9 drafted and 5.6 accepted" in text
 
 
-@pytest.mark.parametrize("target", plan.PUBLISHED_TARGETS)
+@pytest.mark.parametrize("target", PUBLISHED_TARGETS)
 def test_documented_table_is_what_the_command_computes(target):
     """Catches docs/drafters.md left behind by a change of the model or of a config."""
     result = plan.make_plan(target)
-    parts = (result.costs.target, result.costs.drafter)
+    parts = (result.target, result.drafter)
     cells = [
         target.split("/")[1],
         result.drafter_name.split("/")[1],
-        " + ".join(f"{plan.weight_bytes(part) / 1e9:.2f}" for part in parts),
-        " + ".join(f"{plan.kv_bytes_per_token(part) // 1024}" for part in parts),
+        " + ".join(f"{weight_bytes(part) / 1e9:.2f}" for part in parts),
+        " + ".join(f"{kv_bytes_per_token(part) // 1024}" for part in parts),
         f"{result.kv_share:.0%}",
         *(f"{line.speedup:.2f}" for line in result.lines),
     ]

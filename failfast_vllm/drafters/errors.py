@@ -1,0 +1,18 @@
+"""What others wrote, in an error of one line."""
+
+from typing import Any
+
+MAX_ECHO = 100  # characters
+
+
+def echo(value: Any) -> str:
+    """A value of a user or a file, whatever its length."""
+    text = repr(value)
+    return text if len(text) <= MAX_ECHO else f"{text[:MAX_ECHO]}... ({len(text)} characters)"
+
+
+def reason(error: Exception) -> str:
+    """What a library says: the first line, which may quote a file's own text."""
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 2 * MAX_ECHO else f"{text[: 2 * MAX_ECHO]}..."

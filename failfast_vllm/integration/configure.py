@@ -1,0 +1,296 @@
+"""Hooks of the configuration: the user's speculative config, said in vLLM's terms.
+
+vLLM sees a draft model whose drafts are made on the CPU and differ in length. What the drafter
+needs to know travels in `additional_config["failfast"]`.
+"""
+
+import contextlib
+import copy
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from failfast_vllm import config as user_config
+from failfast_vllm.config import BLOCK_SIZE, METHOD, FailFastConfig
+from failfast_vllm.drafters import checks
+from failfast_vllm.drafters.families import Family, family_of
+from failfast_vllm.integration.engine_args import Asked, check_engine_args
+from failfast_vllm.integration.engine_hooks import install_metrics
+from failfast_vllm.integration.hooks import asked_for, hook, install, logger
+from failfast_vllm.integration.worker import register_model
+
+VOCABULARIES = ("tokenizer.json", "vocab.json")
+ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
+
+
+@hook("configuration", f"{ENGINE_ARGS}.create_speculative_config")
+def create_speculative_config(
+    original: Any,
+    self: Any,
+    target_model_config: Any,
+    target_parallel_config: Any,
+    *rest: Any,
+    **more: Any,
+) -> Any:
+    """Checks the user's keys, then asks vLLM for a draft model with ragged CPU drafts.
+
+    Goes when: vLLM lets plugins register speculative methods.
+    """
+    given = user_config.parse(self.speculative_config)
+    if given is None:
+        return original(self, target_model_config, target_parallel_config, *rest, **more)
+    knobs = FailFastConfig.from_user(given)
+    check_engine_args(Asked(self, target_model_config, knobs.num_speculative_tokens, given))
+    drafter, published = _find_drafter(self, target_model_config, given)
+    register_model()
+    install("worker")
+    install("requests")
+    install_metrics()
+    install("engine")
+    # the drafter's config takes the target's flag; remote code is never run for a drafter
+    guarded = copy.copy(target_model_config)
+    guarded.trust_remote_code = False
+    with _as_draft_model(self, drafter, knobs, given):
+        speculative = original(self, guarded, target_parallel_config, *rest, **more)
+    speculative.target_model_config = target_model_config
+    assert speculative.method == "draft_model", speculative.method
+    facts = _fit_drafter(self, speculative, drafter, published, knobs, given)
+    self.async_scheduling = False  # lengths per sequence need the synchronous scheduler
+    self.additional_config = {**(self.additional_config or {}), METHOD: facts}
+    return speculative
+
+
+@hook("configuration", f"{ENGINE_ARGS}.add_cli_args")
+def add_cli_args(original: Any, parser: Any, *rest: Any, **more: Any) -> Any:
+    """Makes `--speculative-config` take the bare word `failfast` next to vLLM's JSON.
+
+    Goes when: vLLM lets plugins register speculative methods.
+    """
+    parser = original(parser, *rest, **more)
+    action = parser._option_string_actions.get("--speculative-config")
+    if action is not None and action.type is not None:
+        from_json = action.type
+
+        def from_text(value: str) -> Any:
+            return {"method": METHOD} if user_config.is_bare_word(value) else from_json(value)
+
+        from_text.__name__ = "speculative config"  # argparse prints it in its own error
+        action.type = from_text
+    return parser
+
+
+@hook("configuration", f"{ENGINE_ARGS}._set_default_max_num_seqs_and_batched_tokens_args")
+def make_room_for_lora(
+    original: Any,
+    self: Any,
+    usage_context: Any,
+    model_config: Any,
+    parallel_config: Any,
+    *rest: Any,
+    **more: Any,
+) -> None:
+    """Says which flags make vLLM's LoRA buffers hold a full draft of every sequence.
+
+    Goes when: vLLM sizes these buffers by the longest drafts.
+    """
+    original(self, usage_context, model_config, parallel_config, *rest, **more)
+    if not self.enable_lora or METHOD not in (self.additional_config or {}):
+        return
+    per_seq = 1 + self.additional_config[METHOD]["num_speculative_tokens"]
+    budget, needed = self.max_num_batched_tokens, self.max_num_seqs * per_seq
+    if budget < needed:
+        raise ValueError(
+            f"failfast: LoRA needs max_num_batched_tokens of at least {needed} (max_num_seqs "
+            f"{self.max_num_seqs} x (1 + num_speculative_tokens)); got {budget}. Use "
+            f"--max-num-seqs {budget // per_seq} or --max-num-batched-tokens {needed}."
+        )
+
+
+@hook(
+    "configuration",
+    "vllm.config.speculative:SpeculativeConfig.verify_equal_vocab_size_if_draft_model",
+)
+def allow_other_padding(original: Any, self: Any, *rest: Any, **more: Any) -> None:
+    """Lets padded vocab sizes differ (Qwen2.5: 151,936 up to 3B, 152,064 from 7B on).
+
+    Goes when: vLLM compares vocabularies without their padding.
+    """
+    drafter = self.draft_model_config
+    if drafter is None or not family_of(drafter.architectures):
+        original(self, *rest, **more)
+
+
+@hook("configuration", "vllm.config.vllm:VllmConfig._limit_max_model_len_to_draft", since=(0, 33))
+def keep_max_model_len(original: Any, self: Any, *rest: Any, **more: Any) -> None:
+    """Lets a target that is longer than its drafter keep its length; ours stops at its own.
+
+    Goes when: vLLM's V2 drafters skip a long sequence, too.
+    """
+    if not asked_for(self):
+        original(self, *rest, **more)
+
+
+def _find_drafter(
+    args: Any, target_model_config: Any, given: dict[str, Any]
+) -> tuple[str, dict[str, Any] | None]:
+    """(directory or hub id, its config.json or None); raises ValueError if it cannot be one."""
+    drafter = given.get("model") or checks.choose_drafter(
+        target_model_config.model,
+        target_model_config.hf_config.model_type,
+        target_model_config.get_vocab_size(),
+    )
+    asked_size = given.get(BLOCK_SIZE)
+    published = checks.check_local_drafter(drafter, args.load_format, asked_size)
+    if published is None:
+        published = _check_hub_config(drafter, given.get("revision"), asked_size)
+    return drafter, published
+
+
+def _check_hub_config(
+    drafter: str, revision: str | None, asked_size: int | None
+) -> dict[str, Any] | None:
+    """Refuse before vLLM would offer to run remote code, or fail on a size; raises ValueError.
+
+    Returns:
+        The config.json, or None where the hub cannot be reached: vLLM says so itself.
+    """
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+    fields = get_hf_file_to_dict("config.json", drafter, revision)
+    if not isinstance(fields, dict):
+        return None
+    checks.check_drafter_config(drafter, fields, asked_size)
+    return fields
+
+
+@contextlib.contextmanager
+def _as_draft_model(
+    args: Any, drafter: str, knobs: FailFastConfig, given: dict[str, Any]
+) -> Iterator[None]:
+    """Meanwhile the engine arguments ask for vLLM's own method."""
+    passed_on = {key: given[key] for key in user_config.PASSED_ON if key in given}
+    passed_on["draft_tensor_parallel_size"] = 1  # until its heads are known
+    asked = args.speculative_config
+    args.speculative_config = {
+        **passed_on,
+        "method": "draft_model",
+        "model": drafter,
+        "num_speculative_tokens": knobs.num_speculative_tokens,
+        "disable_padded_drafter_batch": True,
+    }
+    try:
+        yield
+    finally:
+        args.speculative_config = asked
+
+
+def _fit_drafter(
+    args: Any,
+    speculative: Any,
+    drafter: str,
+    published: dict[str, Any] | None,
+    knobs: FailFastConfig,
+    given: dict[str, Any],
+) -> dict[str, Any]:
+    """Check the drafter that vLLM has found, and spread it; raises ValueError.
+
+    Returns:
+        What the worker must know: the knobs, and facts about blocks and tokens.
+    """
+    hf_config = speculative.draft_model_config.hf_config.to_dict()
+    asked_size = given.get(BLOCK_SIZE)
+    family = checks.check_drafter_config(drafter, hf_config, asked_size)
+    block = checks.find_block_size(drafter, family, published or hf_config, asked_size)
+    if block.doubt:
+        _warn_once(f"failfast: {drafter!r} drafts in blocks of {block.size}: {block.doubt}")
+    check_balancing(family, drafter, args.enable_eplb)
+    _spread_drafter(speculative, drafter, hf_config, given)
+    # cut like a dense MLP: ranks that hold different experts would wait for each other
+    speculative.draft_parallel_config.enable_expert_parallel = False
+    target, revision = speculative.target_model_config, given.get("revision")
+    return {
+        **knobs.for_block_size(block.size, given).to_dict(),
+        "diffusion_block_size": block.size,
+        "logit_shift": family.logit_shift,
+        **_token_facts(target, drafter, revision, family, hf_config),
+    }
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def check_balancing(family: Family, drafter: str, enable_eplb: bool) -> None:
+    if family.has_experts and enable_eplb:
+        raise ValueError(
+            "failfast: vLLM would balance the experts of the drafter like the target's, but every "
+            f"rank has them all; got --enable-eplb and the drafter {drafter!r}. "
+            "Leave --enable-eplb out, or use a drafter without experts."
+        )
+
+
+def _spread_drafter(
+    speculative: Any, drafter: str, hf_config: dict[str, Any], given: dict[str, Any]
+) -> None:
+    """Shard the drafter over the target's ranks, or let each of them hold the whole of it."""
+    num_ranks = speculative.target_parallel_config.tensor_parallel_size
+    if given.get("draft_tensor_parallel_size", num_ranks) == 1:
+        return
+    undivided = checks.undivided_size(hf_config, num_ranks)
+    if undivided is None:
+        speculative.draft_tensor_parallel_size = num_ranks
+        speculative.draft_parallel_config = speculative.create_draft_parallel_config(
+            speculative.target_parallel_config, num_ranks, speculative.draft_model_config
+        )
+    elif "draft_tensor_parallel_size" in given:
+        raise ValueError(
+            f"failfast: {num_ranks} ranks cannot share the drafter {drafter!r}; "
+            f"got {undivided}. Set 'draft_tensor_parallel_size' to 1."
+        )
+    else:
+        logger.info(
+            "failfast: each of the %d ranks holds the whole drafter, which they cannot share (%s)",
+            num_ranks,
+            undivided,
+        )
+
+
+def _token_facts(
+    target_model_config: Any,
+    drafter: str,
+    revision: str | None,
+    family: Family,
+    drafter_hf_config: dict[str, Any],
+) -> dict[str, int]:
+    """MASK, and how many ids may be drafted; refuses a drafter with another tokenizer."""
+    from transformers import AutoTokenizer
+
+    shared = min(target_model_config.get_vocab_size(), int(drafter_hf_config["vocab_size"]))
+    if target_model_config.skip_tokenizer_init:  # the user vouches for the ids
+        mask = checks.mask_token_id(family, drafter_hf_config, {})
+        return {"mask_token_id": mask, "num_draftable_tokens": shared}
+    from vllm.tokenizers.registry import cached_tokenizer_from_config
+
+    try:
+        files = [os.path.join(drafter, name) for name in VOCABULARIES]
+        if os.path.isdir(drafter) and not any(map(os.path.isfile, files)):
+            raise OSError(f"it has no {' or '.join(VOCABULARIES)}")  # else an empty one is made
+        drafter_tokenizer = AutoTokenizer.from_pretrained(
+            drafter, revision=revision, trust_remote_code=False
+        )
+    except Exception as error:  # of a damaged file the libraries raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"failfast: cannot load the tokenizer of the drafter {drafter!r} ({reason}); "
+            f"give a complete {family.name} checkpoint."
+        ) from None
+    target_vocab = cached_tokenizer_from_config(target_model_config).get_vocab()
+    drafter_vocab = drafter_tokenizer.get_vocab()
+    mask = checks.mask_token_id(family, drafter_hf_config, drafter_vocab)
+    checks.check_tokenizers(target_model_config.model, target_vocab, drafter, drafter_vocab, mask)
+    return {
+        "mask_token_id": mask,
+        "num_draftable_tokens": min(shared, max(target_vocab.values()) + 1),
+    }

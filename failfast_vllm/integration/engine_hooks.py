@@ -1,0 +1,104 @@
+"""Hooks of front ends and engines: metrics, the scheduler, and KV connectors."""
+
+from typing import Any
+
+from failfast_vllm.integration.hooks import asked_for, hook, install, logger, stage_problem
+
+SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+
+
+def install_metrics() -> None:
+    """Carry the worker's counts to the API server; without them only metrics are missing."""
+    problem = stage_problem("metrics")
+    if problem:
+        logger.warning("failfast shows no metrics: %s", problem)
+    else:
+        install("metrics")
+
+
+@hook("metrics", f"{SCHEDULER}.update_draft_token_ids")
+def collect_counts(original: Any, self: Any, draft_token_ids: Any, *rest: Any, **more: Any) -> Any:
+    """Adds up the counts that a worker sends with its drafts.
+
+    Goes when: vLLM carries statistics of the drafter from workers to the API server.
+    """
+    counts = getattr(draft_token_ids, "failfast_counts", None)
+    if counts and self.log_stats:  # else nobody would ever fetch them
+        waiting = getattr(self, "failfast_counts", None) or [0] * len(counts)
+        self.failfast_counts = [a + b for a, b in zip(waiting, counts, strict=True)]
+    return original(self, draft_token_ids, *rest, **more)
+
+
+@hook("metrics", f"{SCHEDULER}.make_stats")
+def send_counts(
+    original: Any, self: Any, spec_decoding_stats: Any = None, *rest: Any, **more: Any
+) -> Any:
+    """Sends these counts to the API server along with vLLM's own statistics.
+
+    Goes when: vLLM carries statistics of the drafter from workers to the API server.
+    """
+    if spec_decoding_stats is not None and getattr(self, "failfast_counts", None):
+        spec_decoding_stats.num_draft_tokens_per_pos.extend(self.failfast_counts)
+        self.failfast_counts = []
+    return original(self, spec_decoding_stats, *rest, **more)
+
+
+@hook("metrics", "vllm.v1.engine.async_llm:AsyncLLM.__init__")
+def add_stat_logger(
+    original: Any,
+    self: Any,
+    vllm_config: Any,
+    executor_class: Any,
+    log_stats: bool,
+    *rest: Any,
+    **more: Any,
+) -> None:
+    """Adds our stat logger to an engine that was asked for failfast.
+
+    Goes when: a stat logger loaded by entry point no longer switches statistics on by itself.
+    """
+    if asked_for(vllm_config) and log_stats and len(rest) < 5:
+        from failfast_vllm.integration.metrics import FailFastStatLogger
+
+        more["stat_loggers"] = [*(more.get("stat_loggers") or ()), FailFastStatLogger]
+    original(self, vllm_config, executor_class, log_stats, *rest, **more)
+
+
+@hook("engine", f"{SCHEDULER}.__init__")
+def pad_no_new_requests(
+    original: Any, self: Any, vllm_config: Any, *rest: Any, **more: Any
+) -> None:
+    """Keeps the scheduler from scheduling placeholders for drafts that nobody has made.
+
+    vLLM pads a new request with one token left to compute by as many placeholders as a draft may
+    have, unless drafts have a length by batch size. So ours have one: the same for all sizes.
+
+    Goes when: vLLM pads no request that has no draft.
+    """
+    original(self, vllm_config, *rest, **more)
+    if asked_for(vllm_config):
+        max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        self.dynamic_sd_lookup = [self.num_spec_tokens] * (max_num_seqs + 1)
+
+
+@hook(
+    "engine",
+    "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.create_connector",
+)
+def connect_the_target(
+    original: Any, config: Any, role: Any, kv_cache_config: Any, *rest: Any, **more: Any
+) -> Any:
+    """Lets KV connectors move the target's layers only.
+
+    Goes when: vLLM can leave a drafter's layers out of transfers.
+    """
+    if not asked_for(config):
+        return original(config, role, kv_cache_config, *rest, **more)
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+    from failfast_vllm.integration import kv_transfer
+
+    connector = original(config, role, kv_transfer.targets_only(kv_cache_config), *rest, **more)
+    if role is KVConnectorRole.WORKER:
+        kv_transfer.hide_drafter(connector)
+    return connector

@@ -1,0 +1,158 @@
+"""`failfast doctor`: whether failfast can run here, and what to do if not."""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+from typing import Any, NamedTuple
+
+from failfast_vllm.config import FailFastConfig
+from failfast_vllm.tools.offline import engine_environment
+from failfast_vllm.tools.shipped import REINSTALL, contents
+
+PLUGIN_GROUP = "vllm.general_plugins"
+INSTALL_VLLM = "Install a version of 'vllm>=0.32,<0.34'."
+RUN_TESTS = "Install a version that it was tested with, or run its tests on this one."
+
+
+class Check(NamedTuple):
+    """One line of `failfast doctor`."""
+
+    name: str
+    found: str
+    problem: str = ""
+    remedy: str = ""
+    warning: str = ""  # worth knowing, and no reason to fail
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": not self.problem, **self._asdict()}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was found; returns 1 if something is wrong."""
+    with engine_environment():
+        checks = [
+            *_version_checks(),
+            _platform_check(),
+            _runner_check(),
+            _plugin_check(),
+            *_hook_checks(),
+            *_model_checks(),
+        ]
+    healthy = not any(check.problem for check in checks)
+    config = FailFastConfig.from_user({}).to_dict()
+    if args.json:
+        report = {
+            "ok": healthy,
+            "checks": [check.to_dict() for check in checks],
+            "default_config": config,
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        print(render(checks, config))
+    return 0 if healthy else 1
+
+
+def render(checks: list[Check], config: dict[str, Any]) -> str:
+    """A line per check, its remedy below it; the default configuration last."""
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        verdict = "PROBLEM" if check.problem else "warning" if check.warning else "ok"
+        what = check.problem or check.warning or check.found
+        lines.append(f"{verdict:<9}{check.name:<{width + 2}}{what}".rstrip())
+        if check.remedy:
+            lines.append(f"{'':<9}{'':<{width + 2}}-> {check.remedy}")
+    settings = ", ".join(f"{key} {value}" for key, value in config.items())
+    return "\n".join([*lines, f"{'':<9}{'default config':<{width + 2}}{settings}"])
+
+
+def _version_checks() -> list[Check]:
+    remedies = {
+        "failfast-vllm": "Run `pip install .` in a checkout.",
+        "vllm": INSTALL_VLLM,
+        "torch": "It comes with vLLM: reinstall vLLM.",
+        "triton": "It comes with vLLM: reinstall vLLM.",
+        "transformers": "It comes with vLLM: reinstall vLLM.",
+    }
+    checks = [Check("python", platform.python_version())]
+    for name, remedy in remedies.items():
+        try:
+            checks.append(Check(name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            checks.append(Check(name, "", "not installed", remedy))
+    from failfast_vllm.integration.versions import version_problem
+
+    with contextlib.suppress(ImportError):  # no vLLM at all: reported above
+        problem = version_problem()
+        if problem:
+            what, _, remedy = problem.partition("; ")
+            checks.append(Check("vllm version", "", what, remedy))
+    return checks
+
+
+def _platform_check() -> Check:
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        return Check("platform", "", f"cannot import vllm ({error})", INSTALL_VLLM)
+    device = current_platform.device_type
+    if not device:
+        return Check("platform", "", "vLLM knows no device here", "Install vLLM for this device.")
+    if device == "cpu":
+        return Check("platform", f"CPU ({platform.machine()})")
+    return Check("platform", f"GPU ({device}, {current_platform.get_device_name()})")
+
+
+def _runner_check() -> Check:
+    """The model runner that vLLM will choose, and how drafts are scheduled and run on it."""
+    from vllm.triton_utils import HAS_TRITON
+
+    how = "synchronous scheduling, eager draft passes"
+    forced = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "")
+    if HAS_TRITON and forced != "0":
+        graphs = "draft passes as CUDA graphs unless enforce_eager (unmeasured)"
+        return Check("model runner", f"V2, synchronous scheduling, {graphs}")
+    if HAS_TRITON:
+        return Check("model runner", f"V1, {how}")
+    if forced not in ("", "0"):
+        remedy = "Unset it: without Triton vLLM has the V1 runner only."
+        problem = f"VLLM_USE_V2_MODEL_RUNNER={forced} forbids V1, and vLLM finds no Triton for V2"
+        return Check("model runner", f"V1, {how}", problem, remedy)
+    return Check("model runner", f"V1, {how}")
+
+
+def _plugin_check() -> Check:
+    points = importlib.metadata.entry_points(group=PLUGIN_GROUP, name="failfast")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if not points:
+        problem = f"no entry point 'failfast' in the group {PLUGIN_GROUP}"
+        return Check("plugin", "", problem, "Run `pip install .` in a checkout.")
+    if allowed is not None and "failfast" not in allowed.split(","):
+        problem = f"VLLM_PLUGINS={allowed!r} leaves failfast out"
+        return Check("plugin", "", problem, "Add failfast to VLLM_PLUGINS, or unset it.")
+    return Check("plugin", f"{PLUGIN_GROUP}: failfast = {next(iter(points)).value}")
+
+
+def _hook_checks() -> list[Check]:
+    from failfast_vllm.integration import hook_bodies, hooks
+
+    checks, bodies = [], hook_bodies.installed()
+    for hook in hooks.all_hooks():
+        problem = hooks.hook_problem(hook) or ""
+        warning = "" if problem else hook_bodies.change(hook, bodies)
+        remedy = INSTALL_VLLM if problem else RUN_TESTS if warning else ""
+        name = f"hook {hook.path}"
+        since = ".".join(map(str, hook.since))
+        found = hook.module if hooks.is_due(hook) else f"not needed before vLLM {since}"
+        checks.append(Check(name, found, problem, remedy, warning))
+    return checks
+
+
+def _model_checks() -> list[Check]:
+    return [
+        Check(name, str(path), problem, REINSTALL if problem else "")
+        for name, path, problem in contents()
+    ]

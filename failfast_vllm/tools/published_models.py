@@ -1,0 +1,113 @@
+"""Tables of `failfast plan`: GPUs, and the sizes in the config.json of published models."""
+
+from typing import Any, NamedTuple
+
+from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR, SDAR_MOE, Family
+
+
+class Gpu(NamedTuple):
+    """Data-sheet figures unless said otherwise."""
+
+    name: str
+    bandwidth: float  # bytes/s
+    compute: float  # dense bf16 flop/s
+    memory: float  # bytes
+    source: str = "vendor data sheet"
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        # the sheet says 989e12; large bf16 GEMMs were measured at about 790e12
+        Gpu("H200", 4.8e12, 790e12, 141e9, "data-sheet bandwidth, measured bf16 compute"),
+        Gpu("H100", 3.35e12, 989e12, 80e9),  # SXM5
+        Gpu("A100-80G", 2.039e12, 312e12, 80e9),  # SXM4
+        Gpu("L40S", 0.864e12, 362e12, 48e9),
+        Gpu("A6000", 0.768e12, 154.8e12, 48e9),  # RTX A6000, GA102: the sheet's 309.7 is sparse
+    )
+}
+
+FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+COMMON = {
+    "torch_dtype": "bfloat16",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "hidden_act": "silu",
+}
+WIDE_HEADS = {"head_dim": 128, "attention_bias": False}  # of Qwen3 and SDAR
+
+
+def _config(architecture: str, model_type: str, *sizes: Any, **fields: Any) -> dict[str, Any]:
+    named = dict(zip(FIELDS, sizes, strict=True))
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        **COMMON,
+        **named,
+        **fields,
+    }
+
+
+def _qwen2(*sizes: Any) -> dict[str, Any]:
+    return _config("Qwen2ForCausalLM", "qwen2", *sizes)
+
+
+def _qwen3(*sizes: Any) -> dict[str, Any]:
+    return _config("Qwen3ForCausalLM", "qwen3", *sizes, **WIDE_HEADS)
+
+
+def _drafter(family: Family, *sizes: Any, **fields: Any) -> dict[str, Any]:
+    return _config(family.architecture, family.model_types[0], *sizes, **fields)
+
+
+PUBLISHED_TARGETS = {
+    "Qwen/Qwen2.5-7B-Instruct": _qwen2(3584, 28, 28, 4, 18944, 152064, False),
+    "Qwen/Qwen2.5-14B-Instruct": _qwen2(5120, 48, 40, 8, 13824, 152064, False),
+    "Qwen/Qwen2.5-32B-Instruct": _qwen2(5120, 64, 40, 8, 27648, 152064, False),
+    "Qwen/Qwen2.5-72B-Instruct": _qwen2(8192, 80, 64, 8, 29568, 152064, False),
+    "Qwen/Qwen3-4B": _qwen3(2560, 36, 32, 8, 9728, 151936, True),
+    "Qwen/Qwen3-8B": _qwen3(4096, 36, 32, 8, 12288, 151936, False),
+    "Qwen/Qwen3-14B": _qwen3(5120, 40, 40, 8, 17408, 151936, False),
+    "Qwen/Qwen3-32B": _qwen3(5120, 64, 64, 8, 25600, 151936, False),
+}
+_SDAR = {  # also with blocks of 8, 16 and 32, as "-b32" says
+    "JetLM/SDAR-1.7B-Chat": _drafter(SDAR, 2048, 28, 16, 8, 6144, 151936, False, **WIDE_HEADS),
+    "JetLM/SDAR-4B-Chat": _drafter(SDAR, 2560, 36, 32, 8, 9728, 151936, False, **WIDE_HEADS),
+    "JetLM/SDAR-8B-Chat": _drafter(SDAR, 4096, 36, 32, 8, 12288, 151936, False, **WIDE_HEADS),
+    "JetLM/SDAR-30B-A3B-Chat": _drafter(  # the sizes of Qwen3-30B-A3B, which it was trained from
+        SDAR_MOE,
+        *(2048, 48, 32, 4, 6144, 151936, False),
+        **WIDE_HEADS,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
+        num_experts=128,
+        num_experts_per_tok=8,
+    ),
+}
+PUBLISHED_DRAFTERS = {
+    "Efficient-Large-Model/Fast_dLLM_v2_1.5B": _drafter(
+        FAST_DLLM_V2, 1536, 28, 12, 2, 8960, 151936, True, bd_size=32
+    ),
+    "Efficient-Large-Model/Fast_dLLM_v2_7B": _drafter(
+        FAST_DLLM_V2, 3584, 28, 28, 4, 18944, 152064, False, bd_size=32
+    ),
+    **{
+        f"{name}{size}": config
+        for name, config in _SDAR.items()
+        for size in ("-b32", "-b16", "-b8", "")
+    },
+    "Gen-Verse/TraDo-4B-Instruct": _SDAR["JetLM/SDAR-4B-Chat"],
+    "Gen-Verse/TraDo-8B-Instruct": _SDAR["JetLM/SDAR-8B-Chat"],
+    "Gen-Verse/TraDo-8B-Thinking": _SDAR["JetLM/SDAR-8B-Chat"],
+}

@@ -1,0 +1,104 @@
+"""The shipped small pair: where it is, whether its files are whole; `failfast models`."""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from failfast_vllm.config import MODELS_DIR
+from failfast_vllm.tools.arguments import UsageError
+
+SHIPPED = ("target", "drafter", "ar-drafter")
+SHIPPED_PAIR = "the shipped small pair"  # failfast_vllm/small_pair/README.md
+SHIPPED_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+PROMPTS = MODELS_DIR / "prompts.jsonl"  # held out: neither model was trained on them
+REINSTALL = "Reinstall failfast-vllm, or run `make models` in a checkout."
+
+
+def model_problem(path: Path) -> str:
+    """What a shipped model lacks, or an empty string."""
+    from safetensors import SafetensorError, safe_open
+
+    missing = [name for name in SHIPPED_FILES if not (path / name).is_file()]
+    if missing:
+        return f"{path} has no {', '.join(missing)}"
+    weights = path / "model.safetensors"
+    try:
+        with safe_open(weights, "numpy"):  # its header must cover the file to the last byte
+            return ""
+    except SafetensorError as error:
+        return f"{weights} is not a whole safetensors file ({error})"
+
+
+def contents() -> list[tuple[str, Path, str]]:
+    """Name, path and problem of each model and of the prompts; an empty problem: it is whole."""
+    models = [(f"model {name}", MODELS_DIR / name) for name in SHIPPED]
+    problem = "" if PROMPTS.is_file() else f"{PROMPTS} is missing"
+    return [
+        *((name, path, model_problem(path)) for name, path in models),
+        ("prompts", PROMPTS, problem),
+    ]
+
+
+def check_models(names: Iterable[str]) -> None:
+    """Raises UsageError if one of these shipped models, or a part of it, is missing."""
+    _refuse([model_problem(MODELS_DIR / name) for name in names])
+
+
+def held_out_prompts(needed: Iterable[str]) -> Path:
+    """The prompts' file, after a check of it and of the shipped models that are needed."""
+    problems = [model_problem(MODELS_DIR / name) for name in needed]
+    _refuse([*problems, "" if PROMPTS.is_file() else f"{PROMPTS} is missing"])
+    return PROMPTS
+
+
+def _refuse(problems: list[str]) -> None:
+    found = "; ".join(filter(None, problems))
+    if found:
+        raise UsageError(f"{found}. {REINSTALL}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`failfast models`: print the paths."""
+    check_models(SHIPPED)
+    paths = {name: str(MODELS_DIR / name) for name in SHIPPED}
+    if args.json:
+        print(json.dumps(paths, indent=2))
+    else:
+        for name, path in paths.items():
+            print(f"{name:<12}{path}")
+    return 0
+
+
+def pad_vocabulary(source: Path, vocab_size: int, destination: Path) -> Path:
+    """Copy a checkpoint with its embedding padded: vLLM's draft_model wants equal sizes."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    destination.mkdir()
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (destination / path.name).write_bytes(path.read_bytes())
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    missing = vocab_size - config["vocab_size"]
+    weights = load_file(source / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in weights:  # the padding repeats row 0: equal logits, and the lower id wins a tie
+            rows = weights[name]
+            weights[name] = torch.cat([rows, rows[:1].expand(missing, -1)]).contiguous()
+    save_file(weights, destination / "model.safetensors", metadata={"format": "pt"})
+    config["vocab_size"] = vocab_size
+    (destination / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return destination
+
+
+def padded_ar_drafter(folder: Path) -> Path:
+    """The shipped autoregressive drafter with the shipped target's vocabulary, in `folder`."""
+    config = json.loads((MODELS_DIR / "target" / "config.json").read_text(encoding="utf-8"))
+    return pad_vocabulary(MODELS_DIR / "ar-drafter", config["vocab_size"], folder / "ar-drafter")
