@@ -24,8 +24,10 @@ class Counts:
 
     def __init__(self) -> None:
         self.scalars = dict.fromkeys(SCALARS, 0)
-        self.stops = np.zeros(len(STOP_REASONS), dtype=np.int64)  # drafts made, by reason
-        self.bins = np.zeros((3, NUM_BINS), dtype=np.int64)  # judged, accepted, confidence
+        self._arrays = np.zeros(NUM_COUNTS - len(SCALARS), dtype=np.int64)  # these two
+        self.stops = self._arrays[: len(STOP_REASONS)]  # drafts made, by reason
+        # judged, accepted, confidence
+        self.bins = self._arrays[len(STOP_REASONS) :].reshape(3, NUM_BINS)
 
     def drafted(self, passes: int, rows: int, milliseconds: float) -> None:
         """A step's drafts are made."""
@@ -63,10 +65,11 @@ class Counts:
 
     def take(self) -> list[int]:
         """`NUM_COUNTS` integers, which are zero again afterwards; none if nothing was counted."""
-        counts = [*self.scalars.values(), *self.stops.tolist(), *self.bins.flatten().tolist()]
+        counts = [*self.scalars.values(), *self._arrays.tolist()]
         if not any(counts):
             return []
-        self.__init__()  # type: ignore[misc]
+        self.scalars = dict.fromkeys(SCALARS, 0)
+        self._arrays.fill(0)
         return counts
 
 
