@@ -24,10 +24,10 @@ class Counts:
 
     def __init__(self) -> None:
         self.scalars = dict.fromkeys(SCALARS, 0)
-        self._arrays = np.zeros(NUM_COUNTS - len(SCALARS), dtype=np.int64)  # these two
-        self.stops = self._arrays[: len(STOP_REASONS)]  # drafts made, by reason
-        # judged, accepted, confidence
-        self.bins = self._arrays[len(STOP_REASONS) :].reshape(3, NUM_BINS)
+        self._array = np.zeros(NUM_COUNTS - len(SCALARS), dtype=np.int64)  # its two parts:
+        self.stops = self._array[: len(STOP_REASONS)]  # drafts made, by reason
+        bins = self._array[len(STOP_REASONS) :]
+        self.bins = bins.reshape(3, NUM_BINS)  # judged, accepted, confidence
 
     def drafted(self, passes: int, rows: int, milliseconds: float) -> None:
         """A step's drafts are made."""
@@ -65,11 +65,11 @@ class Counts:
 
     def take(self) -> list[int]:
         """`NUM_COUNTS` integers, which are zero again afterwards; none if nothing was counted."""
-        counts = [*self.scalars.values(), *self._arrays.tolist()]
+        counts = [*self.scalars.values(), *self._array.tolist()]
         if not any(counts):
             return []
         self.scalars = dict.fromkeys(SCALARS, 0)
-        self._arrays.fill(0)
+        self._array.fill(0)
         return counts
 
 
