@@ -40,7 +40,11 @@ class View(Protocol):
 
     req_ids: Sequence[str]
     num_tokens: int  # that the target has computed in the step
-    num_verified: Sequence[int]  # [num_reqs], draft tokens that it has verified
+
+    @property
+    def num_verified(self) -> Sequence[int]:
+        """[num_reqs] draft tokens that the target has verified."""
+        ...
 
     def outcome(self) -> Outcome:
         """Read what came of the last drafts: on V2 the copy from the device."""

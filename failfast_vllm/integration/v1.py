@@ -40,22 +40,26 @@ class _View:
         self.scheduler_output = scheduler_output
         self.emitted = sampled_token_ids
         self.num_reqs = len(sampled_token_ids)
-        self.block_table = common_attn_metadata.block_table_tensor[: self.num_reqs]
+        self.metadata = common_attn_metadata
         self.batch = adapter.runner.input_batch
         self.req_ids: Sequence[str] = self.batch.req_ids[: self.num_reqs]
         self.num_tokens: int = scheduler_output.total_num_scheduled_tokens
-        verified = scheduler_output.scheduled_spec_decode_tokens
-        self.num_verified: Sequence[int] = [len(verified.get(r, ())) for r in self.req_ids]
-        self.known_lens = self.batch.num_tokens_no_spec[: self.num_reqs].astype(np.int64)
+
+    @property
+    def num_verified(self) -> Sequence[int]:
+        verified = self.scheduler_output.scheduled_spec_decode_tokens
+        return [len(verified.get(req_id, ())) for req_id in self.req_ids]
 
     def outcome(self) -> Outcome:
+        self.known_lens = self.batch.num_tokens_no_spec[: self.num_reqs].astype(np.int64)
         return Outcome(self.emitted, self.known_lens)
 
     def state(self, sampled: npt.NDArray[np.bool_]) -> State:
         known, limit = self.known_lens, self.adapter.position_limit
+        table = self.metadata.block_table_tensor[: self.num_reqs]
         before = self.batch.num_computed_tokens_cpu[: self.num_reqs]  # this step
         at_most = to_device(np.minimum(before, limit), self.adapter.device)
-        committed = self.adapter.committed_lens(self.block_table, at_most).cpu().numpy()
+        committed = self.adapter.committed_lens(table, at_most).cpu().numpy()
         scheduled = self.scheduler_output.num_scheduled_tokens
         computed = before.astype(np.int64) + np.array([scheduled[r] for r in self.req_ids])
         computed = np.where(sampled, known - 1, computed)
@@ -70,7 +74,7 @@ class _View:
         return State(
             token_ids=self._token_ids(int(known.max(initial=0))),
             slots=np.arange(self.num_reqs),
-            block_table=self.block_table,
+            block_table=table,
             committed_lens=committed,
             computed_lens=np.minimum(computed, limit),
             room=np.array(room, dtype=np.int64),
