@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from failfast_vllm.drafting.interfaces import Reuse
-from failfast_vllm.drafting.records import Lengths, Round
+from failfast_vllm.drafting.records import Lengths, Round, to_device
 from failfast_vllm.drafting.workspace import Judged, Masks
 
 
@@ -64,16 +64,13 @@ class RejectedDrafts(Reuse):
     def __init__(self) -> None:
         self._token_ids = torch.empty(0, 0, dtype=torch.int64)
         self._rows: dict[str, int] = {}
-        self._bounds: dict[str, tuple[int, int]] = {}  # first column and one after the last
+        self._tail_of: dict[str, tuple[int, int, int]] = {}  # row, first column, length
 
     def begin(self, req_ids: Sequence[str]) -> None:
-        plan: Lengths = np.zeros((3, len(req_ids)), dtype=np.int64)
-        for i, req_id in enumerate(req_ids):
-            first, end = self._bounds.get(req_id, (0, 0))
-            if first < end:
-                plan[:, i] = self._rows[req_id], first, end - first
+        found = [self._tail_of.get(req_id, (0, 0, 0)) for req_id in req_ids]
+        plan: Lengths = np.array(found, dtype=np.int64).reshape(-1, 3).T.copy()
         device = self._token_ids.device
-        rows, firsts, self._tail_lens = torch.from_numpy(plan).to(device, non_blocking=True)
+        rows, firsts, self._tail_lens = to_device(plan, device)
         columns = firsts[:, None] + torch.arange(int(plan[2].max(initial=0)), device=device)
         columns = columns.clamp(max=max(0, self._token_ids.shape[1] - 1))
         self._tails = self._token_ids[rows[:, None], columns]
@@ -96,14 +93,16 @@ class RejectedDrafts(Reuse):
     def remember(self, req_ids: Sequence[str], token_ids: torch.Tensor) -> None:
         self._token_ids = token_ids
         self._rows = {req_id: row for row, req_id in enumerate(req_ids)}
-        self._bounds = {}
+        self._tail_of = {}
 
     def observe(self, rounds: Sequence[Round]) -> None:
         for verified in rounds:
-            if verified.req_id in self._rows:
-                self._bounds[verified.req_id] = (verified.num_accepted + 1, verified.num_drafted)
+            if (row := self._rows.get(verified.req_id)) is not None:
+                first = verified.num_accepted + 1
+                length = max(0, verified.num_drafted - first)
+                self._tail_of[verified.req_id] = row, first, length
 
     def forget(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
             self._rows.pop(req_id, None)
-            self._bounds.pop(req_id, None)
+            self._tail_of.pop(req_id, None)
