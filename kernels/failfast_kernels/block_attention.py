@@ -98,7 +98,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
 
-    # the last sequence whose first tile is not behind this one; `num_seqs` is the padding
+    # the last sequence whose first tile is not after this one; `num_seqs` is the padding
     seq = 0
     behind = num_seqs + 1
     while behind - seq > 1:
