@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -26,14 +26,6 @@ ROTARY_BUFFERS = (
     "rotary_emb.cos_cached",
     "rotary_emb.sin_cached",
 )
-
-
-class Tensor(NamedTuple):
-    """One entry of a safetensors header."""
-
-    name: str
-    dtype: str
-    shape: Shape
 
 
 def check_files(path: Path, family: Family, config: Mapping[str, Any]) -> None:
@@ -57,10 +49,14 @@ def check_files(path: Path, family: Family, config: Mapping[str, Any]) -> None:
     shapes = expected_shapes(family, config)
     holders: dict[str, str] = {}  # tensor -> its file
     for shard, file in sorted(files.items()):
-        for tensor in read_header(file):
-            _check_place(file, tensor.name, holders, weight_map)
-            holders[tensor.name] = shard
-            _check_tensor(file, tensor, shapes)
+        for name, dtype, shape in read_header(file):
+            _check_place(file, name, holders, weight_map)
+            holders[name] = shard
+            if _is_wanted(f"the drafter's {file}", name, shape, shapes) and dtype not in DTYPES:
+                raise ValueError(
+                    f"failfast: the drafter's {file} must have {name!r} as {', '.join(DTYPES)}; "
+                    f"got {echo(dtype)}. Use unquantised weights."
+                )
     for name, shard in (weight_map or {}).items():
         if name not in holders:
             raise ValueError(
@@ -83,16 +79,6 @@ def _check_place(
         raise ValueError(
             f"failfast: the drafter's {file} holds {name!r}, which {INDEX} puts into "
             f"{weight_map.get(name, 'no file')!r}; download the checkpoint again."
-        )
-
-
-def _check_tensor(file: Path, tensor: Tensor, shapes: Mapping[str, Shape]) -> None:
-    if not _is_wanted(f"the drafter's {file}", tensor.name, tensor.shape, shapes):
-        return
-    if tensor.dtype not in DTYPES:
-        raise ValueError(
-            f"failfast: the drafter's {file} must have {tensor.name!r} as {', '.join(DTYPES)}; "
-            f"got {echo(tensor.dtype)}. Use unquantised weights."
         )
 
 
@@ -153,15 +139,22 @@ def _is_wanted(where: str, name: str, shape: Shape, shapes: Mapping[str, Shape])
     return True
 
 
-def read_index(file: Path) -> dict[str, str]:
-    """The index's {tensor: shard}; raises ValueError."""
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """What a file says, or nothing where it is no object; raises ValueError with the remedy."""
     try:
-        index = json.loads(file.read_bytes())
+        if file.exists() and not file.is_file():
+            raise ValueError("it is not a file")  # a pipe would be read for ever
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"failfast: cannot read the drafter's {file} ({reason(error)}); download it again."
+            f"failfast: cannot read the drafter's {file} ({reason(error)}); {remedy}"
         ) from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """The index's {tensor: shard}; raises ValueError."""
+    weight_map = read_json(file, "download it again.").get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) for shard in weight_map.values()
     ):
@@ -172,15 +165,15 @@ def read_index(file: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_header(file: Path) -> Iterator[Tensor]:
-    """The tensors that a safetensors file declares, all inside the file; raises ValueError."""
+def read_header(file: Path) -> Iterator[tuple[str, str, Shape]]:
+    """(name, dtype, shape) of the tensors that a safetensors file declares; raises ValueError."""
     try:
         if not file.is_file():  # a pipe would be read for ever
             raise OSError("it is not a file")
         with safe_open(file, framework="np") as header:
             for name in header.keys():  # noqa: SIM118 - it is no mapping
                 entry = header.get_slice(name)
-                yield Tensor(name, entry.get_dtype(), tuple(entry.get_shape()))
+                yield name, entry.get_dtype(), tuple(entry.get_shape())
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"failfast: the drafter's weight file {file} is damaged ({reason(error)}); "

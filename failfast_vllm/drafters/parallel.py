@@ -16,15 +16,6 @@ from vllm.distributed import parallel_state
 from vllm.forward_context import create_forward_context, override_forward_context
 
 
-def is_replicated(vllm_config: VllmConfig) -> bool:
-    """Whether every rank of the target's tensor-parallel group holds the whole drafter."""
-    assert vllm_config.speculative_config is not None
-    draft_config = vllm_config.speculative_config.draft_parallel_config
-    return bool(
-        draft_config.tensor_parallel_size < vllm_config.parallel_config.tensor_parallel_size
-    )
-
-
 @contextlib.contextmanager
 def drafter_group(vllm_config: VllmConfig) -> Iterator[None]:
     """Inside, vLLM's tensor-parallel group is the drafter's: the target's, or this rank alone.
@@ -38,7 +29,9 @@ def drafter_group(vllm_config: VllmConfig) -> Iterator[None]:
     assert alone.world_size == 1, "pipeline parallelism is refused at start-up"
     theirs = parallel_state._TP, parallel_state._DP, parallel_state._EP
     parallel_state._DP = parallel_state._EP = alone
-    if is_replicated(vllm_config):
+    assert vllm_config.speculative_config is not None
+    num_ranks = vllm_config.speculative_config.draft_parallel_config.tensor_parallel_size
+    if num_ranks < vllm_config.parallel_config.tensor_parallel_size:  # each has the whole of it
         parallel_state._TP = alone
     try:
         assert parallel_state.get_dp_group() is alone, "vLLM keeps its groups elsewhere"
