@@ -128,26 +128,10 @@ class BlockDiffusionImpl(AttentionImpl[BlockDiffusionMetadata]):
         meta, batch = attn_metadata, attn_metadata.batch
         if batch.slot_mapping is not None:
             commit_kv(key, value, kv_cache, batch.slot_mapping)
+        places = batch.block_table, batch.committed_lens, batch.query_start_loc
+        size, group_size = meta.diffusion_block_size, self.num_heads // self.num_kv_heads
         if meta.groups is None and not uses_triton(query):
-            meta.groups = plan_padding(
-                batch.block_table,
-                batch.committed_lens,
-                batch.query_start_loc,
-                kv_cache.shape[2],
-                self.num_heads // self.num_kv_heads,
-                query.dtype,
-                meta.diffusion_block_size,
-            )
+            meta.groups = plan_padding(*places, kv_cache.shape[2], group_size, query.dtype, size)
         return block_diffusion_attention(
-            query,
-            key,
-            value,
-            kv_cache,
-            batch.block_table,
-            batch.committed_lens,
-            batch.query_start_loc,
-            self.scale,
-            meta.diffusion_block_size,
-            meta.groups,
-            output,
+            query, key, value, kv_cache, *places, self.scale, size, meta.groups, output
         )

@@ -31,55 +31,47 @@ ROTARY_BUFFERS = (
 def check_files(path: Path, family: Family, config: Mapping[str, Any]) -> None:
     """Refuse weight files that vLLM could not load completely; raises ValueError.
 
-    As in vLLM an index chooses the files and those it does not name are ignored; without one
-    every `.safetensors` file counts.
+    As in vLLM an index chooses the files, and all that they hold is loaded, whatever it says of
+    single tensors; without one every `.safetensors` file counts.
     """
     files = {p.name: p for p in path.glob("*.safetensors") if not p.name.startswith(".")}
-    index = path / INDEX
-    weight_map = read_index(index) if index.is_file() else None
-    if weight_map is not None:
-        for name, shard in weight_map.items():
-            if shard not in files:
-                raise ValueError(
-                    f"failfast: the drafter's {index} puts {name!r} into {shard!r}, which is "
-                    "not there; download the checkpoint again."
-                )
-        files = {shard: files[shard] for shard in set(weight_map.values())}
-
+    if (path / INDEX).is_file():
+        files = _choose(path / INDEX, files)
     shapes = expected_shapes(family, config)
     holders: dict[str, str] = {}  # tensor -> its file
     for shard, file in sorted(files.items()):
         for name, dtype, shape in read_header(file):
-            _check_place(file, name, holders, weight_map)
+            if name in holders:
+                raise ValueError(
+                    f"failfast: the drafter's {file} holds {name!r}, which {holders[name]!r} also "
+                    "holds; remove the file that does not belong to the checkpoint."
+                )
             holders[name] = shard
             if _is_wanted(f"the drafter's {file}", name, shape, shapes) and dtype not in DTYPES:
                 raise ValueError(
                     f"failfast: the drafter's {file} must have {name!r} as {', '.join(DTYPES)}; "
                     f"got {echo(dtype)}. Use unquantised weights."
                 )
-    for name, shard in (weight_map or {}).items():
-        if name not in holders:
-            raise ValueError(
-                f"failfast: the drafter's {path / shard} lacks {name!r}, which {INDEX} puts there; "
-                "download the checkpoint again."
-            )
     check_complete(str(path), holders, shapes)
 
 
-def _check_place(
-    file: Path, name: str, holders: Mapping[str, str], weight_map: Mapping[str, str] | None
-) -> None:
-    """Refuse a tensor that another file also holds, or that the index puts elsewhere."""
-    if name in holders:
+def _choose(index: Path, files: Mapping[str, Path]) -> dict[str, Path]:
+    """The files that an index names; raises ValueError."""
+    weight_map = read_json(index, "download it again.").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
         raise ValueError(
-            f"failfast: the drafter's {file} holds {name!r}, which {holders[name]!r} also "
-            "holds; remove the file that does not belong to the checkpoint."
+            f"failfast: the drafter's {index} must have a 'weight_map' from tensors to files; "
+            f"got {echo(weight_map)}. Download it again."
         )
-    if weight_map is not None and weight_map.get(name) != file.name:
-        raise ValueError(
-            f"failfast: the drafter's {file} holds {name!r}, which {INDEX} puts into "
-            f"{weight_map.get(name, 'no file')!r}; download the checkpoint again."
-        )
+    for name, shard in weight_map.items():
+        if shard not in files:
+            raise ValueError(
+                f"failfast: the drafter's {index} puts {name!r} into {shard!r}, which is "
+                "not there; download the checkpoint again."
+            )
+    return {shard: files[shard] for shard in weight_map.values()}
 
 
 def check_complete(source: str, names: Iterable[str], shapes: Mapping[str, Shape]) -> None:
@@ -150,19 +142,6 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
             f"failfast: cannot read the drafter's {file} ({reason(error)}); {remedy}"
         ) from None
     return found if isinstance(found, dict) else {}
-
-
-def read_index(file: Path) -> dict[str, str]:
-    """The index's {tensor: shard}; raises ValueError."""
-    weight_map = read_json(file, "download it again.").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) for shard in weight_map.values()
-    ):
-        raise ValueError(
-            f"failfast: the drafter's {file} must have a 'weight_map' from tensors to files; "
-            f"got {echo(weight_map)}. Download it again."
-        )
-    return weight_map
 
 
 def read_header(file: Path) -> Iterator[tuple[str, str, Shape]]:

@@ -135,10 +135,8 @@ def find_block_size(
     """
     if family.block_size_key in config:
         return _stated_size(model, family, config, asked_size)
-    sizes = {name: family.size_in_name(name) for name in published_names(model, config)}
-    name, size = next(
-        ((name, size) for name, size in sizes.items() if size is not None), ("", None)
-    )
+    sizes = [(name, family.size_in_name(name)) for name in published_names(model, config)]
+    name, size = next((pair for pair in sizes if pair[1] is not None), ("", None))
     if asked_size is not None:
         doubt = f"as {BLOCK_SIZE!r} says, though {name!r} stands for {size}"
         return BlockSize(asked_size, None if size in (None, asked_size) else doubt)
@@ -207,11 +205,9 @@ def check_tokenizers(
     clash = next((i for token, i in target.items() if i in by_id and by_id[i] != token), None)
     missing = len([i for i in target.values() if i not in by_id and i != mask_token_id])
     if clash is not None or missing > len(target) // 100:
-        reason = (
-            f"{missing} of its {len(target)} tokens are unknown to the drafter"
-            if clash is None
-            else f"id {clash} is {by_id[clash]!r} there"
-        )
+        reason = f"{missing} of its {len(target)} tokens are unknown to the drafter"
+        if clash is not None:
+            reason = f"id {clash} is {by_id[clash]!r} there"
         raise ValueError(
             f"failfast: the drafter {drafter_name!r} has another tokenizer than the target "
             f"{target_name!r} ({reason}); use a drafter of the target's family."

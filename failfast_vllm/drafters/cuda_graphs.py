@@ -8,7 +8,6 @@ run as they are. **No GPU has run the capture**; the padding is tested on a CPU.
 """
 
 import logging
-from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -61,8 +60,7 @@ def make_buckets(max_num_seqs: int, max_num_rows: int, rows: list[int]) -> list[
 
 def choose_bucket(buckets: list[Bucket], num_seqs: int, num_rows: int) -> Bucket | None:
     """The bucket with the fewest rows that holds the pass (then the fewest sequences), or None."""
-    first = bisect_left(buckets, (num_seqs, 0))
-    fitting = [bucket for bucket in buckets[first:] if bucket.num_rows >= num_rows]
+    fitting = [b for b in buckets if b.num_seqs >= num_seqs and b.num_rows >= num_rows]
     return min(fitting, key=lambda bucket: (bucket.num_rows, bucket.num_seqs), default=None)
 
 

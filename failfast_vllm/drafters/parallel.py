@@ -2,8 +2,7 @@
 
 Tensor parallel: the drafter is sharded like the target, or every rank holds the whole of it and its
 passes need no communication. Data parallel: ranks take different numbers of draft passes, so no
-pass may enter a collective of the data-parallel group; a drafter's experts are never spread over
-it, nor by expert parallelism.
+pass may enter a collective of the data-parallel group.
 """
 
 import contextlib
@@ -22,8 +21,7 @@ def drafter_group(vllm_config: VllmConfig) -> Iterator[None]:
 
     The data-parallel and the expert-parallel group are this rank alone: vLLM would spread the
     experts of a drafter over the first, and has no second beside a target without experts.
-    Layers are built inside, and keep these sizes. Passes run inside too: compilation reads the
-    groups, and no layer that reads them late can make a rank wait for others.
+    Layers are built and run inside: compilation and some layers read the groups late.
     """
     alone = parallel_state.get_pp_group()  # its only rank is this one: nothing is pipelined
     assert alone.world_size == 1, "pipeline parallelism is refused at start-up"

@@ -136,15 +136,8 @@ def block_diffusion_attention(
     num_kv_heads, page_size = kv_cache.shape[1], kv_cache.shape[2]
     group_size = num_heads // num_kv_heads
     if groups is None:
-        groups = plan_padding(
-            block_table,
-            committed_lens,
-            query_start_loc,
-            page_size,
-            group_size,
-            query.dtype,
-            diffusion_block_size,
-        )
+        places = block_table, committed_lens, query_start_loc
+        groups = plan_padding(*places, page_size, group_size, query.dtype, diffusion_block_size)
     blocks = kv_cache.view(
         -1, num_kv_heads, page_size // diffusion_block_size, diffusion_block_size, 2 * head_dim
     )
