@@ -1,8 +1,7 @@
 """What a drafter's weight files must hold, checked before vLLM builds a model. No vLLM, no torch.
 
-vLLM ignores or misreads much of what is refused here: a tensor without a place, one that two shards
-hold. Files are judged by their safetensors headers alone, in milliseconds; the weights themselves
-are judged while vLLM loads them.
+vLLM ignores much of what is refused here: a tensor without a place, one that two shards hold. Files
+are judged by their safetensors headers alone, in milliseconds; the weights while vLLM loads them.
 """
 
 import json

@@ -1,7 +1,6 @@
 """What a drafter's config.json must say, and the tensors that it asks for. No vLLM, no torch.
 
-vLLM ignores or misreads much of what is refused here: a sliding window, a rope that it does not
-know.
+vLLM ignores or misreads much of what is refused here: a sliding window, an unknown rope.
 """
 
 import json
