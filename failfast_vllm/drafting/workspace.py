@@ -169,7 +169,10 @@ class Workspace(Drafts):
         commits = positions < step.final_lens[row_seqs]
         columns = positions - step.committed_lens[row_seqs]
         per_row = self.to_device(np.array((positions, row_seqs, columns, commits)))
-        per_seq = self.to_device(np.array((query_start_loc[:-1], starts[seqs], seqs)))
+        # the last column is of no sequence
+        plan = np.zeros((3, len(query_start_loc)), dtype=np.int64)
+        plan[0], plan[1, :-1], plan[2, :-1] = query_start_loc, starts[seqs], seqs
+        per_seq = self.to_device(plan)
         slot_mapping = None
         if commits.any():
             pages = step.block_table[per_row[1], per_row[0] // page].long()
@@ -177,10 +180,10 @@ class Workspace(Drafts):
         batch = DraftBatch(
             input_ids=self.canvas[per_row[1], per_row[2]],
             positions=per_row[0],
-            query_start_loc=torch.nn.functional.pad(per_seq[0], (0, 1), value=num_rows),
-            committed_lens=per_seq[1],
+            query_start_loc=per_seq[0],
+            committed_lens=per_seq[1, :-1],
             slot_mapping=slot_mapping,
-            block_table=step.block_table[per_seq[2]],
+            block_table=step.block_table[per_seq[2, :-1]],
         )
         self.num_forwards += 1
         self.num_rows += num_rows
@@ -238,17 +241,17 @@ class Workspace(Drafts):
             reused: [n] int64 tokens appended to each draft without a pass.
         """
         ends, goes_on, stopped = judged
-        # float64 holds both the lengths and the probabilities exactly
-        flags = torch.stack((ends, reused, goes_on & ~stopped, stopped), dim=1).double()
-        report = torch.cat((flags, sure.double()), dim=1).cpu().numpy()
+        # float32 holds the lengths exactly
+        report = torch.cat((torch.stack((ends, reused, goes_on, stopped), dim=1), sure), dim=1)
+        report = report.cpu().numpy()
         seqs, (num_judged, num_reused) = masks.seqs, report[:, :2].astype(np.int64).T
         self.confidences[seqs[:, None], masks.places] = report[:, 4:]
         self.num_confidences[seqs] = num_judged
-        self.ends_at_stop[seqs] = report[:, 3] > 0
+        self.ends_at_stop[seqs] = ends_here = report[:, 3] > 0
         self.lens[seqs] = num_judged + num_reused
         self.num_passes[seqs] += 1
         has_room = self.lens[seqs] < self.step.max_draft_lens[seqs]
-        self.willing[seqs] = (report[:, 2] > 0) & has_room
+        self.willing[seqs] = (report[:, 2] > 0) & ~ends_here & has_room
 
     def drafted(self, lens: Lengths) -> torch.Tensor:
         """[num_seqs, longest] int64: what was drafted, cut out of the canvas."""
