@@ -26,17 +26,9 @@ from typing import Any
 from failfast_vllm.config import MODELS_DIR, FailFastConfig
 from failfast_vllm.drafters.checks import check_local_drafter
 from failfast_vllm.policies.table import POLICIES
-from failfast_vllm.tools.arguments import refusals
-from failfast_vllm.tools.load_generator import EngineProcess, Run
+from failfast_vllm.tools.load_generator import EngineProcess, Run, Sums
 from failfast_vllm.tools.offline import Prompt, engine_environment, read_prompts
-from failfast_vllm.tools.report import (
-    Row,
-    check_writable,
-    earlier_rows,
-    provenance,
-    report,
-    save,
-)
+from failfast_vllm.tools.report import Row, check_writable, earlier_rows, provenance, report, save
 from failfast_vllm.tools.shipped import (
     PROMPTS,
     SHIPPED,
@@ -44,7 +36,6 @@ from failfast_vllm.tools.shipped import (
     check_models,
     padded_ar_drafter,
 )
-from failfast_vllm.tools.tally import Tally
 
 BASELINE = "none"
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
@@ -76,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--drafter", "of failfast; default: the target's own", metavar="MODEL")
     add("--ar-drafter", "of draft_model; default: the shipped one", metavar="MODEL")
     add("--dtype", "default: float32 on CPUs, else auto")
-    add("--max-model-len", "default: 2048", type=int, metavar="N")
+    add("--max-model-len", "default: 2048", type=int, default=2048, metavar="N")
     add("--compile", "compile the models, as vLLM does by default", action="store_true")
     add("--json", "write the results here, and a table to the same name with .md", metavar="FILE")
     add("--plots", "write PNGs into this folder (needs matplotlib)", metavar="DIR")
@@ -126,7 +117,8 @@ def prepare(args: argparse.Namespace) -> Job:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} must be at least 1; got {value}.")
     chosen, left_out = _choose_methods(args)
-    prompts = spread(read_prompts(Path(args.prompts or PROMPTS)), args.num_prompts)
+    prompts = read_prompts(Path(args.prompts or PROMPTS))
+    prompts = prompts[:: max(1, len(prompts) // args.num_prompts)][: args.num_prompts]
     random.Random(0).shuffle(prompts)  # a point that asks few meets all kinds, too
     for model in filter(None, (args.target, args.drafter, args.ar_drafter)):
         looks_local = Path(model).exists() or model.startswith((".", "/", "~"))
@@ -159,27 +151,20 @@ def _choose_methods(args: argparse.Namespace) -> tuple[list[str], dict[str, str]
     return [name for name in chosen if name not in left_out], left_out
 
 
-def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
-    """`count` of them, evenly from the whole list."""
-    return prompts[:: max(1, len(prompts) // count)][:count]
-
-
-def make_rows(concurrency: int, found: dict[str, list[Run]]) -> list[Row]:
-    """A row per method, of its runs at one concurrency."""
-    return [make_row(name, concurrency, runs, found[BASELINE]) for name, runs in found.items()]
-
-
 def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run] | None) -> Row:
     """One method at one concurrency; `baselines` are those of "none" in the same repeats."""
-    tally = Tally()
+    sums = Sums(float)
     for run in runs:
-        tally.update(run.tally)
+        for name, value in run.sums.items():
+            sums[name] += value
     served = [s for run in runs for s in run.served]
     ratios, equal = [], []
     for run, base in zip(runs, baselines or [], strict=bool(baselines)):
         ratios.append(run.tokens_per_second / base.tokens_per_second)
-        equal += [a == b for a, b in zip(run.answers, base.answers, strict=True)]
+        pairs = zip(run.served, base.served, strict=True)
+        equal += [a.token_ids == b.token_ids for a, b in pairs]
     seconds_per_request = sum(s.latency_ms for s in served) / 1e3
+    rounds = max(1, sums["drafts"])
     return {
         "method": method,
         "concurrency": concurrency,
@@ -194,8 +179,12 @@ def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run
         **_percentiles("tpot", [s.tpot_ms for s in served if s.num_tokens > 1]),
         **_percentiles("latency", [s.latency_ms for s in served]),
         "answers_equal_to_none": round(sum(equal) / len(equal), 4) if equal else None,
-        **_step_times(runs),
-        **tally.to_dict(),
+        **_step_times(sums),
+        "acceptance_length": round(1 + sums["accepted"] / rounds, 3),
+        "passes_per_round": round(sums["passes"] / rounds, 3),
+        "drafts": int(sums["drafts"]),
+        "drafted_tokens": int(sums["drafted"]),
+        "accepted_tokens": int(sums["accepted"]),
         "trajectory": [
             {"accepted": len(r.accepted), "rejected": len(r.rejected), "bonus": len(r.bonus)}
             for r in runs[-1].trajectory
@@ -203,13 +192,20 @@ def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run
     }
 
 
-def _step_times(runs: list[Run]) -> dict[str, float | None]:
-    """Milliseconds per engine step, over all runs."""
-    times = [run.step_times for run in runs if run.step_times is not None]
-    steps = sum(each.num_steps for each in times)
+def _step_times(sums: Sums) -> dict[str, float | None]:
+    """Milliseconds per engine step, None where steps are not timed."""
+    verify = sums["target"] - sums["draft in target"]
+    draft = sums["draft in target"] + sums["draft"]
+    other = sums["step"] - verify - draft
+    steps = sums["step calls"]
     return {
-        name: round(sum(getattr(each, name) for each in times) / steps, 3) if steps else None
-        for name in ("draft_ms", "own_ms", "verify_ms", "other_ms")
+        f"{name}_ms": round(value / steps, 3) if steps else None
+        for name, value in (
+            ("draft", draft),
+            ("own", sums["own"]),
+            ("verify", verify),
+            ("other", other),
+        )
     }
 
 
@@ -226,10 +222,9 @@ def run(args: argparse.Namespace) -> int:
         check_models(SHIPPED)
         # 5 M parameters: waiting for a second thread costs more than it computes
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with refusals():
-        job = prepare(args)
-        with engine_environment():
-            result = measure(job)
+    job = prepare(args)
+    with engine_environment():
+        result = measure(job)
     print(report(result))
     return 0
 
@@ -261,10 +256,15 @@ def measure(job: Job) -> dict[str, Any]:
                     num_requests = args.requests_per_point or max(32, 4 * concurrency)
                     found |= measure_point(contenders, concurrency, args.repeats, num_requests, bar)
                     if len(found) == len(job.methods):
-                        rows += make_rows(concurrency, found)
+                        rows += [
+                            make_row(name, concurrency, each, found[BASELINE])
+                            for name, each in found.items()
+                        ]
                         rows.sort(key=lambda row: row["concurrency"])
-                        save(result, args.json)
-    save(result, args.json)
+                        if args.json:
+                            save(result, args.json)
+    if args.json:  # all points may have been there
+        save(result, args.json)
     if args.plots:
         from failfast_vllm.tools import plots
 
@@ -279,7 +279,7 @@ def engine_settings(job: Job, on_cpu: bool, take_turns: bool) -> dict[str, Any]:
         "model": args.target or str(MODELS_DIR / "target"),
         "dtype": args.dtype or ("float32" if on_cpu else "auto"),
         "enforce_eager": not args.compile,
-        "max_model_len": args.max_model_len or 2048,
+        "max_model_len": args.max_model_len,
         "max_num_seqs": max(args.concurrency),
     }
     if not args.target:  # 50,000 tokens, so that many engines fit into one machine

@@ -17,26 +17,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from failfast_vllm.config import MODELS_DIR
-from failfast_vllm.tools.arguments import UsageError, add_answer_arguments, refusals
 from failfast_vllm.tools.offline import (
+    Prompt,
     TracedRound,
     adapter,
     encode,
     engine,
     engine_environment,
+    positive,
+    read_prompts,
     traced,
 )
 from failfast_vllm.tools.shipped import held_out_prompts
 
 DTYPE = "float32"
 GREEN, YELLOW, RED_STRUCK, DIM, RESET = "\033[32m", "\033[33m", "\033[2;9;31m", "\033[2m", "\033[0m"
-
-
-class Prompt(NamedTuple):
-    """A held-out question."""
-
-    task: str
-    messages: list[dict[str, str]]
 
 
 class Answer(NamedTuple):
@@ -49,7 +44,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both sides of the demo, and what follows from them."""
+    """Both sides of the demo."""
 
     prompts: list[Prompt]
     baseline: list[Answer]
@@ -61,38 +56,20 @@ class Comparison:
     def outputs_identical(self) -> bool:
         return [a.token_ids for a in self.baseline] == [a.token_ids for a in self.failfast]
 
-    @property
-    def rounds(self) -> list[TracedRound]:
-        """Rounds in which the target verified a draft: not the prefill, nor a last single token."""
-        return [r for answer in self.failfast for r in answer.rounds if r.num_drafted]
-
-    @property
-    def speedup(self) -> float:
-        return _tokens_per_second(self.failfast) / _tokens_per_second(self.baseline)
-
-    @property
-    def acceptance_length(self) -> float:
-        return _mean([r.num_emitted for r in self.rounds])
-
-    @property
-    def passes_per_round(self) -> float:
-        return _mean([r.num_passes for r in self.rounds])
-
-    @property
-    def longest_accepted(self) -> int:
-        return max((len(r.accepted) for r in self.rounds), default=0)
-
     def to_dict(self) -> dict[str, Any]:
+        """What follows; a round verified a draft: not the prefill, nor a last single token."""
+        rounds = [r for answer in self.failfast for r in answer.rounds if r.num_drafted]
+        baseline, failfast = (
+            sum(len(a.token_ids) for a in answers) / sum(a.seconds for a in answers)
+            for answers in (self.baseline, self.failfast)
+        )
         return {
             "outputs_identical": self.outputs_identical,
-            "speedup": self.speedup,
-            "acceptance_length": self.acceptance_length,
-            "passes_per_round": self.passes_per_round,
-            "longest_accepted": self.longest_accepted,
-            "tokens_per_second": {
-                "baseline": _tokens_per_second(self.baseline),
-                "failfast": _tokens_per_second(self.failfast),
-            },
+            "speedup": failfast / baseline,
+            "acceptance_length": sum(r.num_emitted for r in rounds) / max(1, len(rounds)),
+            "passes_per_round": sum(r.num_passes for r in rounds) / max(1, len(rounds)),
+            "longest_accepted": max((len(r.accepted) for r in rounds), default=0),
+            "tokens_per_second": {"baseline": baseline, "failfast": failfast},
         }
 
 
@@ -103,19 +80,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drafter", type=Path, metavar="PATH", help="default: the target's own")
 
 
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    """How many held-out prompts are answered, and how long the answers get."""
+    parser.add_argument("--num-prompts", type=positive, default=6, metavar="N", help="default: 6")
+    parser.add_argument(
+        "--max-tokens", type=positive, default=256, metavar="N", help="per answer; default: 256"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Compare, and print both sides; returns 1 if the answers differ."""
     needed = [] if args.target else ["target"] if args.drafter else ["target", "drafter"]
-    prompts = held_out_prompts(needed)
+    prompts = choose_prompts(held_out_prompts(needed), args.num_prompts)
     for path in filter(None, (args.target, args.drafter)):
         if not (path / "config.json").is_file():
-            raise UsageError(f"{path} has no config.json. Give a checkpoint directory.")
-    target, drafter = args.target or MODELS_DIR / "target", args.drafter
+            raise ValueError(f"{path} has no config.json. Give a checkpoint directory.")
+    speculative = {"method": "failfast", **({"model": str(args.drafter)} if args.drafter else {})}
     if not args.target:  # 5 M parameters: waiting for a second thread costs more than it computes
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with engine_environment(), refusals():
-        chosen = choose_prompts(prompts, args.num_prompts)
-        result = compare(str(target), drafter and str(drafter), chosen, args.max_tokens)
+    with engine_environment():
+        target = str(args.target or MODELS_DIR / "target")
+        result = compare(target, speculative, prompts, args.max_tokens)
     print(json.dumps(result.to_dict()) if args.json else render(result, sys.stdout))
     return 0 if result.outputs_identical else 1
 
@@ -123,10 +108,8 @@ def run(args: argparse.Namespace) -> int:
 def choose_prompts(path: Path, num_prompts: int) -> list[Prompt]:
     """`num_prompts` of a file's prompts, one of each task in turn; raises ValueError if short."""
     by_task: dict[str, list[Prompt]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        prompt = Prompt(entry["task"], entry["messages"])
-        by_task.setdefault(prompt.task, []).append(prompt)
+    for prompt in read_prompts(path):
+        by_task.setdefault(prompt["task"], []).append(prompt)
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_task.values()))
     prompts = [prompt for prompt in in_turn if prompt is not None]
     if num_prompts > len(prompts):
@@ -137,18 +120,19 @@ def choose_prompts(path: Path, num_prompts: int) -> list[Prompt]:
     return prompts[:num_prompts]
 
 
-def compare(target: str, drafter: str | None, prompts: list[Prompt], max_tokens: int) -> Comparison:
+def compare(
+    target: str, speculative_config: dict[str, Any], prompts: list[Prompt], max_tokens: int
+) -> Comparison:
     """Answer `prompts` without, then with failfast; raises ValueError where vLLM refuses."""
     import torch
     from tqdm import tqdm  # type: ignore[import-untyped]
     from vllm.platforms import current_platform
 
-    speculative = {"method": "failfast", **({"model": drafter} if drafter else {})}
     with tqdm(total=2 * (2 * len(prompts) + 1), unit="step", leave=False) as bar:
         with _engine(target, None, bar) as llm:
             tokenizer = llm.get_tokenizer()
             baseline = _answer_all(llm, prompts, max_tokens, bar)
-        with _engine(target, speculative, bar) as llm:
+        with _engine(target, speculative_config, bar) as llm:
             failfast = _answer_all(llm, prompts, max_tokens, bar)
     device = str(current_platform.device_type)
     if device == "cpu":
@@ -171,39 +155,36 @@ def _answer_all(llm: Any, prompts: list[Prompt], max_tokens: int, bar: Any) -> l
 
     drafter = adapter(llm)
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    tokenizer = llm.get_tokenizer()
-
-    def answer(prompt: Prompt) -> Answer:
-        encoded = encode(tokenizer, {"messages": prompt.messages})
+    encoded = [encode(llm.get_tokenizer(), prompt) for prompt in prompts]
+    answers = []
+    for prompt in encoded * 2:
         rounds: list[Any] = []
         if drafter is not None:
             drafter.stats.on_round = rounds.append
         began = time.perf_counter()
-        (output,) = llm.generate([encoded], params, use_tqdm=False)
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
         seconds = time.perf_counter() - began
         token_ids = list(output.outputs[0].token_ids)
+        answers.append(Answer(token_ids, seconds, traced(rounds, len(token_ids))))
         bar.update()
-        return Answer(token_ids, seconds, traced(rounds, len(token_ids)))
-
-    for prompt in prompts:
-        answer(prompt)
-    return [answer(prompt) for prompt in prompts]
+    return answers[len(prompts) :]
 
 
-def record(target: str, prompts: list[Prompt], max_tokens: int, path: Path, with_ids: bool) -> None:
-    """Answer `prompts` once with failfast, one at a time, into the trace `path`; as `compare`."""
+def record(path: Path, num_prompts: int, max_tokens: int, with_ids: bool) -> None:
+    """Answer held-out prompts once with the shipped pair, one at a time, into the trace `path`."""
     from tqdm import tqdm
-    from vllm import SamplingParams
 
+    prompts = choose_prompts(held_out_prompts(["target", "drafter"]), num_prompts)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for the demo
     speculative = {"method": "failfast", "trace": str(path), "trace_ids": with_ids}
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    with (
-        tqdm(total=len(prompts) + 1, unit="step", leave=False) as bar,
-        _engine(target, speculative, bar) as llm,
-    ):
-        for prompt in prompts:
-            llm.chat([*prompt.messages], params, use_tqdm=False)
-            bar.update()
+    with engine_environment(), tqdm(total=len(prompts) + 1, unit="step", leave=False) as bar:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        with _engine(str(MODELS_DIR / "target"), speculative, bar) as llm:
+            for prompt in prompts:
+                llm.chat(prompt["messages"], params, use_tqdm=False)
+                bar.update()
 
 
 def render(result: Comparison, stream: TextIO) -> str:
@@ -231,8 +212,8 @@ def _trajectory(result: Comparison, color: bool) -> Iterator[str]:
     def paint(code: str, piece: str) -> str:
         return f"{code}{piece}{RESET}" if color and piece else piece
 
-    question = prompt.messages[-1]["content"].replace("\n", "\\n")
-    yield f"Question ({prompt.task}): {question}"
+    question = prompt["messages"][-1]["content"].replace("\n", "\\n")
+    yield f"Question ({prompt['task']}): {question}"
     yield "Answer, round by round: " + (
         f"{paint(GREEN, 'accepted')} {paint(YELLOW, 'bonus')} {paint(RED_STRUCK, 'rejected')}"
         if color
@@ -255,21 +236,14 @@ def _table(result: Comparison) -> Iterator[str]:
         f"{len(result.prompts)} prompts, {num_tokens} tokens, greedy, batch 1, "
         f"{DTYPE}, {result.device}"
     )
+    figures = result.to_dict()
     for label, value in (
-        ("tokens/s without", f"{_tokens_per_second(result.baseline):.1f}"),
-        ("tokens/s with failfast", f"{_tokens_per_second(result.failfast):.1f}"),
-        ("speed-up", f"{result.speedup:.2f} x"),
-        ("acceptance length", f"{result.acceptance_length:.2f} tokens per round"),
-        ("draft passes", f"{result.passes_per_round:.2f} per round"),
-        ("longest accepted run", f"{result.longest_accepted} tokens"),
+        ("tokens/s without", f"{figures['tokens_per_second']['baseline']:.1f}"),
+        ("tokens/s with failfast", f"{figures['tokens_per_second']['failfast']:.1f}"),
+        ("speed-up", f"{figures['speedup']:.2f} x"),
+        ("acceptance length", f"{figures['acceptance_length']:.2f} tokens per round"),
+        ("draft passes", f"{figures['passes_per_round']:.2f} per round"),
+        ("longest accepted run", f"{figures['longest_accepted']} tokens"),
         ("outputs", "identical" if result.outputs_identical else "DIFFERENT"),
     ):
         yield f"  {label:<24}{value}"
-
-
-def _tokens_per_second(answers: list[Answer]) -> float:
-    return sum(len(a.token_ids) for a in answers) / sum(a.seconds for a in answers)
-
-
-def _mean(values: list[int]) -> float:
-    return sum(values) / len(values) if values else 0.0

@@ -9,7 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -25,17 +25,24 @@ from failfast_vllm.tools.offline import (
     model_runner,
     traced,
 )
-from failfast_vllm.tools.tally import Tally
 
 TURN_SECONDS = 0.25
+
+# name -> what was added up: "drafts", "drafted" and "accepted" (tokens), "passes", and where calls
+# are timed, milliseconds by key and how many calls
+Sums = defaultdict[str, float]
 
 
 class Served(NamedTuple):
     """One answered request."""
 
-    num_tokens: int
+    token_ids: list[int]
     ttft_ms: float  # to the first token
     latency_ms: float
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
     @property
     def tpot_ms(self) -> float:
@@ -43,73 +50,55 @@ class Served(NamedTuple):
         return (self.latency_ms - self.ttft_ms) / max(1, self.num_tokens - 1)
 
 
-class StepTimes(NamedTuple):
-    """Milliseconds, added up over engine steps."""
-
-    num_steps: int
-    draft_ms: float
-    own_ms: float  # of it outside the draft model; 0 for the methods of vLLM
-    verify_ms: float  # the target's pass and sampling
-    other_ms: float  # scheduling, detokenising, bookkeeping
-
-
 @dataclass
 class Run:
     """One closed loop of one method."""
 
     seconds: float
-    answers: list[list[int]]  # token ids, in the order of the prompts
-    served: list[Served]
-    tally: Tally
+    served: list[Served]  # in the order of the prompts
+    sums: Sums
     trajectory: list[TracedRound]  # of the first answer, where the drafter reports its rounds
-    step_times: StepTimes | None = None  # None on a GPU
 
     @property
     def tokens_per_second(self) -> float:
         return sum(s.num_tokens for s in self.served) / self.seconds
 
 
-class CallTimes:
-    """Adds up the milliseconds inside calls of an engine."""
+def time_calls(sums: Sums, owner: Any, name: str, key: str) -> None:
+    """Add the milliseconds inside `owner.name` to `sums[key]`, if there is such a method."""
+    original = getattr(owner, name, None)
+    if original is None:
+        return
 
-    def __init__(self) -> None:
-        self.ms, self.calls = Counter[str](), Counter[str]()
+    def timed(*args: Any, **more: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return original(*args, **more)
+        finally:
+            sums[key] += (time.perf_counter() - began) * 1e3
+            sums[f"{key} calls"] += 1
 
-    def wrap(self, owner: Any, name: str, key: str) -> None:
-        """Time `owner.name` under `key` from now on, if there is such a method."""
-        original = getattr(owner, name, None)
-        if original is None:
-            return
-
-        def timed(*args: Any, **more: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return original(*args, **more)
-            finally:
-                self.ms[key] += (time.perf_counter() - began) * 1e3  # type: ignore[assignment]
-                self.calls[key] += 1
-
-        setattr(owner, name, timed)
+    setattr(owner, name, timed)
 
 
 class Watch:
-    """Tallies an engine's verified drafts and times its steps; must be in the engine's process."""
+    """Counts an engine's verified drafts and times its steps; must be in the engine's process.
+
+    Steps are not timed on a GPU, where calls return before their work is done.
+    """
 
     def __init__(self, llm: Any, speculative_config: dict[str, Any] | None) -> None:
         from vllm.platforms import current_platform
 
-        from failfast_vllm.observe.counters import DraftStats
-
+        self.sums = Sums(float)
+        self.first_rounds = list[Round]()  # of the first request, where the drafter reports them
         found = adapter(llm)
-        stats = getattr(found, "stats", None)
-        self._stats = stats if isinstance(stats, DraftStats) else None
-        self._adapter = found if self._stats else None
-        self._stopwatch = None
+        self._adapter = found if (speculative_config or {}).get("method") == "failfast" else None
         if current_platform.device_type == "cpu":
-            self._stopwatch = self._time_calls(llm.llm_engine, model_runner(llm))
-        self.begin()
-        if self._stats is not None:
-            self._stats.on_round, self._stats.drafts_only = self._on_round, True
+            self._time_steps(llm.llm_engine, model_runner(llm))
+        if self._adapter is not None:
+            stats = self._adapter.stats
+            stats.on_round, stats.drafts_only = self._on_round, True
         elif speculative_config:
             is_draft_model = speculative_config["method"] == "draft_model"
             passes = speculative_config["num_speculative_tokens"] if is_draft_model else 0
@@ -117,57 +106,51 @@ class Watch:
 
     @property
     def reports_rounds(self) -> bool:
-        return self._stats is not None
+        return self._adapter is not None
 
     def begin(self) -> None:
-        self.tally, self.first_rounds = Tally(), list[Any]()
-        self._own_ms_before = self._own_ms()
-        if self._stopwatch is not None:
-            self._stopwatch.ms.clear()
-            self._stopwatch.calls.clear()
+        """Start from zero."""
+        self.sums.clear()
+        self.first_rounds = []
+        self._own_before = self._own_ms()
+
+    def end(self) -> Sums:
+        """What was added up since `begin`."""
+        return Sums(float, {**self.sums, "own": self._own_ms() - self._own_before})
 
     def stood_still(self, seconds: float) -> None:
         """The engine was not asked for that long: not a time for the planner to learn."""
         if self._adapter is not None:
             self._adapter.drafter.planner.stood_still(seconds)
 
-    def step_times(self) -> StepTimes | None:
-        """Since `begin`; None on a GPU, where calls return before their work is done."""
-        if self._stopwatch is None:
-            return None
-        ms = self._stopwatch.ms
-        in_target = ms["target"] - ms["draft in target"]
-        draft_ms = ms["draft in target"] + ms["draft"]
-        return StepTimes(
-            self._stopwatch.calls["step"],
-            draft_ms,
-            self._own_ms() - self._own_ms_before,
-            in_target,
-            ms["step"] - in_target - draft_ms,
-        )
-
     def _own_ms(self) -> float:
-        return self._stats.total_ms - self._stats.forward_ms if self._stats else 0.0
+        """Spent on drafts outside the draft model; 0 for the methods of vLLM."""
+        stats = self._adapter.stats if self._adapter else None
+        return stats.total_ms - stats.forward_ms if stats else 0.0
 
-    @staticmethod
-    def _time_calls(llm_engine: Any, runner: Any) -> CallTimes:
+    def _time_steps(self, llm_engine: Any, runner: Any) -> None:
         """failfast drafts when vLLM takes the drafts, other methods while the target samples."""
-        stopwatch = CallTimes()
-        stopwatch.wrap(llm_engine, "step", "step")
-        stopwatch.wrap(runner, "execute_model", "target")
-        stopwatch.wrap(runner, "sample_tokens", "target")
-        stopwatch.wrap(runner, "propose_draft_token_ids", "draft in target")  # V1
-        stopwatch.wrap(getattr(runner, "speculator", None), "propose", "draft in target")  # V2
-        stopwatch.wrap(runner, "take_draft_token_ids", "draft")
-        return stopwatch
+        for owner, name, key in (
+            (llm_engine, "step", "step"),
+            (runner, "execute_model", "target"),
+            (runner, "sample_tokens", "target"),
+            (runner, "propose_draft_token_ids", "draft in target"),  # V1
+            (getattr(runner, "speculator", None), "propose", "draft in target"),  # V2
+            (runner, "take_draft_token_ids", "draft"),
+        ):
+            time_calls(self.sums, owner, name, key)
 
-    def _on_round(self, round_: Any) -> None:
+    def _count(self, num_drafted: int, num_accepted: int, num_passes: int) -> None:
+        if num_drafted:
+            self.sums["drafts"] += 1
+            self.sums["drafted"] += num_drafted
+            self.sums["accepted"] += num_accepted
+            self.sums["passes"] += num_passes
+
+    def _on_round(self, round_: Round) -> None:
         if round_.req_id.split("-")[0] == "0":
             self.first_rounds.append(round_)
-        if round_.drafted:
-            num_accepted = len(round_.emitted) - 1
-            confidences = round_.verified_confidences.tolist()
-            self.tally.add(len(round_.drafted), num_accepted, round_.num_passes, confidences)
+        self._count(len(round_.drafted), len(round_.emitted) - 1, round_.num_passes)
 
     def _count_in(self, scheduler: Any, num_passes: int) -> None:
         observe = scheduler.make_spec_decoding_stats
@@ -175,47 +158,10 @@ class Watch:
         def counting(
             stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *rest: Any, **more: Any
         ) -> Any:
-            if num_draft_tokens:
-                self.tally.add(num_draft_tokens, num_accepted_tokens, num_passes, ())
+            self._count(num_draft_tokens, num_accepted_tokens, num_passes)
             return observe(stats, num_draft_tokens, num_accepted_tokens, *rest, **more)
 
         scheduler.make_spec_decoding_stats = counting
-
-
-class _Answering:
-    """Requests that are being answered, by number; seconds are those of the engine's own turns."""
-
-    def __init__(self) -> None:
-        self.answers, self.served = dict[int, list[int]](), dict[int, Served]()
-        self.prompt_len = 0  # of the first
-        self._began, self._first = dict[int, float](), dict[int, float]()
-
-    @property
-    def num_in_flight(self) -> int:
-        return len(self._began) - len(self.answers)
-
-    def begin(self, i: int, now: float) -> None:
-        self._began[i] = now
-
-    def note(self, output: Any, now: float) -> None:
-        """Take down what a step has said of a request."""
-        i = int(output.request_id.split("-")[0])
-        self._first.setdefault(i, now)
-        if i == 0:
-            self.prompt_len = len(output.prompt_token_ids)
-        if output.finished:
-            self.answers[i] = list(output.outputs[0].token_ids)
-            ttft_ms, latency_ms = ((then - self._began[i]) * 1e3 for then in (self._first[i], now))
-            self.served[i] = Served(len(self.answers[i]), ttft_ms, latency_ms)
-
-    def in_order(self, seconds: float, watch: Watch) -> Run:
-        """What was answered, in the order of the prompts."""
-        trajectory = []
-        if watch.reports_rounds:
-            trajectory = whole_trajectory(watch.first_rounds, self.prompt_len, self.answers[0])
-        order = range(len(self.answers))
-        answers, served = [self.answers[i] for i in order], [self.served[i] for i in order]
-        return Run(seconds, answers, served, watch.tally, trajectory, watch.step_times())
 
 
 def closed_loop(
@@ -235,23 +181,31 @@ def closed_loop(
 
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     waiting = enumerate(islice(cycle(prompts), num_requests))
-    requests = _Answering()
+    began, first, served = dict[int, float](), dict[int, float](), dict[int, Served]()
     watch.begin()
     start = turn = time.perf_counter()
-    stood_still = 0.0
-    while len(requests.answers) < num_requests:
-        for i, prompt in islice(waiting, concurrency - requests.num_in_flight):
-            requests.begin(i, time.perf_counter() - stood_still)
+    stood_still, prompt_len = 0.0, 0
+    while len(served) < num_requests:
+        for i, prompt in islice(waiting, concurrency - len(began) + len(served)):
+            began[i] = time.perf_counter() - stood_still
             llm.llm_engine.add_request(str(i), prompt, params)
         for output in llm.llm_engine.step():
-            requests.note(output, time.perf_counter() - stood_still)
+            i, now = int(output.request_id.split("-")[0]), time.perf_counter() - stood_still
+            first.setdefault(i, now)
+            prompt_len = prompt_len if i else len(output.prompt_token_ids)
+            if output.finished:
+                ttft_ms, latency_ms = 1e3 * (first[i] - began[i]), 1e3 * (now - began[i])
+                served[i] = Served(list(output.outputs[0].token_ids), ttft_ms, latency_ms)
         paused = time.perf_counter()
-        if paused - turn >= TURN_SECONDS and len(requests.answers) < num_requests:
+        if paused - turn >= TURN_SECONDS and len(served) < num_requests:
             yield None
             turn = time.perf_counter()
             stood_still += turn - paused
             watch.stood_still(turn - paused)
-    yield requests.in_order(time.perf_counter() - stood_still - start, watch)
+    seconds, trajectory = time.perf_counter() - stood_still - start, list[TracedRound]()
+    if watch.reports_rounds:
+        trajectory = whole_trajectory(watch.first_rounds, prompt_len, served[0].token_ids)
+    yield Run(seconds, [served[i] for i in range(num_requests)], watch.end(), trajectory)
 
 
 def whole_trajectory(

@@ -1,31 +1,10 @@
-"""Tables of `failfast plan`: GPUs, and the sizes in the config.json of published models."""
+"""Tables of `failfast plan`: the memory of GPUs, and the sizes of published models."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR, SDAR_MOE, Family
 
-
-class Gpu(NamedTuple):
-    """Data-sheet figures unless said otherwise."""
-
-    name: str
-    bandwidth: float  # bytes/s
-    compute: float  # dense bf16 flop/s
-    memory: float  # bytes
-    source: str = "vendor data sheet"
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        # the sheet says 989e12; large bf16 GEMMs were measured at about 790e12
-        Gpu("H200", 4.8e12, 790e12, 141e9, "data-sheet bandwidth, measured bf16 compute"),
-        Gpu("H100", 3.35e12, 989e12, 80e9),  # SXM5
-        Gpu("A100-80G", 2.039e12, 312e12, 80e9),  # SXM4
-        Gpu("L40S", 0.864e12, 362e12, 48e9),
-        Gpu("A6000", 0.768e12, 154.8e12, 48e9),  # RTX A6000, GA102: the sheet's 309.7 is sparse
-    )
-}
+GPUS = {"H200": 141e9, "H100": 80e9, "A100-80G": 80e9, "L40S": 48e9, "A6000": 48e9}  # bytes
 
 FIELDS = (
     "hidden_size",
@@ -48,13 +27,8 @@ WIDE_HEADS = {"head_dim": 128, "attention_bias": False}  # of Qwen3 and SDAR
 
 def _config(architecture: str, model_type: str, *sizes: Any, **fields: Any) -> dict[str, Any]:
     named = dict(zip(FIELDS, sizes, strict=True))
-    return {
-        "architectures": [architecture],
-        "model_type": model_type,
-        **COMMON,
-        **named,
-        **fields,
-    }
+    kind = {"architectures": [architecture], "model_type": model_type}
+    return {**kind, **COMMON, **named, **fields}
 
 
 def _qwen2(*sizes: Any) -> dict[str, Any]:

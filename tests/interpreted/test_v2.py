@@ -373,7 +373,7 @@ def test_the_demo_shows_rounds():
 
     from failfast_vllm.tools import demo
 
-    prompts = [demo.Prompt(p["task"], p["messages"]) for p in shipped_prompts()[:1]]
+    prompts = shipped_prompts()[:1]
     with v2_engine(max_num_seqs=1) as llm, tqdm(disable=True) as bar:
         (answer,) = demo._answer_all(llm, prompts, 24, bar)
     assert sum(traced.num_emitted for traced in answer.rounds) == len(answer.token_ids)

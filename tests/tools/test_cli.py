@@ -186,7 +186,7 @@ def test_prompts_are_mixed(tmp_path):
     path = tmp_path / "prompts.jsonl"
     lines = [{"task": task, "messages": [{"role": "user", "content": task}]} for task in "aaabbc"]
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    assert [prompt.task for prompt in demo.choose_prompts(path, 5)] == ["a", "b", "c", "a", "b"]
+    assert [prompt["task"] for prompt in demo.choose_prompts(path, 5)] == ["a", "b", "c", "a", "b"]
 
 
 def a_round(drafted, emitted, num_passes):
@@ -215,7 +215,7 @@ class Letters:
 
 def comparison(failfast_ids):
     rounds = traced([a_round([], [0], 1), a_round([1, 2, 9, 9], [1, 2, 3], 1)], 4)
-    prompt = demo.Prompt("task", [{"role": "user", "content": "why\nnot"}])
+    prompt = {"task": "task", "messages": [{"role": "user", "content": "why\nnot"}]}
     baseline, failfast = (
         demo.Answer([0, 1, 2, 3], 2.0, []),
         demo.Answer(failfast_ids, 1.0, rounds),
