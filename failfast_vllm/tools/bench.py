@@ -28,12 +28,12 @@ from failfast_vllm.drafters.checks import check_local_drafter
 from failfast_vllm.policies.table import POLICIES
 from failfast_vllm.tools.load_generator import EngineProcess, Run, Sums
 from failfast_vllm.tools.offline import Prompt, engine_environment, read_prompts
-from failfast_vllm.tools.report import Row, check_writable, earlier_rows, provenance, report, save
+from failfast_vllm.tools.report import Row, check_writable, provenance, report, save
 from failfast_vllm.tools.shipped import (
     PROMPTS,
     SHIPPED,
     SHIPPED_PAIR,
-    check_models,
+    check_shipped,
     padded_ar_drafter,
 )
 
@@ -71,7 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compile", "compile the models, as vLLM does by default", action="store_true")
     add("--json", "write the results here, and a table to the same name with .md", metavar="FILE")
     add("--plots", "write PNGs into this folder (needs matplotlib)", metavar="DIR")
-    add("--resume", "keep the points that --json FILE holds already", action="store_true")
 
 
 def methods(drafter: str | None = None, ar_drafter: str = "") -> dict[str, dict[str, Any] | None]:
@@ -126,8 +125,6 @@ def prepare(args: argparse.Namespace) -> Job:
             raise ValueError(f"{model} has no config.json. Give a checkpoint or a hub id.")
     if args.drafter:
         check_local_drafter(args.drafter)
-    if args.resume and not args.json:
-        raise ValueError("--resume continues a file. Add --json FILE.")
     if args.json:
         check_writable(Path(args.json))
     if args.plots:
@@ -219,7 +216,7 @@ def _percentiles(name: str, values: list[float]) -> dict[str, float | None]:
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the tables."""
     if not args.target:
-        check_models(SHIPPED)
+        check_shipped(*SHIPPED)
         # 5 M parameters: waiting for a second thread costs more than it computes
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     job = prepare(args)
@@ -230,7 +227,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Measure what is missing and write it after every point: {"provenance": ..., "rows": ...}."""
+    """Measure, and write every point: {"provenance": ..., "rows": ...}."""
     from tqdm import tqdm  # type: ignore[import-untyped]
     from vllm.platforms import current_platform
 
@@ -239,32 +236,26 @@ def measure(job: Job) -> dict[str, Any]:
         print(f"failfast bench: {name} is left out: {reason}.", file=sys.stderr)
     on_cpu = current_platform.device_type == "cpu"
     take_turns = on_cpu or not args.target
-    engine_args = engine_settings(job, on_cpu, take_turns)
-    facts = _facts(job, engine_args, take_turns)
-    rows = earlier_rows(Path(args.json), facts) if args.resume else []
-    result = {"provenance": facts, "rows": rows}
-    done = {row["concurrency"] for row in rows}
-    runs: dict[int, dict[str, list[Run]]] = {c: {} for c in args.concurrency if c not in done}
-    if runs and not take_turns:
+    if not take_turns:
         print(ONE_AFTER_ANOTHER, file=sys.stderr)
+    engine_args = engine_settings(job, on_cpu, take_turns)
+    rows = list[Row]()
+    result = {"provenance": _facts(job, engine_args, take_turns), "rows": rows}
+    runs: dict[int, dict[str, list[Run]]] = {c: {} for c in sorted(args.concurrency)}
     groups = [job.methods] if take_turns else [[name] for name in job.methods]
-    total = bool(runs) * len(job.methods) * (1 + len(runs) * (args.repeats + 1))
+    total = len(job.methods) * (1 + len(runs) * (args.repeats + 1))
     with tqdm(total=total, unit="run", disable=None, file=sys.stderr) as bar:
-        for group in groups if runs else ():
+        for group in groups:
             with engines(group, job, engine_args, bar) as contenders:
                 for concurrency, found in runs.items():
                     num_requests = args.requests_per_point or max(32, 4 * concurrency)
                     found |= measure_point(contenders, concurrency, args.repeats, num_requests, bar)
-                    if len(found) == len(job.methods):
-                        rows += [
-                            make_row(name, concurrency, each, found[BASELINE])
-                            for name, each in found.items()
-                        ]
-                        rows.sort(key=lambda row: row["concurrency"])
-                        if args.json:
-                            save(result, args.json)
-    if args.json:  # all points may have been there
-        save(result, args.json)
+                    if len(found) < len(job.methods):
+                        continue
+                    for name, each in found.items():
+                        rows.append(make_row(name, concurrency, each, found[BASELINE]))
+                    if args.json:
+                        save(result, args.json)
     if args.plots:
         from failfast_vllm.tools import plots
 

@@ -5,41 +5,29 @@ many tokens at once rounds differently from decoding one, and a near-tie may fli
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from failfast_vllm.config import MODELS_DIR
+from failfast_vllm.tools.load_generator import Run, Watch, closed_loop
 from failfast_vllm.tools.offline import (
     Prompt,
-    TracedRound,
-    adapter,
     encode,
     engine,
     engine_environment,
     positive,
     read_prompts,
-    traced,
 )
-from failfast_vllm.tools.shipped import held_out_prompts
+from failfast_vllm.tools.shipped import PROMPTS, check_shipped
 
-DTYPE = "float32"
+SETTINGS = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 1}
 GREEN, YELLOW, RED_STRUCK, DIM, RESET = "\033[32m", "\033[33m", "\033[2;9;31m", "\033[2m", "\033[0m"
-
-
-class Answer(NamedTuple):
-    """One greedy answer; `rounds` is empty without failfast."""
-
-    token_ids: list[int]
-    seconds: float
-    rounds: list[TracedRound]
 
 
 @dataclass(frozen=True)
@@ -47,28 +35,27 @@ class Comparison:
     """Both sides of the demo."""
 
     prompts: list[Prompt]
-    baseline: list[Answer]
-    failfast: list[Answer]
+    baseline: Run
+    failfast: Run
     device: str
     tokenizer: Any
 
     @property
     def outputs_identical(self) -> bool:
-        return [a.token_ids for a in self.baseline] == [a.token_ids for a in self.failfast]
+        pairs = zip(self.baseline.served, self.failfast.served, strict=True)
+        return all(a.token_ids == b.token_ids for a, b in pairs)
 
     def to_dict(self) -> dict[str, Any]:
         """What follows; a round verified a draft: not the prefill, nor a last single token."""
-        rounds = [r for answer in self.failfast for r in answer.rounds if r.num_drafted]
-        baseline, failfast = (
-            sum(len(a.token_ids) for a in answers) / sum(a.seconds for a in answers)
-            for answers in (self.baseline, self.failfast)
-        )
+        baseline, failfast = self.baseline.tokens_per_second, self.failfast.tokens_per_second
+        sums = self.failfast.sums
+        rounds = max(1, sums["drafts"])
         return {
             "outputs_identical": self.outputs_identical,
             "speedup": failfast / baseline,
-            "acceptance_length": sum(r.num_emitted for r in rounds) / max(1, len(rounds)),
-            "passes_per_round": sum(r.num_passes for r in rounds) / max(1, len(rounds)),
-            "longest_accepted": max((len(r.accepted) for r in rounds), default=0),
+            "acceptance_length": 1 + sums["accepted"] / rounds,
+            "passes_per_round": sums["passes"] / rounds,
+            "longest_accepted": int(sums["longest"]),
             "tokens_per_second": {"baseline": baseline, "failfast": failfast},
         }
 
@@ -91,7 +78,8 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, and print both sides; returns 1 if the answers differ."""
     needed = [] if args.target else ["target"] if args.drafter else ["target", "drafter"]
-    prompts = choose_prompts(held_out_prompts(needed), args.num_prompts)
+    check_shipped(*needed)
+    prompts = choose_prompts(PROMPTS, args.num_prompts)
     for path in filter(None, (args.target, args.drafter)):
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} has no config.json. Give a checkpoint directory.")
@@ -128,63 +116,43 @@ def compare(
     from tqdm import tqdm  # type: ignore[import-untyped]
     from vllm.platforms import current_platform
 
-    with tqdm(total=2 * (2 * len(prompts) + 1), unit="step", leave=False) as bar:
-        with _engine(target, None, bar) as llm:
-            tokenizer = llm.get_tokenizer()
-            baseline = _answer_all(llm, prompts, max_tokens, bar)
-        with _engine(target, speculative_config, bar) as llm:
-            failfast = _answer_all(llm, prompts, max_tokens, bar)
+    runs = []
+    with tqdm(total=6, unit="step", leave=False) as bar:
+        for config in (None, speculative_config):
+            bar.set_description("failfast" if config else "baseline")
+            with engine(config, model=target, **SETTINGS) as llm:
+                bar.update()
+                tokenizer = llm.get_tokenizer()
+                runs.append(_answer_all(llm, config, prompts, max_tokens, bar))
     device = str(current_platform.device_type)
     if device == "cpu":
         device = f"cpu (threads: {torch.get_num_threads()})"
-    return Comparison(prompts, baseline, failfast, device, tokenizer)
+    return Comparison(prompts, runs[0], runs[1], device, tokenizer)
 
 
-@contextlib.contextmanager
-def _engine(target: str, speculative_config: dict[str, Any] | None, bar: Any) -> Iterator[Any]:
-    bar.set_description("failfast" if speculative_config else "baseline")
-    settings = {"model": target, "dtype": DTYPE, "enforce_eager": True, "max_num_seqs": 1}
-    with engine(speculative_config, **settings) as llm:
-        bar.update()
-        yield llm
-
-
-def _answer_all(llm: Any, prompts: list[Prompt], max_tokens: int, bar: Any) -> list[Answer]:
+def _answer_all(
+    llm: Any, config: dict[str, Any] | None, prompts: list[Prompt], max_tokens: int, bar: Any
+) -> Run:
     """One prompt at a time, after a first go that warms up (a CPU compiles per row count)."""
-    from vllm import SamplingParams
-
-    drafter = adapter(llm)
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    watch = Watch(llm, config)
     encoded = [encode(llm.get_tokenizer(), prompt) for prompt in prompts]
-    answers = []
-    for prompt in encoded * 2:
-        rounds: list[Any] = []
-        if drafter is not None:
-            drafter.stats.on_round = rounds.append
-        began = time.perf_counter()
-        (output,) = llm.generate([prompt], params, use_tqdm=False)
-        seconds = time.perf_counter() - began
-        token_ids = list(output.outputs[0].token_ids)
-        answers.append(Answer(token_ids, seconds, traced(rounds, len(token_ids))))
+    for _ in range(2):
+        *_, run = closed_loop(llm, watch, encoded, max_tokens, 1, len(prompts))
         bar.update()
-    return answers[len(prompts) :]
+    assert run is not None
+    return run
 
 
 def record(path: Path, num_prompts: int, max_tokens: int, with_ids: bool) -> None:
     """Answer held-out prompts once with the shipped pair, one at a time, into the trace `path`."""
-    from tqdm import tqdm
-
-    prompts = choose_prompts(held_out_prompts(["target", "drafter"]), num_prompts)
+    check_shipped("target", "drafter")
+    prompts = choose_prompts(PROMPTS, num_prompts)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for the demo
-    speculative = {"method": "failfast", "trace": str(path), "trace_ids": with_ids}
-    with engine_environment(), tqdm(total=len(prompts) + 1, unit="step", leave=False) as bar:
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-        with _engine(str(MODELS_DIR / "target"), speculative, bar) as llm:
-            for prompt in prompts:
-                llm.chat(prompt["messages"], params, use_tqdm=False)
-                bar.update()
+    config = {"method": "failfast", "trace": str(path), "trace_ids": with_ids}
+    with engine_environment(), engine(config, **SETTINGS) as llm:
+        encoded = [encode(llm.get_tokenizer(), prompt) for prompt in prompts]
+        for _ in closed_loop(llm, Watch(llm, config), encoded, max_tokens, 1, num_prompts):
+            pass
 
 
 def render(result: Comparison, stream: TextIO) -> str:
@@ -200,10 +168,8 @@ def use_color(stream: TextIO) -> bool:
 
 
 def _trajectory(result: Comparison, color: bool) -> Iterator[str]:
-    """The answer with the median number of rounds, one line per round."""
-    by_rounds = sorted(range(len(result.prompts)), key=lambda i: len(result.failfast[i].rounds))
-    typical = by_rounds[len(by_rounds) // 2]
-    prompt, answer = result.prompts[typical], result.failfast[typical]
+    """The first answer, one line per round."""
+    prompt = result.prompts[0]
 
     def text(token_ids: list[int]) -> str:
         decoded: str = result.tokenizer.decode(token_ids, skip_special_tokens=False)
@@ -220,8 +186,8 @@ def _trajectory(result: Comparison, color: bool) -> Iterator[str]:
         else "accepted, [bonus], (number of rejected)"
     )
     yield paint(DIM, "round  draft  accepted")
-    for i, r in enumerate(answer.rounds):
-        line = paint(DIM, f"{i:>5}  {r.num_drafted:>5}  {len(r.accepted):>8}") + "  "
+    for i, r in enumerate(result.failfast.trajectory):
+        line = paint(DIM, f"{i:>5}  {len(r.accepted + r.rejected):>5}  {len(r.accepted):>8}") + "  "
         line += paint(GREEN, text(r.accepted))
         if color:
             yield line + paint(YELLOW, text(r.bonus)) + paint(RED_STRUCK, text(r.rejected))
@@ -231,10 +197,10 @@ def _trajectory(result: Comparison, color: bool) -> Iterator[str]:
 
 
 def _table(result: Comparison) -> Iterator[str]:
-    num_tokens = sum(len(a.token_ids) for a in result.failfast)
+    num_tokens = sum(s.num_tokens for s in result.failfast.served)
     yield (
         f"{len(result.prompts)} prompts, {num_tokens} tokens, greedy, batch 1, "
-        f"{DTYPE}, {result.device}"
+        f"{SETTINGS['dtype']}, {result.device}"
     )
     figures = result.to_dict()
     for label, value in (

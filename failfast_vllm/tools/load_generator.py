@@ -12,19 +12,11 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, takewhile
 from typing import Any, NamedTuple
 
 from failfast_vllm.drafting.records import Round
-from failfast_vllm.tools.offline import (
-    Prompt,
-    TracedRound,
-    adapter,
-    encode,
-    engine,
-    model_runner,
-    traced,
-)
+from failfast_vllm.tools.offline import Prompt, adapter, encode, engine, model_runner
 
 TURN_SECONDS = 0.25
 
@@ -48,6 +40,14 @@ class Served(NamedTuple):
     def tpot_ms(self) -> float:
         """Time per output token after the first."""
         return (self.latency_ms - self.ttft_ms) / max(1, self.num_tokens - 1)
+
+
+class TracedRound(NamedTuple):
+    """One verified draft, in token ids."""
+
+    accepted: list[int]
+    rejected: list[int]
+    bonus: list[int]  # the target's own token; empty if the answer ended inside the draft
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Watch:
         from vllm.platforms import current_platform
 
         self.sums = Sums(float)
-        self.first_rounds = list[Round]()  # of the first request, where the drafter reports them
+        self.first_rounds: list[Round] = []  # of the first request, where the drafter reports them
         found = adapter(llm)
         self._adapter = found if (speculative_config or {}).get("method") == "failfast" else None
         if current_platform.device_type == "cpu":
@@ -146,6 +146,7 @@ class Watch:
             self.sums["drafted"] += num_drafted
             self.sums["accepted"] += num_accepted
             self.sums["passes"] += num_passes
+            self.sums["longest"] = max(self.sums["longest"], num_accepted)
 
     def _on_round(self, round_: Round) -> None:
         if round_.req_id.split("-")[0] == "0":
@@ -211,33 +212,31 @@ def closed_loop(
 def whole_trajectory(
     rounds: Sequence[Round], prompt_len: int, answer: list[int]
 ) -> list[TracedRound]:
-    """The rounds of an answer, of which those without a draft were not reported."""
-    found, begin = list[Round](), 0
+    """The rounds of an answer, of which those without a draft were not reported.
+
+    The engine drops what a round emits after the answer's end.
+    """
+    found, begin = list[TracedRound](), 0
     for round_ in rounds:
-        end = round_.known_len - prompt_len
-        found += [Round("", emitted=[token]) for token in answer[begin:end]]
-        found.append(round_)
-        begin = end + len(round_.emitted)
-    found += [Round("", emitted=[token]) for token in answer[begin:]]
-    return traced(found, len(answer))
+        first = round_.known_len - prompt_len
+        found += [TracedRound([], [], [token]) for token in answer[begin:first]]
+        begin = first + len(round_.emitted)
+        kept, drafted = answer[first:begin], round_.drafted
+        pairs = zip(drafted, kept, strict=False)
+        num_accepted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        found.append(TracedRound(kept[:num_accepted], drafted[num_accepted:], kept[num_accepted:]))
+    return found + [TracedRound([], [], [token]) for token in answer[begin:]]
 
 
 class EngineProcess:
     """An engine in a process of its own, which sleeps until it is asked."""
 
-    def __init__(
-        self,
-        name: str,
-        speculative_config: dict[str, Any] | None,
-        engine_args: dict[str, Any],
-        prompts: list[Prompt],
-        max_tokens: int,
-    ) -> None:
+    def __init__(self, name: str, *job: Any) -> None:
+        """`job` is what `_work` takes besides its pipe."""
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        job = (theirs, speculative_config, engine_args, prompts, max_tokens)
-        self._process = context.Process(target=_work, args=job, daemon=True)
+        self._process = context.Process(target=_work, args=(theirs, *job), daemon=True)
         self._process.start()
         theirs.close()
         self._receive()  # it is ready

@@ -1,21 +1,17 @@
-"""What commands share: an engine in this process, its prompts, and its answers round by round."""
+"""What commands share: an engine in this process, and its prompts."""
 
 import argparse
 import contextlib
 import ctypes
 import gc
-import itertools
 import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from failfast_vllm.config import MODELS_DIR
-
-if TYPE_CHECKING:
-    from failfast_vllm.drafting.records import Round
 
 Prompt = dict[str, Any]  # "messages": [...] or "prompt": text, and what else its line holds
 
@@ -135,36 +131,3 @@ def encode(tokenizer: Any, prompt: Prompt) -> dict[str, Any]:
         prompt["messages"], add_generation_prompt=True, tokenize=False
     )
     return {"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
-
-
-class TracedRound(NamedTuple):
-    """One verified draft, in token ids."""
-
-    accepted: list[int]
-    rejected: list[int]
-    bonus: list[int]  # the target's own token; empty if the answer ended inside the draft
-    num_passes: int
-
-    @property
-    def num_drafted(self) -> int:
-        return len(self.accepted) + len(self.rejected)
-
-    @property
-    def num_emitted(self) -> int:
-        return len(self.accepted) + len(self.bonus)
-
-
-def traced(rounds: "list[Round]", num_tokens: int) -> list[TracedRound]:
-    """Split what each round emitted; the engine drops what comes after the answer's end."""
-    found = []
-    for round_ in rounds:
-        drafted, kept = round_.drafted, list(round_.emitted[:num_tokens])
-        num_tokens -= len(kept)
-        pairs = zip(drafted, kept, strict=False)
-        num_accepted = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        found.append(
-            TracedRound(
-                kept[:num_accepted], drafted[num_accepted:], kept[num_accepted:], round_.num_passes
-            )
-        )
-    return found

@@ -1,8 +1,9 @@
 """Tables of `failfast plan`: the memory of GPUs, and the sizes of published models."""
 
+from functools import partial
 from typing import Any
 
-from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR, SDAR_MOE, Family
+from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR, SDAR_MOE
 
 GPUS = {"H200": 141e9, "H100": 80e9, "A100-80G": 80e9, "L40S": 48e9, "A6000": 48e9}  # bytes
 
@@ -31,18 +32,11 @@ def _config(architecture: str, model_type: str, *sizes: Any, **fields: Any) -> d
     return {**kind, **COMMON, **named, **fields}
 
 
-def _qwen2(*sizes: Any) -> dict[str, Any]:
-    return _config("Qwen2ForCausalLM", "qwen2", *sizes)
-
-
-def _qwen3(*sizes: Any) -> dict[str, Any]:
-    return _config("Qwen3ForCausalLM", "qwen3", *sizes, **WIDE_HEADS)
-
-
-def _drafter(family: Family, *sizes: Any, **fields: Any) -> dict[str, Any]:
-    return _config(family.architecture, family.model_types[0], *sizes, **fields)
-
-
+_qwen2 = partial(_config, "Qwen2ForCausalLM", "qwen2")
+_qwen3 = partial(_config, "Qwen3ForCausalLM", "qwen3", **WIDE_HEADS)
+_fast_dllm = partial(_config, FAST_DLLM_V2.architecture, FAST_DLLM_V2.model_types[0], bd_size=32)
+_sdar = partial(_config, SDAR.architecture, SDAR.model_types[0], **WIDE_HEADS)
+_sdar_moe = partial(_config, SDAR_MOE.architecture, SDAR_MOE.model_types[0], **WIDE_HEADS)
 PUBLISHED_TARGETS = {
     "Qwen/Qwen2.5-7B-Instruct": _qwen2(3584, 28, 28, 4, 18944, 152064, False),
     "Qwen/Qwen2.5-14B-Instruct": _qwen2(5120, 48, 40, 8, 13824, 152064, False),
@@ -54,13 +48,11 @@ PUBLISHED_TARGETS = {
     "Qwen/Qwen3-32B": _qwen3(5120, 64, 64, 8, 25600, 151936, False),
 }
 _SDAR = {  # also with blocks of 8, 16 and 32, as "-b32" says
-    "JetLM/SDAR-1.7B-Chat": _drafter(SDAR, 2048, 28, 16, 8, 6144, 151936, False, **WIDE_HEADS),
-    "JetLM/SDAR-4B-Chat": _drafter(SDAR, 2560, 36, 32, 8, 9728, 151936, False, **WIDE_HEADS),
-    "JetLM/SDAR-8B-Chat": _drafter(SDAR, 4096, 36, 32, 8, 12288, 151936, False, **WIDE_HEADS),
-    "JetLM/SDAR-30B-A3B-Chat": _drafter(  # the sizes of Qwen3-30B-A3B, which it was trained from
-        SDAR_MOE,
+    "JetLM/SDAR-1.7B-Chat": _sdar(2048, 28, 16, 8, 6144, 151936, False),
+    "JetLM/SDAR-4B-Chat": _sdar(2560, 36, 32, 8, 9728, 151936, False),
+    "JetLM/SDAR-8B-Chat": _sdar(4096, 36, 32, 8, 12288, 151936, False),
+    "JetLM/SDAR-30B-A3B-Chat": _sdar_moe(  # the sizes of Qwen3-30B-A3B, which it was trained from
         *(2048, 48, 32, 4, 6144, 151936, False),
-        **WIDE_HEADS,
         decoder_sparse_step=1,
         mlp_only_layers=[],
         moe_intermediate_size=768,
@@ -70,12 +62,8 @@ _SDAR = {  # also with blocks of 8, 16 and 32, as "-b32" says
     ),
 }
 PUBLISHED_DRAFTERS = {
-    "Efficient-Large-Model/Fast_dLLM_v2_1.5B": _drafter(
-        FAST_DLLM_V2, 1536, 28, 12, 2, 8960, 151936, True, bd_size=32
-    ),
-    "Efficient-Large-Model/Fast_dLLM_v2_7B": _drafter(
-        FAST_DLLM_V2, 3584, 28, 28, 4, 18944, 152064, False, bd_size=32
-    ),
+    "Efficient-Large-Model/Fast_dLLM_v2_1.5B": _fast_dllm(1536, 28, 12, 2, 8960, 151936, True),
+    "Efficient-Large-Model/Fast_dLLM_v2_7B": _fast_dllm(3584, 28, 28, 4, 18944, 152064, False),
     **{
         f"{name}{size}": config
         for name, config in _SDAR.items()

@@ -13,8 +13,6 @@ from typing import Any
 
 import failfast_vllm
 
-CHANGING = ("command", "date")  # of the provenance, between a run and the one that resumes it
-
 Row = dict[str, Any]
 
 
@@ -73,24 +71,6 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"cannot write {path} ({error.strerror}). Choose another file.") from None
     if not existed:
         path.unlink()
-
-
-def earlier_rows(path: Path, facts: dict[str, Any]) -> list[Row]:
-    """The rows of an earlier run; raises ValueError if it was not the same measurement."""
-    if not path.exists():
-        return []
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        before, rows = dict(earlier["provenance"]), list(earlier["rows"])
-    except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{path} holds no results of `failfast bench`. Remove it.") from None
-    for key in (before | facts).keys() - CHANGING:
-        if before.get(key) != facts.get(key):
-            raise ValueError(
-                f"--resume: {path} was measured with {key} {before.get(key)!r}; "
-                f"got {facts.get(key)!r}. Use the same settings or another file."
-            )
-    return rows
 
 
 def save(result: dict[str, Any], path: str) -> None:

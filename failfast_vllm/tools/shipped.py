@@ -3,7 +3,6 @@
 import argparse
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 from failfast_vllm.config import MODELS_DIR
@@ -36,33 +35,27 @@ def model_problem(path: Path) -> str:
         return f"{weights} is not a whole safetensors file ({error})"
 
 
-def _prompts_problem() -> str:
-    return "" if PROMPTS.is_file() else f"{PROMPTS} is missing"
-
-
 def contents() -> list[tuple[str, Path, str]]:
     """Name, path and problem of each model and of the prompts; an empty problem: it is whole."""
-    models = [(f"model {name}", MODELS_DIR / name) for name in SHIPPED]
-    found = [(name, path, model_problem(path)) for name, path in models]
-    return [*found, ("prompts", PROMPTS, _prompts_problem())]
+    models = [(name, MODELS_DIR / name) for name in SHIPPED]
+    problem = "" if PROMPTS.is_file() else f"{PROMPTS} is missing"
+    return [
+        *((f"model {name}", path, model_problem(path)) for name, path in models),
+        ("prompts", PROMPTS, problem),
+    ]
 
 
-def check_models(names: Iterable[str], *problems: str) -> None:
-    """Raises ValueError if one of these shipped models, or a part of it, is missing."""
-    found = [*(model_problem(MODELS_DIR / name) for name in names), *problems]
-    if any(found):
-        raise ValueError(f"{'; '.join(filter(None, found))}. {REINSTALL}")
-
-
-def held_out_prompts(needed: Iterable[str]) -> Path:
-    """The prompts' file, after a check of it and of the shipped models that are needed."""
-    check_models(needed, _prompts_problem())
-    return PROMPTS
+def check_shipped(*names: str) -> None:
+    """Raises ValueError if one of these models, a part of it or the prompts are missing."""
+    needed = {"prompts", *(f"model {name}" for name in names)}
+    problems = [problem for name, _, problem in contents() if name in needed and problem]
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}. {REINSTALL}")
 
 
 def run(args: argparse.Namespace) -> int:
     """`failfast models`: print the paths."""
-    check_models(SHIPPED)
+    check_shipped(*SHIPPED)
     paths = {name: str(MODELS_DIR / name) for name in SHIPPED}
     if args.json:
         print(json.dumps(paths, indent=2))

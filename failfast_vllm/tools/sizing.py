@@ -60,7 +60,8 @@ def memory_of(name: str, config: Mapping[str, Any], num_ranks: int = 1) -> Memor
             MLP that vLLM cannot divide.
     """
     layout, whole = _layout_of(name, config)
-    part = _part_of(name, whole, num_ranks)
+    mlp = "moe_intermediate_size" if layout.has_experts else "intermediate_size"
+    part = _part_of(name, whole, mlp, num_ranks)
     dtype = str(part.get("dtype") or part.get("torch_dtype") or "bfloat16")
     if dtype not in BYTES:
         raise ValueError(f"{name!r} must have a dtype of {', '.join(BYTES)}; got {dtype!r}.")
@@ -82,11 +83,9 @@ def _quantisation(config: Any) -> tuple[float | None, str]:
         return None, ""
     bits = config.get("bits", 8 if config.get("quant_method") == "fp8" else 0)
     bits = bits if isinstance(bits, int) else 0
-    counted = (
-        f"linear layers at {bits} bits, without scales"
-        if bits
-        else ("embeddings, biases and norms only")
-    )
+    counted = "embeddings, biases and norms only"
+    if bits:
+        counted = f"linear layers at {bits} bits, without scales"
     return bits, f"is quantised: its weights are not exact ({counted})"
 
 
@@ -113,11 +112,10 @@ def _layout_of(name: str, config: Mapping[str, Any]) -> tuple[Family, dict[str, 
     return layout, {"intermediate_size": 0, **filled}
 
 
-def _part_of(name: str, config: dict[str, Any], ranks: int) -> dict[str, Any]:
+def _part_of(name: str, config: dict[str, Any], mlp: str, ranks: int) -> dict[str, Any]:
     """The sizes of one rank: KV heads are replicated when there are fewer than ranks."""
     if ranks == 1:
         return config
-    mlp = "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % ranks or config[mlp] % ranks or (kv_heads % ranks and ranks % kv_heads):
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,15 @@ from failfast_vllm.tools import demo
 
 LONG_DRAFT = 30  # tokens
 HISTOGRAM_EDGES = (1, 5, 10, 11, 20, 21, 30, 31, 40, 41, 50, 51, 60, 61)  # a bin starts at each
-HEADER_FIELDS = {  # key -> how it is named in the report
-    "dtype": "",
-    "policy": "policy ",
-    "confidence_threshold": "threshold ",
-    "draft_increment": "increment ",
-    "num_speculative_tokens": "cap ",
-    "load_aware": "load aware: ",
-    "date": "",
-}
+HEADER_KEYS = (
+    "dtype",
+    "policy",
+    "confidence_threshold",
+    "draft_increment",
+    "num_speculative_tokens",
+    "load_aware",
+    "date",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,11 +82,11 @@ def summarize(trace: Trace) -> dict[str, Any]:
 
 
 def _reliability(drafts: Sequence[Round]) -> list[dict[str, Any]]:
-    bins: dict[int, list[tuple[float, bool]]] = {}  # confidence and whether it was accepted
+    bins = defaultdict[int, list[tuple[float, bool]]](list)  # confidence, and whether accepted
     for r in drafts:
         for position, confidence in enumerate(r.confidences[: r.accepted + 1]):
             where = min(int(confidence * NUM_BINS), NUM_BINS - 1)
-            bins.setdefault(where, []).append((confidence, position < r.accepted))
+            bins[where].append((confidence, position < r.accepted))
     return [
         {
             "low": where / NUM_BINS,
@@ -153,11 +153,7 @@ def _tables(figures: dict[str, Any]) -> list[str]:
 def describe(header: Mapping[str, Any]) -> str:
     """One line: which models, which policy."""
     drafter = f" with {header['drafter']}" if "drafter" in header else ""
-    fields = (
-        f"{label}{header[key]}"
-        for key, label in HEADER_FIELDS.items()
-        if header.get(key) not in (None, False)
-    )
+    fields = (f"{key} {header[key]}" for key in HEADER_KEYS if header.get(key))
     return ", ".join((f"{header.get('target', 'no target')}{drafter}", *fields))
 
 

@@ -15,8 +15,7 @@ from failfast_vllm.config import FailFastConfig
 from failfast_vllm.policies.table import POLICIES
 from failfast_vllm.tools import bench, cli, report
 from failfast_vllm.tools import load_generator as closed_loop
-from failfast_vllm.tools.load_generator import Run, Served, Sums
-from failfast_vllm.tools.offline import TracedRound
+from failfast_vllm.tools.load_generator import Run, Served, Sums, TracedRound
 
 COMMAND = str(Path(sys.executable).with_name("failfast"))
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -26,7 +25,7 @@ FIGURES = ("throughput", "trajectory")
 def made_up(seconds, answers, **sums):
     """A run of requests with 10 ms to the first token and 5 ms for each that follows."""
     served = [Served(ids, 10.0, 10.0 + 5.0 * (len(ids) - 1)) for ids in answers]
-    traced = [TracedRound([], [], [1], 1), TracedRound([2, 3], [4], [5], 1)]
+    traced = [TracedRound([], [], [1]), TracedRound([2, 3], [4], [5])]
     return Run(seconds, served, Sums(float, sums), traced)
 
 
@@ -89,7 +88,7 @@ def test_what_the_scheduler_reports_is_counted():
     watch.begin()
     for num_drafted, num_accepted in ((5, 2), (0, 0), (5, 0)):
         scheduler.make_spec_decoding_stats("stats", num_drafted, num_accepted)
-    expected = {"drafts": 2, "drafted": 10, "accepted": 2, "passes": 10, "own": 0}
+    expected = {"drafts": 2, "drafted": 10, "accepted": 2, "passes": 10, "longest": 2, "own": 0}
     assert dict(watch.end()) == expected
     assert told == [("stats", 5, 2), ("stats", 0, 0), ("stats", 5, 0)]
     assert not watch.reports_rounds
@@ -203,13 +202,26 @@ def test_rounds_without_a_draft_are_put_between():
         for fields in (("0", [1, 2, 6], [1, 2, 3], 2, 4), ("0", [4, 9], [4, 5], 1, 8))
     ]
     assert closed_loop.whole_trajectory(rounds, 3, answer) == [
-        TracedRound([], [], [7], 0),
-        TracedRound([1, 2], [6], [3], 2),
-        TracedRound([], [], [8], 0),
-        TracedRound([4], [9], [5], 1),
-        TracedRound([], [], [6], 0),
+        TracedRound([], [], [7]),
+        TracedRound([1, 2], [6], [3]),
+        TracedRound([], [], [8]),
+        TracedRound([4], [9], [5]),
+        TracedRound([], [], [6]),
     ]
     assert [r.bonus for r in closed_loop.whole_trajectory([], 3, answer)] == [[i] for i in answer]
+
+
+def test_rounds_end_where_the_answer_ends():
+    """What the target adds after an accepted stop token is dropped by the engine; so do we."""
+    rounds = [
+        types.SimpleNamespace(drafted=drafted, emitted=emitted, known_len=known_len)
+        for drafted, emitted, known_len in (([6, 7, 8], [6, 9], 4), ([1, 2], [1, 2, 4], 6))
+    ]
+    assert closed_loop.whole_trajectory(rounds, 3, [5, 6, 9, 1, 2]) == [
+        TracedRound([], [], [5]),
+        TracedRound([6], [7, 8], [9]),
+        TracedRound([1, 2], [], []),
+    ]
 
 
 def test_methods_cover_all_policies_and_say_what_load_does():
@@ -345,22 +357,6 @@ def test_small_engines_take_turns(device, share, tmp_path, monkeypatch, capsys, 
     assert "one after another" not in capsys.readouterr().err
 
 
-def test_results_are_resumed_only_with_the_same_settings(tmp_path):
-    """Catches points of another measurement mixed in; a later date or more points are no other."""
-    path = tmp_path / "found.json"
-    facts = {"command": "a", "date": "today", "dtype": "float32"}
-    assert report.earlier_rows(path, facts) == []
-    path.write_text(json.dumps({"provenance": facts, "rows": [{"concurrency": 1}]}))
-    assert report.earlier_rows(path, {**facts, "command": "b", "date": "later"}) == [
-        {"concurrency": 1}
-    ]
-    with pytest.raises(ValueError, match="was measured with dtype 'float32'; got 'bfloat16'"):
-        report.earlier_rows(path, {**facts, "dtype": "bfloat16"})
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="holds no results"):
-        report.earlier_rows(path, facts)
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -375,7 +371,6 @@ def test_results_are_resumed_only_with_the_same_settings(tmp_path):
         (["--json", "{tmp}"], "cannot write"),
         (["--json", "{tmp}/bad.jsonl/x.json"], "cannot write"),
         (["--json", "{tmp}/x.md"], "is where the table goes"),
-        (["--resume"], "--resume continues a file. Add --json FILE."),
         (["--target", "{tmp}"], "has no config.json"),
         (["--drafter", "./nowhere"], "has no config.json"),
     ],
@@ -493,18 +488,6 @@ def test_figures_are_images(real):
         assert len(data) > 10_000
 
 
-def test_a_complete_file_is_resumed_without_engines(real):
-    """Catches measured points that are measured again, or lost."""
-    folder, _ = real
-    before = json.loads((folder / "found.json").read_text(encoding="utf-8"))
-    (folder / "found.md").unlink()
-    done = measure(folder, "--resume")
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads((folder / "found.json").read_text(encoding="utf-8"))["rows"] == before["rows"]
-    assert (folder / "found.md").read_text(encoding="utf-8") == done.stdout
-    assert "safetensors" not in done.stderr  # nothing was loaded
-
-
 def test_an_engine_that_cannot_start_says_why():
     """Catches a parent that waits for ever, or shows a traceback of pickles."""
     with pytest.raises(ValueError, match=r"the engine of 'x' failed: .*nowhere"):
@@ -520,7 +503,7 @@ def test_an_engine_that_died_is_named():
 
 
 def test_points_are_written_as_they_are_measured(tmp_path, monkeypatch, fake_processes):
-    """Catches a killed run that has nothing to show, and one that begins from the start again."""
+    """Catches a killed run that has nothing to show."""
     path = tmp_path / "found.json"
     argv = ["bench", "--methods", "failfast", "--repeats", "1", "--requests-per-point", "2"]
     argv += ["--json", str(path), "--concurrency", "1", "2"]
@@ -533,13 +516,8 @@ def test_points_are_written_as_they_are_measured(tmp_path, monkeypatch, fake_pro
 
     monkeypatch.setattr(bench, "measure_point", measure_point)
     assert cli.main(argv) == 130
-    first = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    assert [row["concurrency"] for row in first] == [1, 1]
-    monkeypatch.setattr(bench, "measure_point", point)
-    assert cli.main([*argv, "--resume"]) == 0
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    assert rows[:2] == first
-    assert [row["concurrency"] for row in rows] == [1, 1, 2, 2]
+    assert [(row["concurrency"], row["method"]) for row in rows] == [(1, "none"), (1, "failfast")]
 
 
 def test_what_was_not_measured_is_null():
