@@ -38,8 +38,7 @@ from failfast_vllm.tools.shipped import (
 )
 
 BASELINE = "none"
-CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
-DEFAULT_METHODS = (BASELINE, "ngram", "draft_model", "fixed K8", "failfast")
+DEFAULT_METHODS = ["ngram", "draft_model", "fixed K8", "failfast"]
 ONE_AFTER_ANOTHER = (
     "failfast bench: each engine of --target gets the whole GPU, so the methods run one after "
     "another; speed-ups include whatever changed on the machine in between."
@@ -55,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(flag: str, text: str, **options: Any) -> None:
         parser.add_argument(flag, help=text, **options)
 
-    add("--methods", "what to compare, besides none: " + ", ".join(methods()), nargs="+")
-    many = {"type": int, "nargs": "+", "default": list(CONCURRENCY), "metavar": "N"}
+    text = "what to compare, besides none: " + ", ".join(methods())
+    add("--methods", text, nargs="+", default=DEFAULT_METHODS)
+    many = {"type": int, "nargs": "+", "default": [1, 2, 4, 8, 16, 32, 64], "metavar": "N"}
     add("--concurrency", "requests in flight; default: 1 to 64", **many)
     add("--repeats", "counted rounds per point; default: 3", type=int, default=3, metavar="N")
     add("--requests-per-point", "default: 4 x concurrency, at least 32", type=int, metavar="N")
@@ -115,7 +115,7 @@ def prepare(args: argparse.Namespace) -> Job:
             if value is not None and value < 1:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} must be at least 1; got {value}.")
-    chosen, left_out = _choose_methods(args)
+    left_out = _left_out(args)
     prompts = read_prompts(Path(args.prompts or PROMPTS))
     prompts = prompts[:: max(1, len(prompts) // args.num_prompts)][: args.num_prompts]
     random.Random(0).shuffle(prompts)  # a point that asks few meets all kinds, too
@@ -131,21 +131,22 @@ def prepare(args: argparse.Namespace) -> Job:
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plots needs matplotlib. Run `pip install matplotlib`.")
         Path(args.plots).mkdir(parents=True, exist_ok=True)
-    return Job(args, chosen, left_out, prompts)
+    chosen = dict.fromkeys([BASELINE, *args.methods])
+    return Job(args, [name for name in chosen if name not in left_out], left_out, prompts)
 
 
-def _choose_methods(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+def _left_out(args: argparse.Namespace) -> dict[str, str]:
+    """Methods that cannot run here, and why; raises ValueError on an unknown one."""
     known = methods()
-    for name in args.methods or ():
+    for name in args.methods:
         if name not in known:
             raise ValueError(f"unknown method {name!r}; choose from {', '.join(known)}.")
-    chosen = list(dict.fromkeys([BASELINE, *(args.methods or DEFAULT_METHODS)]))
-    left_out = {}
-    if "suffix" in chosen and importlib.util.find_spec("arctic_inference") is None:
-        left_out["suffix"] = "arctic_inference is not installed"
-    if "draft_model" in chosen and args.target and not args.ar_drafter:
-        left_out["draft_model"] = "no --ar-drafter for this target"
-    return [name for name in chosen if name not in left_out], left_out
+    found = {}
+    if "suffix" in args.methods and importlib.util.find_spec("arctic_inference") is None:
+        found["suffix"] = "arctic_inference is not installed"
+    if "draft_model" in args.methods and args.target and not args.ar_drafter:
+        found["draft_model"] = "no --ar-drafter for this target"
+    return found
 
 
 def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run] | None) -> Row:
@@ -176,7 +177,10 @@ def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run
         **_percentiles("tpot", [s.tpot_ms for s in served if s.num_tokens > 1]),
         **_percentiles("latency", [s.latency_ms for s in served]),
         "answers_equal_to_none": round(sum(equal) / len(equal), 4) if equal else None,
-        **_step_times(sums),
+        **{  # per engine step
+            name: round(sums[name] / sums["steps"], 3) if name in sums else None
+            for name in ("step_ms", "draft_ms", "own_ms")
+        },
         "acceptance_length": round(1 + sums["accepted"] / rounds, 3),
         "passes_per_round": round(sums["passes"] / rounds, 3),
         "drafts": int(sums["drafts"]),
@@ -186,23 +190,6 @@ def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run
             {"accepted": len(r.accepted), "rejected": len(r.rejected), "bonus": len(r.bonus)}
             for r in runs[-1].trajectory
         ],
-    }
-
-
-def _step_times(sums: Sums) -> dict[str, float | None]:
-    """Milliseconds per engine step, None where steps are not timed."""
-    verify = sums["target"] - sums["draft in target"]
-    draft = sums["draft in target"] + sums["draft"]
-    other = sums["step"] - verify - draft
-    steps = sums["step calls"]
-    return {
-        f"{name}_ms": round(value / steps, 3) if steps else None
-        for name, value in (
-            ("draft", draft),
-            ("own", sums["own"]),
-            ("verify", verify),
-            ("other", other),
-        )
     }
 
 

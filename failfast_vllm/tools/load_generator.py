@@ -16,12 +16,13 @@ from itertools import cycle, islice, takewhile
 from typing import Any, NamedTuple
 
 from failfast_vllm.drafting.records import Round
-from failfast_vllm.tools.offline import Prompt, adapter, encode, engine, model_runner
+from failfast_vllm.tools.offline import Prompt, adapter, encode, engine
 
 TURN_SECONDS = 0.25
 
-# name -> what was added up: "drafts", "drafted" and "accepted" (tokens), "passes", and where calls
-# are timed, milliseconds by key and how many calls
+# name -> what was added up: "steps" of the engine, "drafts", "drafted" and "accepted" (tokens),
+# "passes", and milliseconds: "step_ms", where they are known "draft_ms" and of them "own_ms"
+# (outside the draft model)
 Sums = defaultdict[str, float]
 
 
@@ -64,38 +65,17 @@ class Run:
         return sum(s.num_tokens for s in self.served) / self.seconds
 
 
-def time_calls(sums: Sums, owner: Any, name: str, key: str) -> None:
-    """Add the milliseconds inside `owner.name` to `sums[key]`, if there is such a method."""
-    original = getattr(owner, name, None)
-    if original is None:
-        return
-
-    def timed(*args: Any, **more: Any) -> Any:
-        began = time.perf_counter()
-        try:
-            return original(*args, **more)
-        finally:
-            sums[key] += (time.perf_counter() - began) * 1e3
-            sums[f"{key} calls"] += 1
-
-    setattr(owner, name, timed)
-
-
 class Watch:
-    """Counts an engine's verified drafts and times its steps; must be in the engine's process.
-
-    Steps are not timed on a GPU, where calls return before their work is done.
-    """
+    """Counts an engine's verified drafts and times its own; must be in the engine's process."""
 
     def __init__(self, llm: Any, speculative_config: dict[str, Any] | None) -> None:
         from vllm.platforms import current_platform
 
         self.sums = Sums(float)
-        self.first_rounds: list[Round] = []  # of the first request, where the drafter reports them
+        self.first_rounds = list[Round]()  # of the first request, where the drafter reports them
+        self._on_cpu = current_platform.device_type == "cpu"
         found = adapter(llm)
         self._adapter = found if (speculative_config or {}).get("method") == "failfast" else None
-        if current_platform.device_type == "cpu":
-            self._time_steps(llm.llm_engine, model_runner(llm))
         if self._adapter is not None:
             stats = self._adapter.stats
             stats.on_round, stats.drafts_only = self._on_round, True
@@ -112,33 +92,24 @@ class Watch:
         """Start from zero."""
         self.sums.clear()
         self.first_rounds = []
-        self._own_before = self._own_ms()
+        self._add_times(-1)
 
-    def end(self) -> Sums:
-        """What was added up since `begin`."""
-        return Sums(float, {**self.sums, "own": self._own_ms() - self._own_before})
+    def end(self, seconds: float) -> Sums:
+        """What was added up since `begin`, so many seconds ago."""
+        self._add_times(1)
+        return Sums(float, {**self.sums, "step_ms": seconds * 1e3})
+
+    def _add_times(self, sign: int) -> None:
+        """Of drafting, where the drafter says it: not on a GPU, whose calls return too early."""
+        if self._adapter is not None and self._on_cpu:
+            stats = self._adapter.stats
+            self.sums["draft_ms"] += sign * stats.total_ms
+            self.sums["own_ms"] += sign * (stats.total_ms - stats.forward_ms)
 
     def stood_still(self, seconds: float) -> None:
         """The engine was not asked for that long: not a time for the planner to learn."""
         if self._adapter is not None:
             self._adapter.drafter.planner.stood_still(seconds)
-
-    def _own_ms(self) -> float:
-        """Spent on drafts outside the draft model; 0 for the methods of vLLM."""
-        stats = self._adapter.stats if self._adapter else None
-        return stats.total_ms - stats.forward_ms if stats else 0.0
-
-    def _time_steps(self, llm_engine: Any, runner: Any) -> None:
-        """failfast drafts when vLLM takes the drafts, other methods while the target samples."""
-        for owner, name, key in (
-            (llm_engine, "step", "step"),
-            (runner, "execute_model", "target"),
-            (runner, "sample_tokens", "target"),
-            (runner, "propose_draft_token_ids", "draft in target"),  # V1
-            (getattr(runner, "speculator", None), "propose", "draft in target"),  # V2
-            (runner, "take_draft_token_ids", "draft"),
-        ):
-            time_calls(self.sums, owner, name, key)
 
     def _count(self, num_drafted: int, num_accepted: int, num_passes: int) -> None:
         if num_drafted:
@@ -190,6 +161,7 @@ def closed_loop(
         for i, prompt in islice(waiting, concurrency - len(began) + len(served)):
             began[i] = time.perf_counter() - stood_still
             llm.llm_engine.add_request(str(i), prompt, params)
+        watch.sums["steps"] += 1
         for output in llm.llm_engine.step():
             i, now = int(output.request_id.split("-")[0]), time.perf_counter() - stood_still
             first.setdefault(i, now)
@@ -206,7 +178,7 @@ def closed_loop(
     seconds, trajectory = time.perf_counter() - stood_still - start, list[TracedRound]()
     if watch.reports_rounds:
         trajectory = whole_trajectory(watch.first_rounds, prompt_len, served[0].token_ids)
-    yield Run(seconds, [served[i] for i in range(num_requests)], watch.end(), trajectory)
+    yield Run(seconds, [served[i] for i in range(num_requests)], watch.end(seconds), trajectory)
 
 
 def whole_trajectory(

@@ -15,7 +15,6 @@ from failfast_vllm.drafters.checks import (
     check_drafter_config,
     choose_drafter,
     find_block_size,
-    undivided_size,
 )
 from failfast_vllm.drafters.families import (
     BLOCK_SIZE_NAMES,
@@ -30,7 +29,6 @@ from failfast_vllm.tools.published_models import GPUS, PUBLISHED_DRAFTERS, PUBLI
 
 NUM_SEQS = 64  # verified at once, for the memory of their logits
 DRAFT_LEN = FailFastConfig.from_user({}).num_speculative_tokens
-VOCAB_PADDING = 64  # vLLM's VocabParallelEmbedding
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 SIZES = (
     "num_attention_heads",
@@ -45,35 +43,32 @@ LAYOUTS = {family.base_type: family for family in reversed(FAMILIES)}
 
 
 class Memory(NamedTuple):
-    """Of one tensor-parallel rank's part of a model."""
+    """Of a model."""
 
     weight_bytes: int
     kv_bytes_per_token: int  # of all layers, at the dtype of the weights
     doubt: str  # why the weights are not exact, or ""
 
 
-def memory_of(name: str, config: Mapping[str, Any], num_ranks: int = 1) -> Memory:
-    """What each of `num_ranks` ranks holds of the model that a `config.json` describes.
+def memory_of(name: str, config: Mapping[str, Any]) -> Memory:
+    """What the model that a `config.json` describes takes.
 
     Raises:
-        ValueError: a model type whose tensors are not known here, a missing field, or heads or an
-            MLP that vLLM cannot divide.
+        ValueError: a model type whose tensors are not known here, or a missing field.
     """
-    layout, whole = _layout_of(name, config)
-    mlp = "moe_intermediate_size" if layout.has_experts else "intermediate_size"
-    part = _part_of(name, whole, mlp, num_ranks)
-    dtype = str(part.get("dtype") or part.get("torch_dtype") or "bfloat16")
+    layout, config = _layout_of(name, config)
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     if dtype not in BYTES:
         raise ValueError(f"{name!r} must have a dtype of {', '.join(BYTES)}; got {dtype!r}.")
-    bits, doubt = _quantisation(part.get("quantization_config"))
+    bits, doubt = _quantisation(config.get("quantization_config"))
     linear_bytes = BYTES[dtype] if bits is None else bits / 8
     weight_bytes = 0.0
-    for tensor, dims in expected_shapes(layout, part).items():
+    for tensor, dims in expected_shapes(layout, config).items():
         is_linear = tensor.endswith("_proj.weight")
         weight_bytes += math.prod(dims) * (linear_bytes if is_linear else BYTES[dtype])
-    if layout.qk_norm and part.get("attention_bias"):  # Qwen3 then has one on o_proj, too
-        weight_bytes += part["num_hidden_layers"] * part["hidden_size"] * BYTES[dtype]
-    values = 2 * part["num_hidden_layers"] * part["num_key_value_heads"] * part["head_dim"]
+    if layout.qk_norm and config.get("attention_bias"):  # Qwen3 then has one on o_proj, too
+        weight_bytes += config["num_hidden_layers"] * config["hidden_size"] * BYTES[dtype]
+    values = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
     return Memory(int(weight_bytes), values * BYTES[dtype], doubt)
 
 
@@ -112,39 +107,18 @@ def _layout_of(name: str, config: Mapping[str, Any]) -> tuple[Family, dict[str, 
     return layout, {"intermediate_size": 0, **filled}
 
 
-def _part_of(name: str, config: dict[str, Any], mlp: str, ranks: int) -> dict[str, Any]:
-    """The sizes of one rank: KV heads are replicated when there are fewer than ranks."""
-    if ranks == 1:
-        return config
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    if heads % ranks or config[mlp] % ranks or (kv_heads % ranks and ranks % kv_heads):
-        raise ValueError(
-            f"--tensor-parallel-size must divide the {heads} heads "
-            f"({kv_heads} KV) and the MLP of {name!r}; got {ranks}."
-        )
-    padded = -(-config["vocab_size"] // VOCAB_PADDING) * VOCAB_PADDING
-    return {
-        **config,
-        "num_attention_heads": heads // ranks,
-        "num_key_value_heads": max(1, kv_heads // ranks),
-        mlp: config[mlp] // ranks,
-        "vocab_size": -(-padded // ranks),
-    }
-
-
 def make_plan(
     target: str,
     drafter: str | None = None,
     *,
     diffusion_block_size: int | None = None,
     gpu: str = "H200",
-    tensor_parallel_size: int = 1,
 ) -> dict[str, Any]:
-    """What `--json` prints; bytes are of one rank. Raises ValueError, one line, on the unknown."""
+    """What `--json` prints. Raises ValueError, one line, on anything unknown."""
     if gpu not in GPUS:
         raise ValueError(f"--gpu must be one of {', '.join(GPUS)}; got {gpu!r}.")
     target, config = load_config(target, PUBLISHED_TARGETS)
-    memory = {"target": memory_of(target, config, tensor_parallel_size)}
+    memory = {"target": memory_of(target, config)}
     vocab_size = config["vocab_size"]
     drafter = drafter or choose_drafter(target, str(config.get("model_type")), vocab_size)
     drafter, config = load_config(drafter, PUBLISHED_DRAFTERS)
@@ -154,40 +128,26 @@ def make_plan(
         )
     family = check_drafter_config(drafter, config, diffusion_block_size)
     block = find_block_size(drafter, family, config, diffusion_block_size)
-    # 12 heads on 8 ranks, say: each of them then holds the whole drafter
-    undivided = undivided_size(family.filled(config), tensor_parallel_size)
-    draft_ranks = 1 if undivided else tensor_parallel_size
-    memory["drafter"] = memory_of(drafter, config, draft_ranks)
+    memory["drafter"] = memory_of(drafter, config)
     names = {"target": target, "drafter": drafter}
     notes = ["tokenizers are compared when vLLM starts, not here"]
-    notes += [f"{names[key]} {doubt}" for key, part in memory.items() if (doubt := part.doubt)]
+    notes += [f"{names[key]} {part.doubt}" for key, part in memory.items() if part.doubt]
     if block.doubt:
         notes.append(f"{drafter} drafts in blocks of {block.size}: {block.doubt}")
-    if draft_ranks != tensor_parallel_size:
-        notes.append("the drafter's heads do not divide so: set 'draft_tensor_parallel_size' to 1")
+    kv = {key: part.kv_bytes_per_token for key, part in memory.items()}
     return {
         **names,
         "family": family.name,
         "diffusion_block_size": block.size,
         "gpu": {"name": gpu, "memory": GPUS[gpu]},
-        "tensor_parallel_size": tensor_parallel_size,
-        "draft_tensor_parallel_size": draft_ranks,
-        **_figures(memory, GPUS[gpu]),
+        "weight_bytes": {key: part.weight_bytes for key, part in memory.items()},
+        "weight_bytes_exact": {key: not part.doubt for key, part in memory.items()},
+        "weights_fit": sum(part.weight_bytes for part in memory.values()) <= GPUS[gpu],
+        "kv_bytes_per_token": kv,
+        "drafter_share_of_kv": kv["drafter"] / sum(kv.values()),
         # in float32, as it is sampled
         "verification_logits_bytes": NUM_SEQS * (DRAFT_LEN + 1) * vocab_size * 4,
         "notes": notes,
-    }
-
-
-def _figures(memory: Mapping[str, Memory], gpu_memory: float) -> dict[str, Any]:
-    kv = {key: part.kv_bytes_per_token for key, part in memory.items()}
-    weights = {key: part.weight_bytes for key, part in memory.items()}
-    return {
-        "weight_bytes": weights,
-        "weight_bytes_exact": {key: not part.doubt for key, part in memory.items()},
-        "weights_fit": sum(weights.values()) <= gpu_memory,
-        "kv_bytes_per_token": kv,
-        "drafter_share_of_kv": kv["drafter"] / sum(kv.values()),
     }
 
 
@@ -220,7 +180,6 @@ def load_config(
 
 def render(plan: Mapping[str, Any]) -> str:
     """The report for a reader."""
-    rank = " per rank" if plan["tensor_parallel_size"] > 1 else ""
     kv, gpu = plan["kv_bytes_per_token"], plan["gpu"]
     weights = ", ".join(
         f"{key} {_size_text(count)}{'' if plan['weight_bytes_exact'][key] else ' (not exact)'}"
@@ -230,9 +189,9 @@ def render(plan: Mapping[str, Any]) -> str:
     lines = (
         f"target    {plan['target']}",
         f"drafter   {plan['drafter']} ({plan['family']}, blocks of {plan['diffusion_block_size']})",
-        f"weights   {weights}{rank}",
+        f"weights   {weights}",
         f"KV        target {kv['target'] / 1024:g} KiB per token, drafter "
-        f"{kv['drafter'] / 1024:g} KiB{rank}: {plan['drafter_share_of_kv']:.0%} of the pool",
+        f"{kv['drafter'] / 1024:g} KiB: {plan['drafter_share_of_kv']:.0%} of the pool",
         f"logits    {plan['verification_logits_bytes'] / 1e6:.0f} MB float32 at most: "
         f"{NUM_SEQS} drafts of {DRAFT_LEN} tokens, verified at once",
         f"GPU       {fit}: {gpu['name']} has {gpu['memory'] / 1e9:g} GB",
@@ -256,19 +215,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--diffusion-block-size", type=positive, metavar="N", help="as in the speculative config"
     )
     parser.add_argument("--gpu", default="H200", metavar="NAME", help="default: H200")
-    parser.add_argument(
-        "--tensor-parallel-size", type=positive, default=1, metavar="N", help="default: 1"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what the pair takes."""
-    plan = make_plan(
-        args.target,
-        args.drafter,
-        diffusion_block_size=args.diffusion_block_size,
-        gpu=args.gpu,
-        tensor_parallel_size=args.tensor_parallel_size,
-    )
+    size = args.diffusion_block_size
+    plan = make_plan(args.target, args.drafter, diffusion_block_size=size, gpu=args.gpu)
     print(json.dumps(plan, indent=2) if args.json else render(plan))
     return 0

@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,7 @@ from failfast_vllm.tools import demo
 
 LONG_DRAFT = 30  # tokens
 HISTOGRAM_EDGES = (1, 5, 10, 11, 20, 21, 30, 31, 40, 41, 50, 51, 60, 61)  # a bin starts at each
-HEADER_KEYS = (
-    "dtype",
-    "policy",
-    "confidence_threshold",
-    "draft_increment",
-    "num_speculative_tokens",
-    "load_aware",
-    "date",
-)
+HEADER_KEYS = ("dtype", "policy", "confidence_threshold", "draft_increment", "load_aware", "date")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,8 +102,10 @@ def _histogram(lens: Sequence[int], longest: int) -> list[dict[str, int]]:
 
 def render(trace: Trace) -> str:
     """The report for a reader."""
-    figures = summarize(trace)
-    text = [describe(trace.header)]
+    figures, header = summarize(trace), trace.header
+    drafter = f" with {header['drafter']}" if "drafter" in header else ""
+    about = [f"{key} {header[key]}" for key in HEADER_KEYS if header.get(key)]
+    text = [", ".join((f"{header.get('target', 'no target')}{drafter}", *about))]
     if len(trace.headers) > 1:
         text.append(f"the last of {len(trace.headers)} runs in this file")
     for label, value in (
@@ -148,13 +142,6 @@ def _tables(figures: dict[str, Any]) -> list[str]:
         name = f"{low:.1f}-{low + 1 / NUM_BINS:.1f}"
         text.append(f"{name:>12}{count:>9}{confidence:>7.3f}{share:>10.1%}")
     return text
-
-
-def describe(header: Mapping[str, Any]) -> str:
-    """One line: which models, which policy."""
-    drafter = f" with {header['drafter']}" if "drafter" in header else ""
-    fields = (f"{key} {header[key]}" for key in HEADER_KEYS if header.get(key))
-    return ", ".join((f"{header.get('target', 'no target')}{drafter}", *fields))
 
 
 def drawn(rounds: Sequence[Round]) -> str:

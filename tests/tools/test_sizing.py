@@ -117,21 +117,6 @@ def test_kv_of_a_token(name, kv_kib):
     assert memory(name).kv_bytes_per_token == kv_kib * 1024
 
 
-def test_tensor_parallel_ranks():
-    """Catches KV heads split below one, and a drafter of 12 heads cut in 8."""
-    name = "Qwen/Qwen2.5-7B-Instruct"
-    half = memory_of(name, MODELS[name], 2)
-    assert half.kv_bytes_per_token == 28 * 1024
-    whole = memory(name).weight_bytes
-    assert whole / 2 < half.weight_bytes < whole / 2 * 1.001  # norms on each
-    assert memory_of(DRAFTER, MODELS[DRAFTER], 4).kv_bytes_per_token == 14 * 1024
-    result = plan.make_plan("Qwen2.5-72B-Instruct", tensor_parallel_size=8)
-    assert result["draft_tensor_parallel_size"] == 1
-    assert any("draft_tensor_parallel_size" in note for note in result["notes"])
-    with pytest.raises(ValueError, match="28 heads"):
-        plan.make_plan(name, tensor_parallel_size=3)
-
-
 @pytest.mark.parametrize(
     ("name", "size"),
     [
@@ -175,15 +160,6 @@ def test_a_silent_drafter_is_counted_with_the_defaults_of_its_class(tmp_path):
     assert memory_of("it", stated).kv_bytes_per_token < memory_of("it", config).kv_bytes_per_token
     found = plan.make_plan("Qwen3-8B", write(tmp_path / "it", silent))
     assert found["kv_bytes_per_token"]["drafter"] == 2 * 36 * 32 * 128 * 2
-
-
-def test_a_drafter_is_shared_by_the_ranks_that_share_it_when_served(tmp_path):
-    """Catches a plan that cuts experts which the server leaves whole, or the other way round."""
-    config = {**MODELS["JetLM/SDAR-30B-A3B-Chat"], "moe_intermediate_size": 770}
-    path = write(tmp_path / "SDAR-30B-A3B-Chat", config)
-    for num_ranks, draft_ranks in ((2, 2), (4, 1)):
-        found = plan.make_plan("Qwen3-8B", path, tensor_parallel_size=num_ranks)
-        assert found["draft_tensor_parallel_size"] == draft_ranks
 
 
 def test_quantised_weights_are_not_called_exact(tmp_path):
@@ -251,7 +227,6 @@ def test_the_shipped_pair_is_planned(capsys):
         (["Qwen2.5-7B-Instruct", "--gpu", "H20"], "H200, H100, A100-80G, L40S, A6000"),
         (["nowhere/model"], "Qwen/Qwen3-32B"),
         (["Qwen3-8B", "--drafter", "some/drafter"], "JetLM/SDAR-1.7B-Chat-b32"),
-        (["Qwen3-8B", "--tensor-parallel-size", "7"], "--tensor-parallel-size must divide"),
         (["Qwen3-8B", "--diffusion-block-size", "64"], "must be one of 4, 8, 16, 32; got 64"),
         ([str(Path(__file__))], "give a config.json"),
     ],
@@ -283,7 +258,7 @@ def test_unknown_configs_are_refused(changed, hint, tmp_path):
         plan.make_plan(path)
 
 
-@pytest.mark.parametrize("argv", [["plan"], ["plan", "x", "--tensor-parallel-size", "0"]])
+@pytest.mark.parametrize("argv", [["plan"], ["plan", "x", "--diffusion-block-size", "-4"]])
 def test_wrong_arguments_exit_with_2(argv, capsys):
     """Catches a bad number that reaches the arithmetic."""
     with pytest.raises(SystemExit) as stopped:
