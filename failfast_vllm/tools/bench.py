@@ -162,7 +162,6 @@ def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run
         pairs = zip(run.served, base.served, strict=True)
         equal += [a.token_ids == b.token_ids for a, b in pairs]
     seconds_per_request = sum(s.latency_ms for s in served) / 1e3
-    rounds = max(1, sums["drafts"])
     return {
         "method": method,
         "concurrency": concurrency,
@@ -177,7 +176,19 @@ def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run
         **_percentiles("tpot", [s.tpot_ms for s in served if s.num_tokens > 1]),
         **_percentiles("latency", [s.latency_ms for s in served]),
         "answers_equal_to_none": round(sum(equal) / len(equal), 4) if equal else None,
-        **{  # per engine step
+        **_means(sums),
+        "trajectory": [
+            {"accepted": len(r.accepted), "rejected": len(r.rejected), "bonus": len(r.bonus)}
+            for r in runs[-1].trajectory
+        ],
+    }
+
+
+def _means(sums: Sums) -> dict[str, float | None]:
+    """Milliseconds per engine step, means per round, and counts."""
+    rounds = max(1, sums["drafts"])
+    return {
+        **{
             name: round(sums[name] / sums["steps"], 3) if name in sums else None
             for name in ("step_ms", "draft_ms", "own_ms")
         },
@@ -186,10 +197,6 @@ def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run
         "drafts": int(sums["drafts"]),
         "drafted_tokens": int(sums["drafted"]),
         "accepted_tokens": int(sums["accepted"]),
-        "trajectory": [
-            {"accepted": len(r.accepted), "rejected": len(r.rejected), "bonus": len(r.bonus)}
-            for r in runs[-1].trajectory
-        ],
     }
 
 

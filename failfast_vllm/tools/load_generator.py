@@ -72,7 +72,7 @@ class Watch:
         from vllm.platforms import current_platform
 
         self.sums = Sums(float)
-        self.first_rounds = list[Round]()  # of the first request, where the drafter reports them
+        self.first_rounds: list[Round] | None = None  # of the first request; None: not reported
         self._on_cpu = current_platform.device_type == "cpu"
         found = adapter(llm)
         self._adapter = found if (speculative_config or {}).get("method") == "failfast" else None
@@ -84,14 +84,10 @@ class Watch:
             passes = speculative_config["num_speculative_tokens"] if is_draft_model else 0
             self._count_in(llm.llm_engine.engine_core.engine_core.scheduler, passes)
 
-    @property
-    def reports_rounds(self) -> bool:
-        return self._adapter is not None
-
     def begin(self) -> None:
         """Start from zero."""
         self.sums.clear()
-        self.first_rounds = []
+        self.first_rounds = None if self._adapter is None else []
         self._add_times(-1)
 
     def end(self, seconds: float) -> Sums:
@@ -120,7 +116,7 @@ class Watch:
             self.sums["longest"] = max(self.sums["longest"], num_accepted)
 
     def _on_round(self, round_: Round) -> None:
-        if round_.req_id.split("-")[0] == "0":
+        if self.first_rounds is not None and round_.req_id.split("-")[0] == "0":
             self.first_rounds.append(round_)
         self._count(len(round_.drafted), len(round_.emitted) - 1, round_.num_passes)
 
@@ -175,9 +171,10 @@ def closed_loop(
             turn = time.perf_counter()
             stood_still += turn - paused
             watch.stood_still(turn - paused)
-    seconds, trajectory = time.perf_counter() - stood_still - start, list[TracedRound]()
-    if watch.reports_rounds:
-        trajectory = whole_trajectory(watch.first_rounds, prompt_len, served[0].token_ids)
+    seconds, rounds = time.perf_counter() - stood_still - start, watch.first_rounds
+    trajectory = (
+        whole_trajectory(rounds, prompt_len, served[0].token_ids) if rounds is not None else []
+    )
     yield Run(seconds, [served[i] for i in range(num_requests)], watch.end(seconds), trajectory)
 
 

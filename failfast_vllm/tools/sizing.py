@@ -27,7 +27,7 @@ from failfast_vllm.drafters.layout import expected_shapes, is_integer
 from failfast_vllm.tools.offline import positive
 from failfast_vllm.tools.published_models import GPUS, PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
 
-NUM_SEQS = 64  # verified at once, for the memory of their logits
+NUM_SEQS = 64  # verified at once, for the memory of their logits: float32, as they are sampled
 DRAFT_LEN = FailFastConfig.from_user({}).num_speculative_tokens
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 SIZES = (
@@ -145,7 +145,6 @@ def make_plan(
         "weights_fit": sum(part.weight_bytes for part in memory.values()) <= GPUS[gpu],
         "kv_bytes_per_token": kv,
         "drafter_share_of_kv": kv["drafter"] / sum(kv.values()),
-        # in float32, as it is sampled
         "verification_logits_bytes": NUM_SEQS * (DRAFT_LEN + 1) * vocab_size * 4,
         "notes": notes,
     }

@@ -92,7 +92,7 @@ def test_what_the_scheduler_reports_is_counted():
     counts = {"steps": 3, "drafts": 2, "drafted": 10, "accepted": 2, "passes": 10, "longest": 2}
     assert watch.end(0.5) == {**counts, "step_ms": 500.0}
     assert told == [("stats", 5, 2), ("stats", 0, 0), ("stats", 5, 0)]
-    assert not watch.reports_rounds
+    assert watch.first_rounds is None
 
 
 def test_the_warm_up_is_not_counted_and_methods_take_turns():
@@ -158,7 +158,6 @@ def loop(monkeypatch, first_rounds, pause=lambda: None):
         sums=Sums(float),
         end=lambda seconds: watch.sums,
         first_rounds=first_rounds,
-        reports_rounds=first_rounds is not None,
     )
     llm, prompts = FakeEngine(), [{"prompt_token_ids": [i]} for i in (0, 1)]
     turns = closed_loop.closed_loop(llm, watch, prompts, 50, concurrency=4, num_requests=9)
