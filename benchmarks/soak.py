@@ -113,8 +113,8 @@ def serve(pipe: Any, config: dict[str, Any] | None, settings: dict[str, Any], co
                 "requests": done,
                 "concurrency": turn.concurrency,
                 "tokens_per_second": round(tokens / run.seconds, 1),
-                "drafted": run.tally.num_drafted,
-                "accepted": run.tally.num_accepted,
+                "drafted": int(run.sums["drafted"]),
+                "accepted": int(run.sums["accepted"]),
                 "unanswered": sum(not answer for answer in run.answers),
                 **memory(),
             }

@@ -242,8 +242,8 @@ class Workspace(Drafts):
         """
         ends, goes_on, stopped = judged
         # float32 holds the lengths exactly
-        report = torch.cat((torch.stack((ends, reused, goes_on, stopped), dim=1), sure), dim=1)
-        report = report.cpu().numpy()
+        verdicts = torch.stack((ends, reused, goes_on, stopped), dim=1)
+        report = torch.cat((verdicts, sure), dim=1).cpu().numpy()
         seqs, (num_judged, num_reused) = masks.seqs, report[:, :2].astype(np.int64).T
         self.confidences[seqs[:, None], masks.places] = report[:, 4:]
         self.num_confidences[seqs] = num_judged

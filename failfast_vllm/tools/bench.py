@@ -26,29 +26,19 @@ from typing import Any
 from failfast_vllm.config import MODELS_DIR, FailFastConfig
 from failfast_vllm.drafters.checks import check_local_drafter
 from failfast_vllm.policies.table import POLICIES
-from failfast_vllm.tools.arguments import refusals
-from failfast_vllm.tools.load_generator import EngineProcess, Run
+from failfast_vllm.tools.load_generator import EngineProcess, Run, Sums
 from failfast_vllm.tools.offline import Prompt, engine_environment, read_prompts
-from failfast_vllm.tools.report import (
-    Row,
-    check_writable,
-    earlier_rows,
-    provenance,
-    report,
-    save,
-)
+from failfast_vllm.tools.report import Row, check_writable, provenance, report, save
 from failfast_vllm.tools.shipped import (
     PROMPTS,
     SHIPPED,
     SHIPPED_PAIR,
-    check_models,
+    check_shipped,
     padded_ar_drafter,
 )
-from failfast_vllm.tools.tally import Tally
 
 BASELINE = "none"
-CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
-DEFAULT_METHODS = (BASELINE, "ngram", "draft_model", "fixed K8", "failfast")
+DEFAULT_METHODS = ["ngram", "draft_model", "fixed K8", "failfast"]
 ONE_AFTER_ANOTHER = (
     "failfast bench: each engine of --target gets the whole GPU, so the methods run one after "
     "another; speed-ups include whatever changed on the machine in between."
@@ -64,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(flag: str, text: str, **options: Any) -> None:
         parser.add_argument(flag, help=text, **options)
 
-    add("--methods", "what to compare, besides none: " + ", ".join(methods()), nargs="+")
-    many = {"type": int, "nargs": "+", "default": list(CONCURRENCY), "metavar": "N"}
+    text = "what to compare, besides none: " + ", ".join(methods())
+    add("--methods", text, nargs="+", default=DEFAULT_METHODS)
+    many = {"type": int, "nargs": "+", "default": [1, 2, 4, 8, 16, 32, 64], "metavar": "N"}
     add("--concurrency", "requests in flight; default: 1 to 64", **many)
     add("--repeats", "counted rounds per point; default: 3", type=int, default=3, metavar="N")
     add("--requests-per-point", "default: 4 x concurrency, at least 32", type=int, metavar="N")
@@ -76,11 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--drafter", "of failfast; default: the target's own", metavar="MODEL")
     add("--ar-drafter", "of draft_model; default: the shipped one", metavar="MODEL")
     add("--dtype", "default: float32 on CPUs, else auto")
-    add("--max-model-len", "default: 2048", type=int, metavar="N")
+    add("--max-model-len", "default: 2048", type=int, default=2048, metavar="N")
     add("--compile", "compile the models, as vLLM does by default", action="store_true")
     add("--json", "write the results here, and a table to the same name with .md", metavar="FILE")
     add("--plots", "write PNGs into this folder (needs matplotlib)", metavar="DIR")
-    add("--resume", "keep the points that --json FILE holds already", action="store_true")
 
 
 def methods(drafter: str | None = None, ar_drafter: str = "") -> dict[str, dict[str, Any] | None]:
@@ -125,8 +115,9 @@ def prepare(args: argparse.Namespace) -> Job:
             if value is not None and value < 1:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} must be at least 1; got {value}.")
-    chosen, left_out = _choose_methods(args)
-    prompts = spread(read_prompts(Path(args.prompts or PROMPTS)), args.num_prompts)
+    left_out = _left_out(args)
+    prompts = read_prompts(Path(args.prompts or PROMPTS))
+    prompts = prompts[:: max(1, len(prompts) // args.num_prompts)][: args.num_prompts]
     random.Random(0).shuffle(prompts)  # a point that asks few meets all kinds, too
     for model in filter(None, (args.target, args.drafter, args.ar_drafter)):
         looks_local = Path(model).exists() or model.startswith((".", "/", "~"))
@@ -134,51 +125,42 @@ def prepare(args: argparse.Namespace) -> Job:
             raise ValueError(f"{model} has no config.json. Give a checkpoint or a hub id.")
     if args.drafter:
         check_local_drafter(args.drafter)
-    if args.resume and not args.json:
-        raise ValueError("--resume continues a file. Add --json FILE.")
     if args.json:
         check_writable(Path(args.json))
     if args.plots:
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plots needs matplotlib. Run `pip install matplotlib`.")
         Path(args.plots).mkdir(parents=True, exist_ok=True)
-    return Job(args, chosen, left_out, prompts)
+    chosen = dict.fromkeys([BASELINE, *args.methods])
+    return Job(args, [name for name in chosen if name not in left_out], left_out, prompts)
 
 
-def _choose_methods(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+def _left_out(args: argparse.Namespace) -> dict[str, str]:
+    """Methods that cannot run here, and why; raises ValueError on an unknown one."""
     known = methods()
-    for name in args.methods or ():
+    for name in args.methods:
         if name not in known:
             raise ValueError(f"unknown method {name!r}; choose from {', '.join(known)}.")
-    chosen = list(dict.fromkeys([BASELINE, *(args.methods or DEFAULT_METHODS)]))
-    left_out = {}
-    if "suffix" in chosen and importlib.util.find_spec("arctic_inference") is None:
-        left_out["suffix"] = "arctic_inference is not installed"
-    if "draft_model" in chosen and args.target and not args.ar_drafter:
-        left_out["draft_model"] = "no --ar-drafter for this target"
-    return [name for name in chosen if name not in left_out], left_out
-
-
-def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
-    """`count` of them, evenly from the whole list."""
-    return prompts[:: max(1, len(prompts) // count)][:count]
-
-
-def make_rows(concurrency: int, found: dict[str, list[Run]]) -> list[Row]:
-    """A row per method, of its runs at one concurrency."""
-    return [make_row(name, concurrency, runs, found[BASELINE]) for name, runs in found.items()]
+    found = {}
+    if "suffix" in args.methods and importlib.util.find_spec("arctic_inference") is None:
+        found["suffix"] = "arctic_inference is not installed"
+    if "draft_model" in args.methods and args.target and not args.ar_drafter:
+        found["draft_model"] = "no --ar-drafter for this target"
+    return found
 
 
 def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run] | None) -> Row:
     """One method at one concurrency; `baselines` are those of "none" in the same repeats."""
-    tally = Tally()
+    sums = Sums(float)
     for run in runs:
-        tally.update(run.tally)
+        for name, value in run.sums.items():
+            sums[name] += value
     served = [s for run in runs for s in run.served]
     ratios, equal = [], []
     for run, base in zip(runs, baselines or [], strict=bool(baselines)):
         ratios.append(run.tokens_per_second / base.tokens_per_second)
-        equal += [a == b for a, b in zip(run.answers, base.answers, strict=True)]
+        pairs = zip(run.served, base.served, strict=True)
+        equal += [a.token_ids == b.token_ids for a, b in pairs]
     seconds_per_request = sum(s.latency_ms for s in served) / 1e3
     return {
         "method": method,
@@ -194,8 +176,7 @@ def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run
         **_percentiles("tpot", [s.tpot_ms for s in served if s.num_tokens > 1]),
         **_percentiles("latency", [s.latency_ms for s in served]),
         "answers_equal_to_none": round(sum(equal) / len(equal), 4) if equal else None,
-        **_step_times(runs),
-        **tally.to_dict(),
+        **_means(sums),
         "trajectory": [
             {"accepted": len(r.accepted), "rejected": len(r.rejected), "bonus": len(r.bonus)}
             for r in runs[-1].trajectory
@@ -203,13 +184,19 @@ def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run
     }
 
 
-def _step_times(runs: list[Run]) -> dict[str, float | None]:
-    """Milliseconds per engine step, over all runs."""
-    times = [run.step_times for run in runs if run.step_times is not None]
-    steps = sum(each.num_steps for each in times)
+def _means(sums: Sums) -> dict[str, float | None]:
+    """Milliseconds per engine step, means per round, and counts."""
+    rounds = max(1, sums["drafts"])
     return {
-        name: round(sum(getattr(each, name) for each in times) / steps, 3) if steps else None
-        for name in ("draft_ms", "own_ms", "verify_ms", "other_ms")
+        **{
+            name: round(sums[name] / sums["steps"], 3) if name in sums else None
+            for name in ("draft_ms", "own_ms", "verify_ms", "other_ms")
+        },
+        "acceptance_length": round(1 + sums["accepted"] / rounds, 3),
+        "passes_per_round": round(sums["passes"] / rounds, 3),
+        "drafts": int(sums["drafts"]),
+        "drafted_tokens": int(sums["drafted"]),
+        "accepted_tokens": int(sums["accepted"]),
     }
 
 
@@ -223,19 +210,18 @@ def _percentiles(name: str, values: list[float]) -> dict[str, float | None]:
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the tables."""
     if not args.target:
-        check_models(SHIPPED)
+        check_shipped(*SHIPPED)
         # 5 M parameters: waiting for a second thread costs more than it computes
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with refusals():
-        job = prepare(args)
-        with engine_environment():
-            result = measure(job)
+    job = prepare(args)
+    with engine_environment():
+        result = measure(job)
     print(report(result))
     return 0
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Measure what is missing and write it after every point: {"provenance": ..., "rows": ...}."""
+    """Measure, and write every point: {"provenance": ..., "rows": ...}."""
     from tqdm import tqdm  # type: ignore[import-untyped]
     from vllm.platforms import current_platform
 
@@ -244,27 +230,26 @@ def measure(job: Job) -> dict[str, Any]:
         print(f"failfast bench: {name} is left out: {reason}.", file=sys.stderr)
     on_cpu = current_platform.device_type == "cpu"
     take_turns = on_cpu or not args.target
-    engine_args = engine_settings(job, on_cpu, take_turns)
-    facts = _facts(job, engine_args, take_turns)
-    rows = earlier_rows(Path(args.json), facts) if args.resume else []
-    result = {"provenance": facts, "rows": rows}
-    done = {row["concurrency"] for row in rows}
-    runs: dict[int, dict[str, list[Run]]] = {c: {} for c in args.concurrency if c not in done}
-    if runs and not take_turns:
+    if not take_turns:
         print(ONE_AFTER_ANOTHER, file=sys.stderr)
+    engine_args = engine_settings(job, on_cpu, take_turns)
+    rows = list[Row]()
+    result = {"provenance": _facts(job, engine_args, take_turns), "rows": rows}
+    runs: dict[int, dict[str, list[Run]]] = {c: {} for c in sorted(args.concurrency)}
     groups = [job.methods] if take_turns else [[name] for name in job.methods]
-    total = bool(runs) * len(job.methods) * (1 + len(runs) * (args.repeats + 1))
+    total = len(job.methods) * (1 + len(runs) * (args.repeats + 1))
     with tqdm(total=total, unit="run", disable=None, file=sys.stderr) as bar:
-        for group in groups if runs else ():
+        for group in groups:
             with engines(group, job, engine_args, bar) as contenders:
                 for concurrency, found in runs.items():
                     num_requests = args.requests_per_point or max(32, 4 * concurrency)
                     found |= measure_point(contenders, concurrency, args.repeats, num_requests, bar)
-                    if len(found) == len(job.methods):
-                        rows += make_rows(concurrency, found)
-                        rows.sort(key=lambda row: row["concurrency"])
+                    if len(found) < len(job.methods):
+                        continue
+                    for name, each in found.items():
+                        rows.append(make_row(name, concurrency, each, found[BASELINE]))
+                    if args.json:
                         save(result, args.json)
-    save(result, args.json)
     if args.plots:
         from failfast_vllm.tools import plots
 
@@ -279,7 +264,7 @@ def engine_settings(job: Job, on_cpu: bool, take_turns: bool) -> dict[str, Any]:
         "model": args.target or str(MODELS_DIR / "target"),
         "dtype": args.dtype or ("float32" if on_cpu else "auto"),
         "enforce_eager": not args.compile,
-        "max_model_len": args.max_model_len or 2048,
+        "max_model_len": args.max_model_len,
         "max_num_seqs": max(args.concurrency),
     }
     if not args.target:  # 50,000 tokens, so that many engines fit into one machine

@@ -5,94 +5,58 @@ many tokens at once rounds differently from decoding one, and a near-tie may fli
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from failfast_vllm.config import MODELS_DIR
-from failfast_vllm.tools.arguments import UsageError, add_answer_arguments, refusals
+from failfast_vllm.tools.load_generator import Run, Watch, closed_loop
 from failfast_vllm.tools.offline import (
-    TracedRound,
-    adapter,
+    Prompt,
     encode,
     engine,
     engine_environment,
-    traced,
+    positive,
+    read_prompts,
 )
-from failfast_vllm.tools.shipped import held_out_prompts
+from failfast_vllm.tools.shipped import PROMPTS, check_shipped
 
-DTYPE = "float32"
+SETTINGS = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 1}
 GREEN, YELLOW, RED_STRUCK, DIM, RESET = "\033[32m", "\033[33m", "\033[2;9;31m", "\033[2m", "\033[0m"
-
-
-class Prompt(NamedTuple):
-    """A held-out question."""
-
-    task: str
-    messages: list[dict[str, str]]
-
-
-class Answer(NamedTuple):
-    """One greedy answer; `rounds` is empty without failfast."""
-
-    token_ids: list[int]
-    seconds: float
-    rounds: list[TracedRound]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both sides of the demo, and what follows from them."""
+    """Both sides of the demo."""
 
     prompts: list[Prompt]
-    baseline: list[Answer]
-    failfast: list[Answer]
+    baseline: Run
+    failfast: Run
     device: str
     tokenizer: Any
 
     @property
     def outputs_identical(self) -> bool:
-        return [a.token_ids for a in self.baseline] == [a.token_ids for a in self.failfast]
-
-    @property
-    def rounds(self) -> list[TracedRound]:
-        """Rounds in which the target verified a draft: not the prefill, nor a last single token."""
-        return [r for answer in self.failfast for r in answer.rounds if r.num_drafted]
-
-    @property
-    def speedup(self) -> float:
-        return _tokens_per_second(self.failfast) / _tokens_per_second(self.baseline)
-
-    @property
-    def acceptance_length(self) -> float:
-        return _mean([r.num_emitted for r in self.rounds])
-
-    @property
-    def passes_per_round(self) -> float:
-        return _mean([r.num_passes for r in self.rounds])
-
-    @property
-    def longest_accepted(self) -> int:
-        return max((len(r.accepted) for r in self.rounds), default=0)
+        pairs = zip(self.baseline.served, self.failfast.served, strict=True)
+        return all(a.token_ids == b.token_ids for a, b in pairs)
 
     def to_dict(self) -> dict[str, Any]:
+        """What follows; a round verified a draft: not the prefill, nor a last single token."""
+        baseline, failfast = self.baseline.tokens_per_second, self.failfast.tokens_per_second
+        sums = self.failfast.sums
+        rounds = max(1, sums["drafts"])
         return {
             "outputs_identical": self.outputs_identical,
-            "speedup": self.speedup,
-            "acceptance_length": self.acceptance_length,
-            "passes_per_round": self.passes_per_round,
-            "longest_accepted": self.longest_accepted,
-            "tokens_per_second": {
-                "baseline": _tokens_per_second(self.baseline),
-                "failfast": _tokens_per_second(self.failfast),
-            },
+            "speedup": failfast / baseline,
+            "acceptance_length": 1 + sums["accepted"] / rounds,
+            "passes_per_round": sums["passes"] / rounds,
+            "longest_accepted": int(sums["longest"]),
+            "tokens_per_second": {"baseline": baseline, "failfast": failfast},
         }
 
 
@@ -103,19 +67,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drafter", type=Path, metavar="PATH", help="default: the target's own")
 
 
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    """How many held-out prompts are answered, and how long the answers get."""
+    parser.add_argument("--num-prompts", type=positive, default=6, metavar="N", help="default: 6")
+    parser.add_argument(
+        "--max-tokens", type=positive, default=256, metavar="N", help="per answer; default: 256"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Compare, and print both sides; returns 1 if the answers differ."""
     needed = [] if args.target else ["target"] if args.drafter else ["target", "drafter"]
-    prompts = held_out_prompts(needed)
+    check_shipped(*needed)
+    prompts = choose_prompts(PROMPTS, args.num_prompts)
     for path in filter(None, (args.target, args.drafter)):
         if not (path / "config.json").is_file():
-            raise UsageError(f"{path} has no config.json. Give a checkpoint directory.")
-    target, drafter = args.target or MODELS_DIR / "target", args.drafter
+            raise ValueError(f"{path} has no config.json. Give a checkpoint directory.")
+    speculative = {"method": "failfast", **({"model": str(args.drafter)} if args.drafter else {})}
     if not args.target:  # 5 M parameters: waiting for a second thread costs more than it computes
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with engine_environment(), refusals():
-        chosen = choose_prompts(prompts, args.num_prompts)
-        result = compare(str(target), drafter and str(drafter), chosen, args.max_tokens)
+    with engine_environment():
+        target = str(args.target or MODELS_DIR / "target")
+        result = compare(target, speculative, prompts, args.max_tokens)
     print(json.dumps(result.to_dict()) if args.json else render(result, sys.stdout))
     return 0 if result.outputs_identical else 1
 
@@ -123,10 +96,8 @@ def run(args: argparse.Namespace) -> int:
 def choose_prompts(path: Path, num_prompts: int) -> list[Prompt]:
     """`num_prompts` of a file's prompts, one of each task in turn; raises ValueError if short."""
     by_task: dict[str, list[Prompt]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        prompt = Prompt(entry["task"], entry["messages"])
-        by_task.setdefault(prompt.task, []).append(prompt)
+    for prompt in read_prompts(path):
+        by_task.setdefault(prompt["task"], []).append(prompt)
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_task.values()))
     prompts = [prompt for prompt in in_turn if prompt is not None]
     if num_prompts > len(prompts):
@@ -137,73 +108,51 @@ def choose_prompts(path: Path, num_prompts: int) -> list[Prompt]:
     return prompts[:num_prompts]
 
 
-def compare(target: str, drafter: str | None, prompts: list[Prompt], max_tokens: int) -> Comparison:
+def compare(
+    target: str, speculative_config: dict[str, Any], prompts: list[Prompt], max_tokens: int
+) -> Comparison:
     """Answer `prompts` without, then with failfast; raises ValueError where vLLM refuses."""
     import torch
     from tqdm import tqdm  # type: ignore[import-untyped]
     from vllm.platforms import current_platform
 
-    speculative = {"method": "failfast", **({"model": drafter} if drafter else {})}
-    with tqdm(total=2 * (2 * len(prompts) + 1), unit="step", leave=False) as bar:
-        with _engine(target, None, bar) as llm:
-            tokenizer = llm.get_tokenizer()
-            baseline = _answer_all(llm, prompts, max_tokens, bar)
-        with _engine(target, speculative, bar) as llm:
-            failfast = _answer_all(llm, prompts, max_tokens, bar)
+    runs = []
+    with tqdm(total=6, unit="step", leave=False) as bar:
+        for config in (None, speculative_config):
+            bar.set_description("failfast" if config else "baseline")
+            with engine(config, model=target, **SETTINGS) as llm:
+                bar.update()
+                tokenizer = llm.get_tokenizer()
+                runs.append(_answer_all(llm, config, prompts, max_tokens, bar))
     device = str(current_platform.device_type)
     if device == "cpu":
         device = f"cpu (threads: {torch.get_num_threads()})"
-    return Comparison(prompts, baseline, failfast, device, tokenizer)
+    return Comparison(prompts, runs[0], runs[1], device, tokenizer)
 
 
-@contextlib.contextmanager
-def _engine(target: str, speculative_config: dict[str, Any] | None, bar: Any) -> Iterator[Any]:
-    bar.set_description("failfast" if speculative_config else "baseline")
-    settings = {"model": target, "dtype": DTYPE, "enforce_eager": True, "max_num_seqs": 1}
-    with engine(speculative_config, **settings) as llm:
-        bar.update()
-        yield llm
-
-
-def _answer_all(llm: Any, prompts: list[Prompt], max_tokens: int, bar: Any) -> list[Answer]:
+def _answer_all(
+    llm: Any, config: dict[str, Any] | None, prompts: list[Prompt], max_tokens: int, bar: Any
+) -> Run:
     """One prompt at a time, after a first go that warms up (a CPU compiles per row count)."""
-    from vllm import SamplingParams
-
-    drafter = adapter(llm)
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    tokenizer = llm.get_tokenizer()
-
-    def answer(prompt: Prompt) -> Answer:
-        encoded = encode(tokenizer, {"messages": prompt.messages})
-        rounds: list[Any] = []
-        if drafter is not None:
-            drafter.stats.on_round = rounds.append
-        began = time.perf_counter()
-        (output,) = llm.generate([encoded], params, use_tqdm=False)
-        seconds = time.perf_counter() - began
-        token_ids = list(output.outputs[0].token_ids)
+    watch = Watch(llm, config)
+    encoded = [encode(llm.get_tokenizer(), prompt) for prompt in prompts]
+    for _ in range(2):
+        *_, run = closed_loop(llm, watch, encoded, max_tokens, 1, len(prompts))
         bar.update()
-        return Answer(token_ids, seconds, traced(rounds, len(token_ids)))
-
-    for prompt in prompts:
-        answer(prompt)
-    return [answer(prompt) for prompt in prompts]
+    assert run is not None
+    return run
 
 
-def record(target: str, prompts: list[Prompt], max_tokens: int, path: Path, with_ids: bool) -> None:
-    """Answer `prompts` once with failfast, one at a time, into the trace `path`; as `compare`."""
-    from tqdm import tqdm
-    from vllm import SamplingParams
-
-    speculative = {"method": "failfast", "trace": str(path), "trace_ids": with_ids}
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    with (
-        tqdm(total=len(prompts) + 1, unit="step", leave=False) as bar,
-        _engine(target, speculative, bar) as llm,
-    ):
-        for prompt in prompts:
-            llm.chat([*prompt.messages], params, use_tqdm=False)
-            bar.update()
+def record(path: Path, num_prompts: int, max_tokens: int, with_ids: bool) -> None:
+    """Answer held-out prompts once with the shipped pair, one at a time, into the trace `path`."""
+    check_shipped("target", "drafter")
+    prompts = choose_prompts(PROMPTS, num_prompts)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for the demo
+    config = {"method": "failfast", "trace": str(path), "trace_ids": with_ids}
+    with engine_environment(), engine(config, **SETTINGS) as llm:
+        encoded = [encode(llm.get_tokenizer(), prompt) for prompt in prompts]
+        for _ in closed_loop(llm, Watch(llm, config), encoded, max_tokens, 1, num_prompts):
+            pass
 
 
 def render(result: Comparison, stream: TextIO) -> str:
@@ -219,10 +168,8 @@ def use_color(stream: TextIO) -> bool:
 
 
 def _trajectory(result: Comparison, color: bool) -> Iterator[str]:
-    """The answer with the median number of rounds, one line per round."""
-    by_rounds = sorted(range(len(result.prompts)), key=lambda i: len(result.failfast[i].rounds))
-    typical = by_rounds[len(by_rounds) // 2]
-    prompt, answer = result.prompts[typical], result.failfast[typical]
+    """The first answer, one line per round."""
+    prompt = result.prompts[0]
 
     def text(token_ids: list[int]) -> str:
         decoded: str = result.tokenizer.decode(token_ids, skip_special_tokens=False)
@@ -231,16 +178,16 @@ def _trajectory(result: Comparison, color: bool) -> Iterator[str]:
     def paint(code: str, piece: str) -> str:
         return f"{code}{piece}{RESET}" if color and piece else piece
 
-    question = prompt.messages[-1]["content"].replace("\n", "\\n")
-    yield f"Question ({prompt.task}): {question}"
+    question = prompt["messages"][-1]["content"].replace("\n", "\\n")
+    yield f"Question ({prompt['task']}): {question}"
     yield "Answer, round by round: " + (
         f"{paint(GREEN, 'accepted')} {paint(YELLOW, 'bonus')} {paint(RED_STRUCK, 'rejected')}"
         if color
         else "accepted, [bonus], (number of rejected)"
     )
     yield paint(DIM, "round  draft  accepted")
-    for i, r in enumerate(answer.rounds):
-        line = paint(DIM, f"{i:>5}  {r.num_drafted:>5}  {len(r.accepted):>8}") + "  "
+    for i, r in enumerate(result.failfast.trajectory):
+        line = paint(DIM, f"{i:>5}  {len(r.accepted + r.rejected):>5}  {len(r.accepted):>8}") + "  "
         line += paint(GREEN, text(r.accepted))
         if color:
             yield line + paint(YELLOW, text(r.bonus)) + paint(RED_STRUCK, text(r.rejected))
@@ -250,26 +197,19 @@ def _trajectory(result: Comparison, color: bool) -> Iterator[str]:
 
 
 def _table(result: Comparison) -> Iterator[str]:
-    num_tokens = sum(len(a.token_ids) for a in result.failfast)
+    num_tokens = sum(s.num_tokens for s in result.failfast.served)
     yield (
         f"{len(result.prompts)} prompts, {num_tokens} tokens, greedy, batch 1, "
-        f"{DTYPE}, {result.device}"
+        f"{SETTINGS['dtype']}, {result.device}"
     )
+    figures = result.to_dict()
     for label, value in (
-        ("tokens/s without", f"{_tokens_per_second(result.baseline):.1f}"),
-        ("tokens/s with failfast", f"{_tokens_per_second(result.failfast):.1f}"),
-        ("speed-up", f"{result.speedup:.2f} x"),
-        ("acceptance length", f"{result.acceptance_length:.2f} tokens per round"),
-        ("draft passes", f"{result.passes_per_round:.2f} per round"),
-        ("longest accepted run", f"{result.longest_accepted} tokens"),
+        ("tokens/s without", f"{figures['tokens_per_second']['baseline']:.1f}"),
+        ("tokens/s with failfast", f"{figures['tokens_per_second']['failfast']:.1f}"),
+        ("speed-up", f"{figures['speedup']:.2f} x"),
+        ("acceptance length", f"{figures['acceptance_length']:.2f} tokens per round"),
+        ("draft passes", f"{figures['passes_per_round']:.2f} per round"),
+        ("longest accepted run", f"{figures['longest_accepted']} tokens"),
         ("outputs", "identical" if result.outputs_identical else "DIFFERENT"),
     ):
         yield f"  {label:<24}{value}"
-
-
-def _tokens_per_second(answers: list[Answer]) -> float:
-    return sum(len(a.token_ids) for a in answers) / sum(a.seconds for a in answers)
-
-
-def _mean(values: list[int]) -> float:
-    return sum(values) / len(values) if values else 0.0

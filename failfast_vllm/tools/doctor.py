@@ -26,9 +26,6 @@ class Check(NamedTuple):
     remedy: str = ""
     warning: str = ""  # worth knowing, and no reason to fail
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"ok": not self.problem, **self._asdict()}
-
 
 def run(args: argparse.Namespace) -> int:
     """Print what was found; returns 1 if something is wrong."""
@@ -39,14 +36,14 @@ def run(args: argparse.Namespace) -> int:
             _runner_check(),
             _plugin_check(),
             *_hook_checks(),
-            *_model_checks(),
+            *(Check(name, str(path), bad, REINSTALL * bool(bad)) for name, path, bad in contents()),
         ]
     healthy = not any(check.problem for check in checks)
     config = FailFastConfig.from_user({}).to_dict()
     if args.json:
         report = {
             "ok": healthy,
-            "checks": [check.to_dict() for check in checks],
+            "checks": [{"ok": not check.problem, **check._asdict()} for check in checks],
             "default_config": config,
         }
         print(json.dumps(report, indent=2))
@@ -73,9 +70,7 @@ def _version_checks() -> list[Check]:
     remedies = {
         "failfast-vllm": "Run `pip install .` in a checkout.",
         "vllm": INSTALL_VLLM,
-        "torch": "It comes with vLLM: reinstall vLLM.",
-        "triton": "It comes with vLLM: reinstall vLLM.",
-        "transformers": "It comes with vLLM: reinstall vLLM.",
+        **dict.fromkeys(("torch", "triton", "transformers"), "It comes with vLLM: reinstall vLLM."),
     }
     checks = [Check("python", platform.python_version())]
     for name, remedy in remedies.items():
@@ -110,18 +105,16 @@ def _runner_check() -> Check:
     """The model runner that vLLM will choose, and how drafts are scheduled and run on it."""
     from vllm.triton_utils import HAS_TRITON
 
-    how = "synchronous scheduling, eager draft passes"
+    found = "V1, synchronous scheduling, eager draft passes"
     forced = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "")
     if HAS_TRITON and forced != "0":
         graphs = "draft passes as CUDA graphs unless enforce_eager (unmeasured)"
-        return Check("model runner", f"V2, synchronous scheduling, {graphs}")
-    if HAS_TRITON:
-        return Check("model runner", f"V1, {how}")
-    if forced not in ("", "0"):
+        found = f"V2, synchronous scheduling, {graphs}"
+    elif not HAS_TRITON and forced not in ("", "0"):
         remedy = "Unset it: without Triton vLLM has the V1 runner only."
         problem = f"VLLM_USE_V2_MODEL_RUNNER={forced} forbids V1, and vLLM finds no Triton for V2"
-        return Check("model runner", f"V1, {how}", problem, remedy)
-    return Check("model runner", f"V1, {how}")
+        return Check("model runner", found, problem, remedy)
+    return Check("model runner", found)
 
 
 def _plugin_check() -> Check:
@@ -149,10 +142,3 @@ def _hook_checks() -> list[Check]:
         found = hook.module if hooks.is_due(hook) else f"not needed before vLLM {since}"
         checks.append(Check(name, found, problem, remedy, warning))
     return checks
-
-
-def _model_checks() -> list[Check]:
-    return [
-        Check(name, str(path), problem, REINSTALL if problem else "")
-        for name, path, problem in contents()
-    ]

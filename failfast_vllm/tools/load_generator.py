@@ -9,33 +9,33 @@ import contextlib
 import multiprocessing
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, takewhile
 from typing import Any, NamedTuple
 
 from failfast_vllm.drafting.records import Round
-from failfast_vllm.tools.offline import (
-    Prompt,
-    TracedRound,
-    adapter,
-    encode,
-    engine,
-    model_runner,
-    traced,
-)
-from failfast_vllm.tools.tally import Tally
+from failfast_vllm.tools.offline import Prompt, adapter, encode, engine, model_runner
 
 TURN_SECONDS = 0.25
+
+# name -> what was added up: "steps" of the engine, "drafts", "drafted" and "accepted" (tokens),
+# "passes", and milliseconds: "step_ms", on a CPU (a GPU's calls return before their work is done)
+# also "draft_ms", of them "own_ms" (failfast's, outside the draft model), "verify_ms", "other_ms"
+Sums = defaultdict[str, float]
 
 
 class Served(NamedTuple):
     """One answered request."""
 
-    num_tokens: int
+    token_ids: list[int]
     ttft_ms: float  # to the first token
     latency_ms: float
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
     @property
     def tpot_ms(self) -> float:
@@ -43,14 +43,12 @@ class Served(NamedTuple):
         return (self.latency_ms - self.ttft_ms) / max(1, self.num_tokens - 1)
 
 
-class StepTimes(NamedTuple):
-    """Milliseconds, added up over engine steps."""
+class TracedRound(NamedTuple):
+    """One verified draft, in token ids."""
 
-    num_steps: int
-    draft_ms: float
-    own_ms: float  # of it outside the draft model; 0 for the methods of vLLM
-    verify_ms: float  # the target's pass and sampling
-    other_ms: float  # scheduling, detokenising, bookkeeping
+    accepted: list[int]
+    rejected: list[int]
+    bonus: list[int]  # the target's own token; empty if the answer ended inside the draft
 
 
 @dataclass
@@ -58,116 +56,97 @@ class Run:
     """One closed loop of one method."""
 
     seconds: float
-    answers: list[list[int]]  # token ids, in the order of the prompts
-    served: list[Served]
-    tally: Tally
+    served: list[Served]  # in the order of the prompts
+    sums: Sums
     trajectory: list[TracedRound]  # of the first answer, where the drafter reports its rounds
-    step_times: StepTimes | None = None  # None on a GPU
 
     @property
     def tokens_per_second(self) -> float:
         return sum(s.num_tokens for s in self.served) / self.seconds
 
 
-class CallTimes:
-    """Adds up the milliseconds inside calls of an engine."""
+class Watch:
+    """Counts an engine's verified drafts and times its own; must be in the engine's process."""
 
-    def __init__(self) -> None:
-        self.ms, self.calls = Counter[str](), Counter[str]()
+    def __init__(self, llm: Any, speculative_config: dict[str, Any] | None) -> None:
+        from vllm.platforms import current_platform
 
-    def wrap(self, owner: Any, name: str, key: str) -> None:
-        """Time `owner.name` under `key` from now on, if there is such a method."""
+        self.sums = Sums(float)
+        self.first_rounds: list[Round] | None = None  # of the first request; None: not reported
+        self._on_cpu = current_platform.device_type == "cpu"
+        found = adapter(llm)
+        self._adapter = found if (speculative_config or {}).get("method") == "failfast" else None
+        if self._on_cpu:
+            self._time_calls(model_runner(llm))
+        if self._adapter is not None:
+            stats = self._adapter.stats
+            stats.on_round, stats.drafts_only = self._on_round, True
+        elif speculative_config:
+            is_draft_model = speculative_config["method"] == "draft_model"
+            passes = speculative_config["num_speculative_tokens"] if is_draft_model else 0
+            self._count_in(llm.llm_engine.engine_core.engine_core.scheduler, passes)
+
+    def begin(self) -> None:
+        """Start from zero."""
+        self.sums.clear()
+        self.first_rounds = None if self._adapter is None else []
+        self._add_own_time(-1)
+
+    def end(self, seconds: float) -> Sums:
+        """What was added up since `begin`, so many seconds ago."""
+        self._add_own_time(1)
+        sums = Sums(float, {**self.sums, "step_ms": seconds * 1e3})
+        if self._on_cpu:
+            sums["other_ms"] = sums["step_ms"] - sums["draft_ms"] - sums["verify_ms"]
+        return sums
+
+    def _add_own_time(self, sign: int) -> None:
+        if self._adapter is not None and self._on_cpu:
+            stats = self._adapter.stats
+            self.sums["own_ms"] += sign * (stats.total_ms - stats.forward_ms)
+
+    def _time_calls(self, runner: Any) -> None:
+        """failfast drafts when vLLM takes the drafts, other methods while the target samples."""
+        self._time(runner, "execute_model", "verify_ms")
+        self._time(runner, "sample_tokens", "verify_ms")
+        self._time(runner, "propose_draft_token_ids", "draft_ms", inside="verify_ms")  # V1
+        self._time(getattr(runner, "speculator", None), "propose", "draft_ms", inside="verify_ms")
+        self._time(runner, "take_draft_token_ids", "draft_ms")
+
+    def _time(self, owner: Any, name: str, key: str, inside: str = "") -> None:
+        """Add up the time in `owner.name`, if there is such a method, and take it from `inside`."""
         original = getattr(owner, name, None)
         if original is None:
             return
 
         def timed(*args: Any, **more: Any) -> Any:
             began = time.perf_counter()
-            try:
-                return original(*args, **more)
-            finally:
-                self.ms[key] += (time.perf_counter() - began) * 1e3  # type: ignore[assignment]
-                self.calls[key] += 1
+            found = original(*args, **more)
+            ms = (time.perf_counter() - began) * 1e3
+            self.sums[key] += ms
+            if inside:
+                self.sums[inside] -= ms
+            return found
 
         setattr(owner, name, timed)
-
-
-class Watch:
-    """Tallies an engine's verified drafts and times its steps; must be in the engine's process."""
-
-    def __init__(self, llm: Any, speculative_config: dict[str, Any] | None) -> None:
-        from vllm.platforms import current_platform
-
-        from failfast_vllm.observe.counters import DraftStats
-
-        found = adapter(llm)
-        stats = getattr(found, "stats", None)
-        self._stats = stats if isinstance(stats, DraftStats) else None
-        self._adapter = found if self._stats else None
-        self._stopwatch = None
-        if current_platform.device_type == "cpu":
-            self._stopwatch = self._time_calls(llm.llm_engine, model_runner(llm))
-        self.begin()
-        if self._stats is not None:
-            self._stats.on_round, self._stats.drafts_only = self._on_round, True
-        elif speculative_config:
-            is_draft_model = speculative_config["method"] == "draft_model"
-            passes = speculative_config["num_speculative_tokens"] if is_draft_model else 0
-            self._count_in(llm.llm_engine.engine_core.engine_core.scheduler, passes)
-
-    @property
-    def reports_rounds(self) -> bool:
-        return self._stats is not None
-
-    def begin(self) -> None:
-        self.tally, self.first_rounds = Tally(), list[Any]()
-        self._own_ms_before = self._own_ms()
-        if self._stopwatch is not None:
-            self._stopwatch.ms.clear()
-            self._stopwatch.calls.clear()
 
     def stood_still(self, seconds: float) -> None:
         """The engine was not asked for that long: not a time for the planner to learn."""
         if self._adapter is not None:
             self._adapter.drafter.planner.stood_still(seconds)
 
-    def step_times(self) -> StepTimes | None:
-        """Since `begin`; None on a GPU, where calls return before their work is done."""
-        if self._stopwatch is None:
-            return None
-        ms = self._stopwatch.ms
-        in_target = ms["target"] - ms["draft in target"]
-        draft_ms = ms["draft in target"] + ms["draft"]
-        return StepTimes(
-            self._stopwatch.calls["step"],
-            draft_ms,
-            self._own_ms() - self._own_ms_before,
-            in_target,
-            ms["step"] - in_target - draft_ms,
-        )
+    def _count(self, num_drafted: int, num_accepted: int, num_passes: int) -> None:
+        if num_drafted:
+            self.sums["drafts"] += 1
+            self.sums["drafted"] += num_drafted
+            self.sums["accepted"] += num_accepted
+            self.sums["passes"] += num_passes
+            self.sums["longest"] = max(self.sums["longest"], num_accepted)
 
-    def _own_ms(self) -> float:
-        return self._stats.total_ms - self._stats.forward_ms if self._stats else 0.0
-
-    @staticmethod
-    def _time_calls(llm_engine: Any, runner: Any) -> CallTimes:
-        """failfast drafts when vLLM takes the drafts, other methods while the target samples."""
-        stopwatch = CallTimes()
-        stopwatch.wrap(llm_engine, "step", "step")
-        stopwatch.wrap(runner, "execute_model", "target")
-        stopwatch.wrap(runner, "sample_tokens", "target")
-        stopwatch.wrap(runner, "propose_draft_token_ids", "draft in target")  # V1
-        stopwatch.wrap(getattr(runner, "speculator", None), "propose", "draft in target")  # V2
-        stopwatch.wrap(runner, "take_draft_token_ids", "draft")
-        return stopwatch
-
-    def _on_round(self, round_: Any) -> None:
-        if round_.req_id.split("-")[0] == "0":
+    def _on_round(self, round_: Round) -> None:
+        if self.first_rounds is not None and round_.req_id.split("-")[0] == "0":
             self.first_rounds.append(round_)
-        if round_.drafted:
-            num_accepted = len(round_.emitted) - 1
-            confidences = round_.verified_confidences.tolist()
-            self.tally.add(len(round_.drafted), num_accepted, round_.num_passes, confidences)
+        self._count(len(round_.drafted), len(round_.emitted) - 1, round_.num_passes)
 
     def _count_in(self, scheduler: Any, num_passes: int) -> None:
         observe = scheduler.make_spec_decoding_stats
@@ -175,47 +154,10 @@ class Watch:
         def counting(
             stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *rest: Any, **more: Any
         ) -> Any:
-            if num_draft_tokens:
-                self.tally.add(num_draft_tokens, num_accepted_tokens, num_passes, ())
+            self._count(num_draft_tokens, num_accepted_tokens, num_passes)
             return observe(stats, num_draft_tokens, num_accepted_tokens, *rest, **more)
 
         scheduler.make_spec_decoding_stats = counting
-
-
-class _Answering:
-    """Requests that are being answered, by number; seconds are those of the engine's own turns."""
-
-    def __init__(self) -> None:
-        self.answers, self.served = dict[int, list[int]](), dict[int, Served]()
-        self.prompt_len = 0  # of the first
-        self._began, self._first = dict[int, float](), dict[int, float]()
-
-    @property
-    def num_in_flight(self) -> int:
-        return len(self._began) - len(self.answers)
-
-    def begin(self, i: int, now: float) -> None:
-        self._began[i] = now
-
-    def note(self, output: Any, now: float) -> None:
-        """Take down what a step has said of a request."""
-        i = int(output.request_id.split("-")[0])
-        self._first.setdefault(i, now)
-        if i == 0:
-            self.prompt_len = len(output.prompt_token_ids)
-        if output.finished:
-            self.answers[i] = list(output.outputs[0].token_ids)
-            ttft_ms, latency_ms = ((then - self._began[i]) * 1e3 for then in (self._first[i], now))
-            self.served[i] = Served(len(self.answers[i]), ttft_ms, latency_ms)
-
-    def in_order(self, seconds: float, watch: Watch) -> Run:
-        """What was answered, in the order of the prompts."""
-        trajectory = []
-        if watch.reports_rounds:
-            trajectory = whole_trajectory(watch.first_rounds, self.prompt_len, self.answers[0])
-        order = range(len(self.answers))
-        answers, served = [self.answers[i] for i in order], [self.served[i] for i in order]
-        return Run(seconds, answers, served, watch.tally, trajectory, watch.step_times())
 
 
 def closed_loop(
@@ -235,55 +177,63 @@ def closed_loop(
 
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     waiting = enumerate(islice(cycle(prompts), num_requests))
-    requests = _Answering()
+    began, first, served = dict[int, float](), dict[int, float](), dict[int, Served]()
     watch.begin()
     start = turn = time.perf_counter()
-    stood_still = 0.0
-    while len(requests.answers) < num_requests:
-        for i, prompt in islice(waiting, concurrency - requests.num_in_flight):
-            requests.begin(i, time.perf_counter() - stood_still)
+    stood_still, prompt_len = 0.0, 0
+    while len(served) < num_requests:
+        for i, prompt in islice(waiting, concurrency - len(began) + len(served)):
+            began[i] = time.perf_counter() - stood_still
             llm.llm_engine.add_request(str(i), prompt, params)
+        watch.sums["steps"] += 1
         for output in llm.llm_engine.step():
-            requests.note(output, time.perf_counter() - stood_still)
+            i, now = int(output.request_id.split("-")[0]), time.perf_counter() - stood_still
+            first.setdefault(i, now)
+            prompt_len = prompt_len if i else len(output.prompt_token_ids)
+            if output.finished:
+                ttft_ms, latency_ms = 1e3 * (first[i] - began[i]), 1e3 * (now - began[i])
+                served[i] = Served(list(output.outputs[0].token_ids), ttft_ms, latency_ms)
         paused = time.perf_counter()
-        if paused - turn >= TURN_SECONDS and len(requests.answers) < num_requests:
+        if paused - turn >= TURN_SECONDS and len(served) < num_requests:
             yield None
             turn = time.perf_counter()
             stood_still += turn - paused
             watch.stood_still(turn - paused)
-    yield requests.in_order(time.perf_counter() - stood_still - start, watch)
+    seconds, rounds = time.perf_counter() - stood_still - start, watch.first_rounds
+    trajectory = (
+        whole_trajectory(rounds, prompt_len, served[0].token_ids) if rounds is not None else []
+    )
+    yield Run(seconds, [served[i] for i in range(num_requests)], watch.end(seconds), trajectory)
 
 
 def whole_trajectory(
     rounds: Sequence[Round], prompt_len: int, answer: list[int]
 ) -> list[TracedRound]:
-    """The rounds of an answer, of which those without a draft were not reported."""
-    found, begin = list[Round](), 0
+    """The rounds of an answer, of which those without a draft were not reported.
+
+    The engine drops what a round emits after the answer's end.
+    """
+    found, begin = list[TracedRound](), 0
     for round_ in rounds:
-        end = round_.known_len - prompt_len
-        found += [Round("", emitted=[token]) for token in answer[begin:end]]
-        found.append(round_)
-        begin = end + len(round_.emitted)
-    found += [Round("", emitted=[token]) for token in answer[begin:]]
-    return traced(found, len(answer))
+        first = round_.known_len - prompt_len
+        found += [TracedRound([], [], [token]) for token in answer[begin:first]]
+        begin = first + len(round_.emitted)
+        kept, drafted = answer[first:begin], round_.drafted
+        pairs = zip(drafted, kept, strict=False)
+        num_accepted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        found.append(TracedRound(kept[:num_accepted], drafted[num_accepted:], kept[num_accepted:]))
+    return found + [TracedRound([], [], [token]) for token in answer[begin:]]
 
 
 class EngineProcess:
     """An engine in a process of its own, which sleeps until it is asked."""
 
-    def __init__(
-        self,
-        name: str,
-        speculative_config: dict[str, Any] | None,
-        engine_args: dict[str, Any],
-        prompts: list[Prompt],
-        max_tokens: int,
-    ) -> None:
+    def __init__(self, name: str, *job: Any) -> None:
+        """`job` is what `_work` takes besides its pipe."""
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        job = (theirs, speculative_config, engine_args, prompts, max_tokens)
-        self._process = context.Process(target=_work, args=job, daemon=True)
+        self._process = context.Process(target=_work, args=(theirs, *job), daemon=True)
         self._process.start()
         theirs.close()
         self._receive()  # it is ready

@@ -1,22 +1,19 @@
-"""A vLLM engine in this process, its prompts, and its answers round by round."""
+"""What commands share: an engine in this process, and its prompts."""
 
+import argparse
 import contextlib
 import ctypes
 import gc
-import itertools
 import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from failfast_vllm.config import MODELS_DIR
 
-if TYPE_CHECKING:
-    from failfast_vllm.drafting.records import Round
-
-Prompt = dict[str, Any]  # {"messages": [...]} or {"prompt": text}
+Prompt = dict[str, Any]  # "messages": [...] or "prompt": text, and what else its line holds
 
 ENGINE_ENVIRONMENT = {  # one process, a small cache, no hub; what the user has set stays
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -26,6 +23,13 @@ ENGINE_ENVIRONMENT = {  # one process, a small cache, no hub; what the user has 
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "HF_HUB_OFFLINE": "1",
 }
+
+
+def positive(text: str) -> int:
+    """An integer from 1, of a command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer; got {text!r}")
+    return int(text)
 
 
 @contextlib.contextmanager
@@ -89,33 +93,29 @@ def read_prompts(path: Path) -> list[Prompt]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the prompts of {path} ({error}).") from None
-    prompts = [
-        _prompt(line, f"{path}, line {number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}).") from None
+        if not isinstance(entry, dict) or not _is_prompt(entry):
+            raise ValueError(
+                f'{path}, line {number} must hold "messages" (a list of objects with "role" and '
+                f'"content") or "prompt" (a text); got {line[:60]}'
+            )
+        prompts.append(entry)
     if not prompts:
         raise ValueError(f"{path} holds no prompts.")
     return prompts
 
 
-def _prompt(line: str, where: str) -> Prompt:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error}).") from None
-    entry = entry if isinstance(entry, dict) else {}
+def _is_prompt(entry: dict[str, Any]) -> bool:
     if isinstance(entry.get("prompt"), str):
-        return {"prompt": entry["prompt"]}
-    if _are_messages(entry.get("messages")):
-        return {"messages": entry["messages"]}
-    raise ValueError(
-        f'{where} must hold "messages" (a list of objects with "role" and '
-        f'"content") or "prompt" (a text); got {line[:60]}'
-    )
-
-
-def _are_messages(found: Any) -> bool:
+        return True
+    found = entry.get("messages")
     return (
         isinstance(found, list)
         and bool(found)
@@ -124,43 +124,10 @@ def _are_messages(found: Any) -> bool:
 
 
 def encode(tokenizer: Any, prompt: Prompt) -> dict[str, Any]:
-    """{"messages": ...} or {"prompt": text} as vLLM takes it, after the chat template."""
-    if "prompt" in prompt:
-        return prompt
+    """A prompt as vLLM takes it, after the chat template."""
+    if isinstance(prompt.get("prompt"), str):
+        return {"prompt": prompt["prompt"]}
     text = tokenizer.apply_chat_template(
         prompt["messages"], add_generation_prompt=True, tokenize=False
     )
     return {"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
-
-
-class TracedRound(NamedTuple):
-    """One verified draft, in token ids."""
-
-    accepted: list[int]
-    rejected: list[int]
-    bonus: list[int]  # the target's own token; empty if the answer ended inside the draft
-    num_passes: int
-
-    @property
-    def num_drafted(self) -> int:
-        return len(self.accepted) + len(self.rejected)
-
-    @property
-    def num_emitted(self) -> int:
-        return len(self.accepted) + len(self.bonus)
-
-
-def traced(rounds: "list[Round]", num_tokens: int) -> list[TracedRound]:
-    """Split what each round emitted; the engine drops what comes after the answer's end."""
-    found = []
-    for round_ in rounds:
-        drafted, kept = round_.drafted, list(round_.emitted[:num_tokens])
-        num_tokens -= len(kept)
-        pairs = zip(drafted, kept, strict=False)
-        num_accepted = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        found.append(
-            TracedRound(
-                kept[:num_accepted], drafted[num_accepted:], kept[num_accepted:], round_.num_passes
-            )
-        )
-    return found

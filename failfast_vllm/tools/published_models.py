@@ -1,31 +1,11 @@
-"""Tables of `failfast plan`: GPUs, and the sizes in the config.json of published models."""
+"""Tables of `failfast plan`: the memory of GPUs, and the sizes of published models."""
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
-from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR, SDAR_MOE, Family
+from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR, SDAR_MOE
 
-
-class Gpu(NamedTuple):
-    """Data-sheet figures unless said otherwise."""
-
-    name: str
-    bandwidth: float  # bytes/s
-    compute: float  # dense bf16 flop/s
-    memory: float  # bytes
-    source: str = "vendor data sheet"
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        # the sheet says 989e12; large bf16 GEMMs were measured at about 790e12
-        Gpu("H200", 4.8e12, 790e12, 141e9, "data-sheet bandwidth, measured bf16 compute"),
-        Gpu("H100", 3.35e12, 989e12, 80e9),  # SXM5
-        Gpu("A100-80G", 2.039e12, 312e12, 80e9),  # SXM4
-        Gpu("L40S", 0.864e12, 362e12, 48e9),
-        Gpu("A6000", 0.768e12, 154.8e12, 48e9),  # RTX A6000, GA102: the sheet's 309.7 is sparse
-    )
-}
+GPUS = {"H200": 141e9, "H100": 80e9, "A100-80G": 80e9, "L40S": 48e9, "A6000": 48e9}  # bytes
 
 FIELDS = (
     "hidden_size",
@@ -48,27 +28,15 @@ WIDE_HEADS = {"head_dim": 128, "attention_bias": False}  # of Qwen3 and SDAR
 
 def _config(architecture: str, model_type: str, *sizes: Any, **fields: Any) -> dict[str, Any]:
     named = dict(zip(FIELDS, sizes, strict=True))
-    return {
-        "architectures": [architecture],
-        "model_type": model_type,
-        **COMMON,
-        **named,
-        **fields,
-    }
+    kind = {"architectures": [architecture], "model_type": model_type}
+    return {**kind, **COMMON, **named, **fields}
 
 
-def _qwen2(*sizes: Any) -> dict[str, Any]:
-    return _config("Qwen2ForCausalLM", "qwen2", *sizes)
-
-
-def _qwen3(*sizes: Any) -> dict[str, Any]:
-    return _config("Qwen3ForCausalLM", "qwen3", *sizes, **WIDE_HEADS)
-
-
-def _drafter(family: Family, *sizes: Any, **fields: Any) -> dict[str, Any]:
-    return _config(family.architecture, family.model_types[0], *sizes, **fields)
-
-
+_qwen2 = partial(_config, "Qwen2ForCausalLM", "qwen2")
+_qwen3 = partial(_config, "Qwen3ForCausalLM", "qwen3", **WIDE_HEADS)
+_fast_dllm = partial(_config, FAST_DLLM_V2.architecture, FAST_DLLM_V2.model_types[0], bd_size=32)
+_sdar = partial(_config, SDAR.architecture, SDAR.model_types[0], **WIDE_HEADS)
+_sdar_moe = partial(_config, SDAR_MOE.architecture, SDAR_MOE.model_types[0], **WIDE_HEADS)
 PUBLISHED_TARGETS = {
     "Qwen/Qwen2.5-7B-Instruct": _qwen2(3584, 28, 28, 4, 18944, 152064, False),
     "Qwen/Qwen2.5-14B-Instruct": _qwen2(5120, 48, 40, 8, 13824, 152064, False),
@@ -80,13 +48,11 @@ PUBLISHED_TARGETS = {
     "Qwen/Qwen3-32B": _qwen3(5120, 64, 64, 8, 25600, 151936, False),
 }
 _SDAR = {  # also with blocks of 8, 16 and 32, as "-b32" says
-    "JetLM/SDAR-1.7B-Chat": _drafter(SDAR, 2048, 28, 16, 8, 6144, 151936, False, **WIDE_HEADS),
-    "JetLM/SDAR-4B-Chat": _drafter(SDAR, 2560, 36, 32, 8, 9728, 151936, False, **WIDE_HEADS),
-    "JetLM/SDAR-8B-Chat": _drafter(SDAR, 4096, 36, 32, 8, 12288, 151936, False, **WIDE_HEADS),
-    "JetLM/SDAR-30B-A3B-Chat": _drafter(  # the sizes of Qwen3-30B-A3B, which it was trained from
-        SDAR_MOE,
+    "JetLM/SDAR-1.7B-Chat": _sdar(2048, 28, 16, 8, 6144, 151936, False),
+    "JetLM/SDAR-4B-Chat": _sdar(2560, 36, 32, 8, 9728, 151936, False),
+    "JetLM/SDAR-8B-Chat": _sdar(4096, 36, 32, 8, 12288, 151936, False),
+    "JetLM/SDAR-30B-A3B-Chat": _sdar_moe(  # the sizes of Qwen3-30B-A3B, which it was trained from
         *(2048, 48, 32, 4, 6144, 151936, False),
-        **WIDE_HEADS,
         decoder_sparse_step=1,
         mlp_only_layers=[],
         moe_intermediate_size=768,
@@ -96,12 +62,8 @@ _SDAR = {  # also with blocks of 8, 16 and 32, as "-b32" says
     ),
 }
 PUBLISHED_DRAFTERS = {
-    "Efficient-Large-Model/Fast_dLLM_v2_1.5B": _drafter(
-        FAST_DLLM_V2, 1536, 28, 12, 2, 8960, 151936, True, bd_size=32
-    ),
-    "Efficient-Large-Model/Fast_dLLM_v2_7B": _drafter(
-        FAST_DLLM_V2, 3584, 28, 28, 4, 18944, 152064, False, bd_size=32
-    ),
+    "Efficient-Large-Model/Fast_dLLM_v2_1.5B": _fast_dllm(1536, 28, 12, 2, 8960, 151936, True),
+    "Efficient-Large-Model/Fast_dLLM_v2_7B": _fast_dllm(3584, 28, 28, 4, 18944, 152064, False),
     **{
         f"{name}{size}": config
         for name, config in _SDAR.items()

@@ -13,8 +13,6 @@ from typing import Any
 
 import failfast_vllm
 
-CHANGING = ("command", "date")  # of the provenance, between a run and the one that resumes it
-
 Row = dict[str, Any]
 
 
@@ -22,39 +20,32 @@ def provenance(**settings: Any) -> dict[str, Any]:
     """Machine, versions and command of a measurement, around its own settings."""
     program = Path(sys.argv[0])  # a script as it was called, or an installed command
     called = ["python", sys.argv[0]] if program.suffix == ".py" else [program.name]
+    # on a CPU the allocator decides what every operator takes
+    preloaded = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
     return {
         "command": shlex.join([*called, *sys.argv[1:]]),
         "git": _git_sha(),
         "device": _device(),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "preloaded": " ".join(map(os.path.basename, _preloaded())) or "none",
-        **{
-            package.replace("-", "_"): importlib.metadata.version(package)
-            for package in ("vllm", "torch")
-        },
+        "preloaded": " ".join(map(os.path.basename, preloaded)) or "none",
+        "vllm": importlib.metadata.version("vllm"),
+        "torch": importlib.metadata.version("torch"),
         "failfast_vllm": failfast_vllm.__version__,
         **settings,
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def _preloaded() -> list[str]:
-    """Libraries; on a CPU the allocator decides what every operator takes."""
-    return os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
-
-
 def _git_sha() -> str:
     """Of the checkout that this package is in, or "none"."""
-    root = Path(__file__).resolve().parent.parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return "none"
-
-    def git(*command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=root)
-
     # of the code alone: the results that are being written may be tracked as well
-    is_clean = not git("diff", "--quiet", "HEAD", "--", "failfast_vllm", "kernels").returncode
-    return git("describe", "--always").stdout.strip() + ("" if is_clean else "-dirty")
+    code = ["failfast_vllm", "kernels"]
+    is_dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=root).returncode
+    found = subprocess.check_output(["git", "describe", "--always"], text=True, cwd=root).strip()
+    return found + "-dirty" * bool(is_dirty)
 
 
 def _device() -> str:
@@ -82,27 +73,8 @@ def check_writable(path: Path) -> None:
         path.unlink()
 
 
-def earlier_rows(path: Path, facts: dict[str, Any]) -> list[Row]:
-    """The rows of an earlier run; raises ValueError if it was not the same measurement."""
-    if not path.exists():
-        return []
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        before, rows = dict(earlier["provenance"]), list(earlier["rows"])
-    except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{path} holds no results of `failfast bench`. Remove it.") from None
-    for key in (before | facts).keys() - CHANGING:
-        if before.get(key) != facts.get(key):
-            raise ValueError(
-                f"--resume: {path} was measured with {key} {before.get(key)!r}; "
-                f"got {facts.get(key)!r}. Use the same settings or another file."
-            )
-    return rows
-
-
-def save(result: dict[str, Any], path: str | None) -> None:
-    if not path:
-        return
+def save(result: dict[str, Any], path: str) -> None:
+    """Write the results as JSON, and their tables beside them."""
     for file, text in (
         (Path(path), json.dumps(result, indent=1)),
         (Path(path).with_suffix(".md"), report(result)),
@@ -114,12 +86,12 @@ def save(result: dict[str, Any], path: str | None) -> None:
 
 def report(result: dict[str, Any]) -> str:
     """Markdown: provenance, speed-ups by concurrency, and all figures."""
-    facts = [
+    facts = (
         f"- {key}: {value if isinstance(value, str) else json.dumps(value)}"
         for key, value in result["provenance"].items()
-    ]
-    tables = [speedups_table(result["rows"]), "", full_table(result["rows"])]
-    return "\n".join([*facts, "", *tables])
+    )
+    tables = (speedups_table(result["rows"]), full_table(result["rows"]))
+    return "\n\n".join(("\n".join(facts), *tables))
 
 
 def speedups_table(rows: list[Row]) -> str:
@@ -134,30 +106,30 @@ def speedups_table(rows: list[Row]) -> str:
     return _markdown(["concurrency", f"{first}, tokens/s", *others], lines)
 
 
-COLUMNS = (  # title, key, format
-    ("concurrency", "concurrency", "{}"),
-    ("method", "method", "{}"),
-    ("tokens/s", "tokens_per_second", "{:.0f}"),
-    ("speed-up", "speedup", "{:.2f}x"),
-    ("tokens/s per request", "tokens_per_second_per_request", "{:.1f}"),
-    ("acceptance length", "acceptance_length", "{:.2f}"),
-    ("passes/round", "passes_per_round", "{:.2f}"),
-    ("TTFT p50, ms", "ttft_p50_ms", "{:.1f}"),
-    ("TTFT p99", "ttft_p99_ms", "{:.1f}"),
-    ("TPOT p50, ms", "tpot_p50_ms", "{:.2f}"),
-    ("TPOT p99", "tpot_p99_ms", "{:.2f}"),
-    ("draft ms per step", "draft_ms", "{:.2f}"),
-    ("of it ours", "own_ms", "{:.2f}"),
-    ("verify ms", "verify_ms", "{:.2f}"),
-    ("other ms", "other_ms", "{:.2f}"),
-    ("equal answers", "answers_equal_to_none", "{:.1%}"),
-)
+COLUMNS = {  # title -> key, format
+    "concurrency": ("concurrency", "{}"),
+    "method": ("method", "{}"),
+    "tokens/s": ("tokens_per_second", "{:.0f}"),
+    "speed-up": ("speedup", "{:.2f}x"),
+    "tokens/s per request": ("tokens_per_second_per_request", "{:.1f}"),
+    "acceptance length": ("acceptance_length", "{:.2f}"),
+    "passes/round": ("passes_per_round", "{:.2f}"),
+    "TTFT p50, ms": ("ttft_p50_ms", "{:.1f}"),
+    "TTFT p99": ("ttft_p99_ms", "{:.1f}"),
+    "TPOT p50, ms": ("tpot_p50_ms", "{:.2f}"),
+    "TPOT p99": ("tpot_p99_ms", "{:.2f}"),
+    "draft ms": ("draft_ms", "{:.2f}"),
+    "of it ours": ("own_ms", "{:.2f}"),
+    "verify ms": ("verify_ms", "{:.2f}"),
+    "other ms": ("other_ms", "{:.2f}"),
+    "equal answers": ("answers_equal_to_none", "{:.1%}"),
+}
 
 
 def full_table(rows: list[Row]) -> str:
     """A line per concurrency and method."""
-    lines = [[_cell(row[key], form) for _, key, form in COLUMNS] for row in rows]
-    return _markdown([title for title, _, _ in COLUMNS], lines)
+    lines = [[_cell(row[key], form) for key, form in COLUMNS.values()] for row in rows]
+    return _markdown([*COLUMNS], lines)
 
 
 def _cell(value: Any, form: str) -> str:

@@ -2,11 +2,10 @@
 
 import argparse
 import json
-from collections.abc import Iterable
+import shutil
 from pathlib import Path
 
 from failfast_vllm.config import MODELS_DIR
-from failfast_vllm.tools.arguments import UsageError
 
 SHIPPED = ("target", "drafter", "ar-drafter")
 SHIPPED_PAIR = "the shipped small pair"  # failfast_vllm/small_pair/README.md
@@ -38,35 +37,25 @@ def model_problem(path: Path) -> str:
 
 def contents() -> list[tuple[str, Path, str]]:
     """Name, path and problem of each model and of the prompts; an empty problem: it is whole."""
-    models = [(f"model {name}", MODELS_DIR / name) for name in SHIPPED]
+    models = [(name, MODELS_DIR / name) for name in SHIPPED]
     problem = "" if PROMPTS.is_file() else f"{PROMPTS} is missing"
     return [
-        *((name, path, model_problem(path)) for name, path in models),
+        *((f"model {name}", path, model_problem(path)) for name, path in models),
         ("prompts", PROMPTS, problem),
     ]
 
 
-def check_models(names: Iterable[str]) -> None:
-    """Raises UsageError if one of these shipped models, or a part of it, is missing."""
-    _refuse([model_problem(MODELS_DIR / name) for name in names])
-
-
-def held_out_prompts(needed: Iterable[str]) -> Path:
-    """The prompts' file, after a check of it and of the shipped models that are needed."""
-    problems = [model_problem(MODELS_DIR / name) for name in needed]
-    _refuse([*problems, "" if PROMPTS.is_file() else f"{PROMPTS} is missing"])
-    return PROMPTS
-
-
-def _refuse(problems: list[str]) -> None:
-    found = "; ".join(filter(None, problems))
-    if found:
-        raise UsageError(f"{found}. {REINSTALL}")
+def check_shipped(*names: str) -> None:
+    """Raises ValueError if one of these models, a part of it or the prompts are missing."""
+    needed = {"prompts", *(f"model {name}" for name in names)}
+    problems = [problem for name, _, problem in contents() if name in needed and problem]
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}. {REINSTALL}")
 
 
 def run(args: argparse.Namespace) -> int:
     """`failfast models`: print the paths."""
-    check_models(SHIPPED)
+    check_shipped(*SHIPPED)
     paths = {name: str(MODELS_DIR / name) for name in SHIPPED}
     if args.json:
         print(json.dumps(paths, indent=2))
@@ -76,29 +65,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def pad_vocabulary(source: Path, vocab_size: int, destination: Path) -> Path:
-    """Copy a checkpoint with its embedding padded: vLLM's draft_model wants equal sizes."""
+def padded_ar_drafter(folder: Path) -> Path:
+    """A copy of the autoregressive drafter in `folder`, its embedding padded to the target's.
+
+    vLLM's draft_model wants equal vocabularies.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
-    destination.mkdir()
-    for path in source.iterdir():
-        if path.suffix != ".safetensors":
-            (destination / path.name).write_bytes(path.read_bytes())
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    missing = vocab_size - config["vocab_size"]
+    source, destination = MODELS_DIR / "ar-drafter", folder / "ar-drafter"
+    shutil.copytree(source, destination, copy_function=shutil.copyfile)
+    target, config = (
+        json.loads((each / "config.json").read_text(encoding="utf-8"))
+        for each in (MODELS_DIR / "target", source)
+    )
+    missing = target["vocab_size"] - config["vocab_size"]
     weights = load_file(source / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in weights:  # the padding repeats row 0: equal logits, and the lower id wins a tie
             rows = weights[name]
             weights[name] = torch.cat([rows, rows[:1].expand(missing, -1)]).contiguous()
     save_file(weights, destination / "model.safetensors", metadata={"format": "pt"})
-    config["vocab_size"] = vocab_size
+    config["vocab_size"] = target["vocab_size"]
     (destination / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return destination
-
-
-def padded_ar_drafter(folder: Path) -> Path:
-    """The shipped autoregressive drafter with the shipped target's vocabulary, in `folder`."""
-    config = json.loads((MODELS_DIR / "target" / "config.json").read_text(encoding="utf-8"))
-    return pad_vocabulary(MODELS_DIR / "ar-drafter", config["vocab_size"], folder / "ar-drafter")

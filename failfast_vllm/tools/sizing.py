@@ -1,218 +1,110 @@
-"""What a drafter costs next to a target: bytes counted from the configs, times modelled.
+"""`failfast plan`: the memory of a drafter beside a target, from their configs alone.
 
-Weights and KV are exact sums over the tensors of a checkpoint. Times are a roofline, and nothing
-else: a pass takes max(bytes / bandwidth, flops / compute). Launches, sampling, scheduling and
-communication cost nothing here, so a modelled speed-up is an upper bound, not a measurement.
-No vLLM, no torch.
+Weights and KV are exact sums over the tensors of a checkpoint. No vLLM, no torch, no network.
 """
 
+import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from failfast_vllm.config import FailFastConfig
 from failfast_vllm.drafters.checks import (
-    BlockSize,
     check_drafter_config,
     choose_drafter,
     find_block_size,
-    undivided_size,
 )
-from failfast_vllm.drafters.families import BLOCK_SIZE_NAMES, DIFFUSION_BLOCK_SIZES, Family
-from failfast_vllm.tools.model_size import (
-    Shape,
-    kv_bytes_per_token,
-    read_bytes,
-    shape_of,
-    weight_bytes,
+from failfast_vllm.drafters.families import (
+    BLOCK_SIZE_NAMES,
+    DIFFUSION_BLOCK_SIZES,
+    FAMILIES,
+    Family,
+    family_of,
 )
-from failfast_vllm.tools.published_models import GPUS, PUBLISHED_DRAFTERS, PUBLISHED_TARGETS, Gpu
+from failfast_vllm.drafters.layout import expected_shapes, is_integer
+from failfast_vllm.tools.offline import positive
+from failfast_vllm.tools.published_models import GPUS, PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-CONTEXT_LEN = 1024
-# FailFast v3, 32B target, MATH, tau 0.4 (arXiv 2512.20573): drafts of 13.9 tokens, 5.6 accepted
-PUBLISHED_DRAFT_LEN = 13.9
-PUBLISHED_ACCEPTANCE_LENGTH = 6.6  # with the bonus token, vLLM's definition
-
-
-def pass_ms(gpu: Gpu, shape: Shape, rows: Sequence[float], contexts: Sequence[float]) -> float:
-    """Modelled time of one forward of a rank, lm_head on every row included.
-
-    Args:
-        rows: [num_seqs] rows of each sequence.
-        contexts: [num_seqs] tokens of each sequence whose KV is read.
-
-    Returns:
-        Milliseconds: max(bytes / bandwidth, flops / compute).
-    """
-    assert shape.quantised_bits != 0, "the bytes of these weights are unknown"
-    num_rows = sum(rows)
-    bytes_read = read_bytes(shape, num_rows) + sum(contexts) * kv_bytes_per_token(shape)
-    params = shape.linear + shape.experts * shape.share + shape.others
-    params += shape.hidden_size * shape.vocab_size
-    attention = 4 * shape.num_heads * shape.head_dim * shape.num_layers  # q.k and p.v
-    pairs = sum(n * context for n, context in zip(rows, contexts, strict=True))
-    flops = 2 * params * num_rows + attention * pairs
-    return 1e3 * float(max(bytes_read / gpu.bandwidth, flops / gpu.compute))
+NUM_SEQS = 64  # verified at once, for the memory of their logits: float32, as they are sampled
+DRAFT_LEN = FailFastConfig.from_user({}).num_speculative_tokens
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+SIZES = (
+    "num_attention_heads",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
+)
+EXPERT_SIZES = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
+# a family has the tensors of the target that it was trained from
+LAYOUTS = {family.base_type: family for family in reversed(FAMILIES)}
 
 
-@dataclass(frozen=True)
-class Profile:
-    """What a round is assumed to do, the same for every sequence and batch size."""
+class Memory(NamedTuple):
+    """Of a model."""
 
-    acceptance_length: float  # tokens per round, with the bonus token
-    passes_per_round: float
-    draft_len: float  # tokens
-    known_rows: float  # committed and live tokens encoded again, per pass
-
-    @property
-    def draft_rows(self) -> float:
-        """Rows of one sequence in one pass; the whole draft counts in each, an upper bound."""
-        return self.known_rows + self.draft_len
+    weight_bytes: int
+    kv_bytes_per_token: int  # of all layers, at the dtype of the weights
+    doubt: str  # why the weights are not exact, or ""
 
 
-def profile_of(
-    block_size: int, acceptance_length: float | None, passes_per_round: float | None
-) -> Profile:
-    """The published acceptance, in passes of the default `draft_increment` for this block.
+def memory_of(name: str, config: Mapping[str, Any]) -> Memory:
+    """What the model that a `config.json` describes takes.
 
     Raises:
-        ValueError: more tokens per round than a draft of these passes can hold.
+        ValueError: a model type whose tensors are not known here, or a missing field.
     """
-    increment = FailFastConfig.from_user({}).for_block_size(block_size, {}).draft_increment
-    passes = passes_per_round or PUBLISHED_DRAFT_LEN / increment
-    accepted = acceptance_length or PUBLISHED_ACCEPTANCE_LENGTH
-    draft_len = passes * increment
-    if passes < 1 or not 1 <= accepted <= draft_len + 1:
+    layout, config = _layout_of(name, config)
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    if dtype not in BYTES:
+        raise ValueError(f"{name!r} must have a dtype of {', '.join(BYTES)}; got {dtype!r}.")
+    bits, doubt = _quantisation(config.get("quantization_config"))
+    linear_bytes = BYTES[dtype] if bits is None else bits / 8
+    weight_bytes = 0.0
+    for tensor, dims in expected_shapes(layout, config).items():
+        is_linear = tensor.endswith("_proj.weight")
+        weight_bytes += math.prod(dims) * (linear_bytes if is_linear else BYTES[dtype])
+    if layout.qk_norm and config.get("attention_bias"):  # Qwen3 then has one on o_proj, too
+        weight_bytes += config["num_hidden_layers"] * config["hidden_size"] * BYTES[dtype]
+    values = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    return Memory(int(weight_bytes), values * BYTES[dtype], doubt)
+
+
+def _quantisation(config: Any) -> tuple[float | None, str]:
+    """Bits of a linear layer's weight (None: not quantised; 0: not said), and what is in doubt."""
+    if not isinstance(config, Mapping):
+        return None, ""
+    bits = config.get("bits", 8 if config.get("quant_method") == "fp8" else 0)
+    bits = bits if isinstance(bits, int) else 0
+    counted = "embeddings, biases and norms only"
+    if bits:
+        counted = f"linear layers at {bits} bits, without scales"
+    return bits, f"is quantised: its weights are not exact ({counted})"
+
+
+def _layout_of(name: str, config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
+    """The family with a model's tensors, and its config with all sizes; raises ValueError."""
+    family, model_type = family_of(config.get("architectures")), config.get("model_type")
+    layout = family or LAYOUTS.get(str(model_type))
+    if layout is None:
         raise ValueError(
-            f"--acceptance-length must be from 1 to {draft_len + 1:.1f} and --passes-per-round at "
-            f"least 1 (each drafts {increment} tokens); got {accepted:g} and {passes:g}."
+            f"the tensors of {name!r} are not known (model type {model_type!r}); "
+            f"give a config of {', '.join(sorted(LAYOUTS))} or of a drafter."
         )
-    # half a block is live on average; each accepted token is committed once, in a first pass
-    known_rows = (block_size - 1) / 2 + accepted / passes
-    return Profile(accepted, passes, draft_len, known_rows)
-
-
-class Line(NamedTuple):
-    """One batch size; all four are modelled."""
-
-    batch_size: int
-    draft_pass_ms: float
-    verify_ms: float
-    plain_step_ms: float
-    speedup: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that `failfast plan` prints. Bytes are of one rank."""
-
-    target_name: str
-    drafter_name: str
-    family: Family
-    block: BlockSize
-    gpu: Gpu
-    target: Shape
-    drafter: Shape
-    profile: Profile
-    batch_sizes: tuple[int, ...]
-    context_len: int
-    tensor_parallel_size: int
-    draft_tensor_parallel_size: int
-
-    @property
-    def lines(self) -> list[Line]:
-        """Modelled, by batch size; none where a model's bytes are unknown."""
-        if 0 in (self.target.quantised_bits, self.drafter.quantised_bits):
-            return []
-        return [self._line(batch_size) for batch_size in self.batch_sizes]
-
-    def _line(self, batch_size: int) -> Line:
-        """A round of `batch_size` equal sequences against plain decoding of the same."""
-        profile, contexts = self.profile, [self.context_len] * batch_size
-        draft = pass_ms(self.gpu, self.drafter, [profile.draft_rows] * batch_size, contexts)
-        verify = pass_ms(self.gpu, self.target, [profile.draft_len + 1] * batch_size, contexts)
-        plain = pass_ms(self.gpu, self.target, [1] * batch_size, contexts)
-        round_ms = profile.passes_per_round * draft + verify
-        return Line(batch_size, draft, verify, plain, profile.acceptance_length * plain / round_ms)
-
-    @property
-    def kv_share(self) -> float:
-        """The drafter's part of the KV pool."""
-        drafter = kv_bytes_per_token(self.drafter)
-        return drafter / (drafter + kv_bytes_per_token(self.target))
-
-    @property
-    def logits_bytes(self) -> int:
-        """Of the longest verification of the largest batch, in float32 (as it is sampled)."""
-        num_tokens = FailFastConfig.from_user({}).num_speculative_tokens + 1
-        vocab = self.target.vocab_size * self.tensor_parallel_size  # gathered
-        return max(self.batch_sizes) * num_tokens * vocab * 4
-
-    @property
-    def notes(self) -> list[str]:
-        """Assumptions, and what does not add up."""
-        gpu, profile = self.gpu, self.profile
-        return [
-            f"modelled, not measured: a pass takes max(bytes / {gpu.bandwidth / 1e12:g} TB/s, "
-            f"flops / {gpu.compute / 1e12:g} TFLOP/s) on {gpu.name} ({gpu.source}); launches, "
-            "sampling, scheduling and communication cost nothing, so a speed-up is an upper bound",
-            f"a round yields {profile.acceptance_length:g} tokens from {profile.draft_len:.1f} "
-            f"drafted in {profile.passes_per_round:.2f} passes (default: FailFast's published "
-            "mean of 13.9 drafted and 5.6 accepted, 32B on MATH); with other work or weights "
-            "set --acceptance-length and --passes-per-round",
-            f"{self.context_len} cached tokens per sequence, {profile.draft_rows:.1f} rows per "
-            "sequence and draft pass (draft, half a block, tokens to commit), lm_head on each",
-            "tokenizers are compared when vLLM starts, not here",
-            *_weight_notes(self.target_name, self.target),
-            *_weight_notes(self.drafter_name, self.drafter),
-            *self._doubts(),
-        ]
-
-    def _doubts(self) -> Iterator[str]:
-        if self.block.doubt:
-            yield f"{self.drafter_name} drafts in blocks of {self.block.size}: {self.block.doubt}"
-        if self.draft_tensor_parallel_size != self.tensor_parallel_size:
-            yield "the drafter's heads do not divide so: set 'draft_tensor_parallel_size' to 1"
-        if weight_bytes(self.target) + weight_bytes(self.drafter) > self.gpu.memory:
-            yield f"the weights do not fit: {self.gpu.name} has {self.gpu.memory / 1e9:g} GB"
-
-    def to_dict(self) -> dict[str, Any]:
-        """For --json."""
-        shapes = {"target": self.target, "drafter": self.drafter}
-        return {
-            "target": self.target_name,
-            "drafter": self.drafter_name,
-            "family": self.family.name,
-            "diffusion_block_size": self.block.size,
-            "gpu": self.gpu._asdict(),
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "draft_tensor_parallel_size": self.draft_tensor_parallel_size,
-            "weight_bytes": {key: weight_bytes(shape) for key, shape in shapes.items()},
-            "weight_bytes_exact": {key: shape.exact for key, shape in shapes.items()},
-            "kv_bytes_per_token": {key: kv_bytes_per_token(s) for key, s in shapes.items()},
-            "drafter_share_of_kv": self.kv_share,
-            "verification_logits_bytes": self.logits_bytes,
-            "profile": asdict(self.profile),
-            "context_len": self.context_len,
-            "modelled": True,
-            "by_batch_size": [{**line._asdict(), "modelled": True} for line in self.lines],
-            "notes": self.notes,
-        }
-
-
-def _weight_notes(name: str, shape: Shape) -> Iterator[str]:
-    if not shape.exact:
-        counted = (
-            f"linear layers at {shape.quantised_bits:g} bits, without scales"
-            if shape.quantised_bits
-            else "embeddings, biases and norms only, and no times"
-        )
-        yield f"{name} is quantised: its weights are not exact ({counted})"
-    if shape.experts:
-        yield f"{name}: experts are chosen evenly, as many as the tokens reach"
+    # of a target all must be stated, but transformers' Qwen3Config has heads of 128
+    filled = family.filled(config) if family else dict(config)
+    for key in SIZES + (EXPERT_SIZES if layout.has_experts else ("intermediate_size",)):
+        value = filled.get(key)
+        if not is_integer(value) or value < 1:
+            raise ValueError(f"{name!r} must have a positive integer {key!r}; got {value!r}.")
+    is_mixed = filled.get("mlp_only_layers") or filled.get("decoder_sparse_step", 1) != 1
+    if layout.has_experts and is_mixed:
+        raise ValueError(f"{name!r} mixes dense and expert layers; only all-expert ones are known.")
+    heads = {"head_dim": 128} if layout.qk_norm else {}
+    filled["head_dim"] = layout.head_dim({**heads, **filled})
+    return layout, {"intermediate_size": 0, **filled}
 
 
 def make_plan(
@@ -221,48 +113,47 @@ def make_plan(
     *,
     diffusion_block_size: int | None = None,
     gpu: str = "H200",
-    concurrency: int | None = None,
-    context_len: int = CONTEXT_LEN,
-    tensor_parallel_size: int = 1,
-    acceptance_length: float | None = None,
-    passes_per_round: float | None = None,
-) -> Plan:
-    """Plan a pair; raises ValueError, one line, on anything unknown."""
+) -> dict[str, Any]:
+    """What `--json` prints. Raises ValueError, one line, on anything unknown."""
     if gpu not in GPUS:
         raise ValueError(f"--gpu must be one of {', '.join(GPUS)}; got {gpu!r}.")
-    name, config = load_config(target, PUBLISHED_TARGETS)
-    vocab_size = shape_of(name, config).vocab_size
-    drafter = drafter or choose_drafter(name, str(config.get("model_type")), vocab_size)
-    drafter, drafter_config = load_config(drafter, PUBLISHED_DRAFTERS)
+    target, config = load_config(target, PUBLISHED_TARGETS)
+    memory = {"target": memory_of(target, config)}
+    vocab_size = config["vocab_size"]
+    drafter = drafter or choose_drafter(target, str(config.get("model_type")), vocab_size)
+    drafter, config = load_config(drafter, PUBLISHED_DRAFTERS)
     if diffusion_block_size not in (None, *DIFFUSION_BLOCK_SIZES):
         raise ValueError(
             f"--diffusion-block-size must be one of {BLOCK_SIZE_NAMES}; got {diffusion_block_size}."
         )
-    family = check_drafter_config(drafter, drafter_config, diffusion_block_size)
-    block = find_block_size(drafter, family, drafter_config, diffusion_block_size)
-    # 12 heads on 8 ranks, say: each of them then holds the whole drafter
-    undivided = undivided_size(family.filled(drafter_config), tensor_parallel_size)
-    draft_ranks = 1 if undivided else tensor_parallel_size
-    return Plan(
-        name,
-        drafter,
-        family,
-        block,
-        GPUS[gpu],
-        shape_of(name, config, tensor_parallel_size),
-        shape_of(drafter, drafter_config, draft_ranks),
-        profile_of(block.size, acceptance_length, passes_per_round),
-        (concurrency,) if concurrency else BATCH_SIZES,
-        context_len,
-        tensor_parallel_size,
-        draft_ranks,
-    )
+    family = check_drafter_config(drafter, config, diffusion_block_size)
+    block = find_block_size(drafter, family, config, diffusion_block_size)
+    memory["drafter"] = memory_of(drafter, config)
+    names = {"target": target, "drafter": drafter}
+    notes = ["tokenizers are compared when vLLM starts, not here"]
+    notes += [f"{names[key]} {part.doubt}" for key, part in memory.items() if part.doubt]
+    if block.doubt:
+        notes.append(f"{drafter} drafts in blocks of {block.size}: {block.doubt}")
+    kv = {key: part.kv_bytes_per_token for key, part in memory.items()}
+    return {
+        **names,
+        "family": family.name,
+        "diffusion_block_size": block.size,
+        "gpu": {"name": gpu, "memory": GPUS[gpu]},
+        "weight_bytes": {key: part.weight_bytes for key, part in memory.items()},
+        "weight_bytes_exact": {key: not part.doubt for key, part in memory.items()},
+        "weights_fit": sum(part.weight_bytes for part in memory.values()) <= GPUS[gpu],
+        "kv_bytes_per_token": kv,
+        "drafter_share_of_kv": kv["drafter"] / sum(kv.values()),
+        "verification_logits_bytes": NUM_SEQS * (DRAFT_LEN + 1) * vocab_size * 4,
+        "notes": notes,
+    }
 
 
 def load_config(
     name: str, published: Mapping[str, Mapping[str, Any]]
 ) -> tuple[str, Mapping[str, Any]]:
-    """The config of a checkpoint directory, a config.json, or a published model; no network.
+    """The config of a checkpoint directory, a config.json, or a published model.
 
     Returns:
         The directory or the hub id, and the config.
@@ -286,40 +177,48 @@ def load_config(
     )
 
 
-def render(plan: Plan) -> str:
+def render(plan: Mapping[str, Any]) -> str:
     """The report for a reader."""
-    target, drafter = plan.target, plan.drafter
-    rank = " per rank" if plan.tensor_parallel_size > 1 else ""
-    text = [
-        f"target    {plan.target_name}",
-        f"drafter   {plan.drafter_name} ({plan.family.name}, blocks of {plan.block.size})",
-        f"weights   target {_size_text(target)}, drafter {_size_text(drafter)}{rank}",
-        f"KV        target {kv_bytes_per_token(target) / 1024:g} KiB per token, drafter "
-        f"{kv_bytes_per_token(drafter) / 1024:g} KiB{rank}: {plan.kv_share:.0%} of the pool",
-        f"logits    {plan.logits_bytes / 1e6:.0f} MB float32 at most: "
-        f"{max(plan.batch_sizes)} drafts of "
-        f"{FailFastConfig.from_user({}).num_speculative_tokens} tokens, verified at once",
+    kv, gpu = plan["kv_bytes_per_token"], plan["gpu"]
+    weights = ", ".join(
+        f"{key} {_size_text(count)}{'' if plan['weight_bytes_exact'][key] else ' (not exact)'}"
+        for key, count in plan["weight_bytes"].items()
+    )
+    fit = "the weights fit" if plan["weights_fit"] else "the weights do not fit"
+    lines = (
+        f"target    {plan['target']}",
+        f"drafter   {plan['drafter']} ({plan['family']}, blocks of {plan['diffusion_block_size']})",
+        f"weights   {weights}",
+        f"KV        target {kv['target'] / 1024:g} KiB per token, drafter "
+        f"{kv['drafter'] / 1024:g} KiB: {plan['drafter_share_of_kv']:.0%} of the pool",
+        f"logits    {plan['verification_logits_bytes'] / 1e6:.0f} MB float32 at most: "
+        f"{NUM_SEQS} drafts of {DRAFT_LEN} tokens, verified at once",
+        f"GPU       {fit}: {gpu['name']} has {gpu['memory'] / 1e9:g} GB",
         "",
-        *(f"- {note}" for note in plan.notes),
-    ]
-    if plan.lines:
-        text += [
-            "",
-            f"{'batch':>5}{'draft pass ms':>17}{'verify ms':>17}{'plain step ms':>17}"
-            f"{'speed-up':>17}",
-            f"{'':>5}" + f"{'(modelled)':>17}" * 4,
-        ]
-    for line in plan.lines:
-        cells = (line.draft_pass_ms, line.verify_ms, line.plain_step_ms)
-        text.append(
-            f"{line.batch_size:>5}"
-            + "".join(f"{cell:>17.3f}" for cell in cells)
-            + f"{line.speedup:>16.2f}x"
-        )
-    return "\n".join(text)
+        *(f"- {note}" for note in plan["notes"]),
+    )
+    return "\n".join(lines)
 
 
-def _size_text(shape: Shape) -> str:
-    count = weight_bytes(shape)
-    size = f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-    return size if shape.exact else f"{size} (not exact)"
+def _size_text(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `failfast plan`."""
+    parser.add_argument(
+        "target", metavar="TARGET", help="checkpoint directory, config.json or name"
+    )
+    parser.add_argument("--drafter", metavar="PATH_OR_ID", help="default: the family's own")
+    parser.add_argument(
+        "--diffusion-block-size", type=positive, metavar="N", help="as in the speculative config"
+    )
+    parser.add_argument("--gpu", default="H200", metavar="NAME", help="default: H200")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what the pair takes."""
+    size = args.diffusion_block_size
+    plan = make_plan(args.target, args.drafter, diffusion_block_size=size, gpu=args.gpu)
+    print(json.dumps(plan, indent=2) if args.json else render(plan))
+    return 0

@@ -2,22 +2,18 @@
 
 import argparse
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.observe.counters import NUM_BINS
 from failfast_vllm.observe.trace import Round, Trace, read
 from failfast_vllm.tools import demo
-from failfast_vllm.tools.arguments import add_answer_arguments, refusals
-from failfast_vllm.tools.offline import engine_environment
-from failfast_vllm.tools.shipped import held_out_prompts
-from failfast_vllm.tools.tally import Tally
 
 LONG_DRAFT = 30  # tokens
 HISTOGRAM_EDGES = (1, 5, 10, 11, 20, 21, 30, 31, 40, 41, 50, 51, 60, 61)  # a bin starts at each
+HEADER_KEYS = ("dtype", "policy", "confidence_threshold", "draft_increment", "load_aware", "date")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,31 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--record", action="store_true", help="answer held-out prompts into FILE.jsonl first"
     )
     parser.add_argument("--ids", action="store_true", help="record token ids, too")
-    add_answer_arguments(parser)
+    demo.add_answer_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Record rounds if asked to, and print what the file holds."""
     if args.record:
-        _record(args)
-    with refusals():
-        found = read(args.file)
-        rounds = None if args.request is None else found.of_request(args.request)
-    if rounds is None:
+        demo.record(args.file, args.num_prompts, args.max_tokens, args.ids)
+    found = read(args.file)
+    if args.request is None:
         print(json.dumps(summarize(found), indent=2) if args.json else render(found))
-    elif args.json:
-        print(json.dumps({"rounds": [r._asdict() for r in rounds]}))
-    else:
-        print(trajectory(rounds))
+        return 0
+    rounds = found.of_request(args.request)
+    print(json.dumps({"rounds": [r._asdict() for r in rounds]}) if args.json else drawn(rounds))
     return 0
-
-
-def _record(args: argparse.Namespace) -> None:
-    prompts = held_out_prompts(["target", "drafter"])
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for the demo
-    with engine_environment(), refusals():
-        chosen = demo.choose_prompts(prompts, args.num_prompts)
-        demo.record(str(MODELS_DIR / "target"), chosen, args.max_tokens, args.file, args.ids)
 
 
 def summarize(trace: Trace) -> dict[str, Any]:
@@ -62,62 +47,65 @@ def summarize(trace: Trace) -> dict[str, Any]:
     all tokens before it in the draft were accepted. Means of nothing are 0.
     """
     drafts = [r for r in trace.rounds if r.drafted]
-    tally = Tally()
-    for r in drafts:
-        tally.add(r.drafted, r.accepted, r.passes, r.confidences)
-    num_rows = sum(r.rows for r in drafts)
+    longest = max((r.drafted for r in drafts), default=0)
     return {
         "runs": trace.headers,
         "requests": len({r.request for r in trace.rounds}),
         "steps": len(trace.rounds) - len(drafts),  # without a draft
-        "rounds": tally.num_drafts,
+        "rounds": len(drafts),
         "emitted": sum(r.accepted + 1 for r in trace.rounds),
-        "drafted": tally.num_drafted,
-        "accepted": tally.num_accepted,
+        "drafted": sum(r.drafted for r in drafts),
+        "accepted": sum(r.accepted for r in drafts),
         "acceptance_length": _mean([r.accepted + 1 for r in drafts]),
         "passes_per_round": _mean([r.passes for r in drafts]),
-        "rows_per_pass": num_rows / max(1, tally.num_passes),
+        "rows_per_pass": sum(r.rows for r in drafts) / max(1, sum(r.passes for r in drafts)),
         "sequences_per_step": _mean([r.seqs for r in drafts]),
         "share_of_long_drafts": _mean([r.drafted >= LONG_DRAFT for r in drafts]),
-        "draft_lens": _histogram(tally),
+        "draft_lens": _histogram([r.drafted for r in drafts], longest),
         "acceptance_by_position": [
             {
                 "judged": sum(r.drafted > i and r.accepted >= i for r in drafts),
-                "accepted": tally.accepted[i],
+                "accepted": sum(r.accepted > i for r in drafts),
             }
-            for i in range(len(tally.drafted))
+            for i in range(longest)
         ],
-        "reliability": _reliability(tally),
+        "reliability": _reliability(drafts),
     }
 
 
-def _reliability(tally: Tally) -> list[dict[str, Any]]:
+def _reliability(drafts: Sequence[Round]) -> list[dict[str, Any]]:
+    bins = defaultdict[int, list[tuple[float, bool]]](list)  # confidence, and whether accepted
+    for r in drafts:
+        for position, confidence in enumerate(r.confidences[: r.accepted + 1]):
+            where = min(int(confidence * NUM_BINS), NUM_BINS - 1)
+            bins[where].append((confidence, position < r.accepted))
     return [
         {
-            "low": i / NUM_BINS,
-            "judged": judged,
-            "confidence": tally.confidence[i] / judged,
-            "acceptance": tally.right[i] / judged,
+            "low": where / NUM_BINS,
+            "judged": len(judged),
+            "confidence": _mean([confidence for confidence, _ in judged]),
+            "acceptance": _mean([accepted for _, accepted in judged]),
         }
-        for i, judged in sorted(tally.judged.items())
+        for where, judged in sorted(bins.items())
     ]
 
 
-def _histogram(tally: Tally) -> list[dict[str, int]]:
+def _histogram(lens: Sequence[int], longest: int) -> list[dict[str, int]]:
     """Shortest and longest draft of each bin, and how many; from 1 token on."""
-    longest = max(tally.lengths, default=0)
     found = []
     for low, after in zip(HISTOGRAM_EDGES, (*HISTOGRAM_EDGES[1:], 1 << 30), strict=True):
         if low <= longest:
-            count = sum(n for length, n in tally.lengths.items() if low <= length < after)
+            count = sum(low <= length < after for length in lens)
             found.append({"from": low, "to": min(after - 1, max(longest, low)), "count": count})
     return found
 
 
 def render(trace: Trace) -> str:
     """The report for a reader."""
-    figures = summarize(trace)
-    text = [describe(trace.headers[-1])]
+    figures, header = summarize(trace), trace.headers[-1]
+    drafter = f" with {header['drafter']}" if "drafter" in header else ""
+    about = [f"{key} {header[key]}" for key in HEADER_KEYS if header.get(key)]
+    text = [", ".join((f"{header.get('target', 'no target')}{drafter}", *about))]
     if len(trace.headers) > 1:
         text.append(f"the last of {len(trace.headers)} runs in this file")
     for label, value in (
@@ -140,50 +128,23 @@ def _tables(figures: dict[str, Any]) -> list[str]:
         name = f"{low}" if low == high else f"{low}-{high}"
         text.append(f"{name:>12}{count:>9}  {'#' * round(40 * count / figures['rounds'])}")
     text += ["", "position       judged  accepted"]
-    for name, judged, accepted in _positions(figures["acceptance_by_position"]):
-        text.append(f"{name:>12}{judged:>9}  {accepted / judged:>8.1%}")
+    by_position = figures["acceptance_by_position"]
+    judged, accepted = Counter[str](), Counter[str]()
+    for i, each in enumerate(by_position):  # the first ten (from 1) each, the others by tens
+        low = i // 10 * 10
+        name = f"{i + 1}" if i < 10 else f"{low + 1}-{min(low + 10, len(by_position))}"
+        judged[name] += each["judged"]
+        accepted[name] += each["accepted"]
+    for name in filter(judged.get, judged):
+        text.append(f"{name:>12}{judged[name]:>9}  {accepted[name] / judged[name]:>8.1%}")
     text += ["", "confidence     judged   mean  accepted"]
-    for low, judged, confidence, accepted in (each.values() for each in figures["reliability"]):
+    for low, count, confidence, share in (each.values() for each in figures["reliability"]):
         name = f"{low:.1f}-{low + 1 / NUM_BINS:.1f}"
-        text.append(f"{name:>12}{judged:>9}{confidence:>7.3f}{accepted:>10.1%}")
+        text.append(f"{name:>12}{count:>9}{confidence:>7.3f}{share:>10.1%}")
     return text
 
 
-def describe(header: Mapping[str, Any]) -> str:
-    """One line: which models, which policy."""
-    drafter = f" with {header['drafter']}" if "drafter" in header else ""
-    parts = [f"{header.get('target', 'no target')}{drafter}"]
-    parts += [
-        f"{name} {header[key]}" if name else str(header[key])
-        for name, key in (
-            ("", "dtype"),
-            ("policy", "policy"),
-            ("threshold", "confidence_threshold"),
-            ("increment", "draft_increment"),
-            ("cap", "num_speculative_tokens"),
-            ("load aware:", "load_aware"),
-            ("", "date"),
-        )
-        if header.get(key) not in (None, False)
-    ]
-    return ", ".join(parts)
-
-
-def _positions(by_position: list[dict[str, int]]) -> list[tuple[str, int, int]]:
-    """The first ten positions (from 1) each, the others by tens; unjudged ones left out."""
-    groups = [(i, i + 1) for i in range(10)]
-    groups += [(low, low + 10) for low in range(10, max(10, len(by_position)), 10)]
-    found = []
-    for low, high in groups:
-        judged = sum(each["judged"] for each in by_position[low:high])
-        accepted = sum(each["accepted"] for each in by_position[low:high])
-        name = f"{high}" if high == low + 1 else f"{low + 1}-{min(high, len(by_position))}"
-        if judged:
-            found.append((name, judged, accepted))
-    return found
-
-
-def trajectory(rounds: Sequence[Round]) -> str:
+def drawn(rounds: Sequence[Round]) -> str:
     """One request, a line per round."""
     lines = [
         f"Request {rounds[0].request}, round by round: = accepted, + bonus, . rejected",

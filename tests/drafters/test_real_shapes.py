@@ -8,7 +8,7 @@ from checkpoints import tiny_config, write_checkpoint
 from engine import core, engine, proposer, watch
 from failfast_vllm.drafters.families import FAST_DLLM_V2
 from failfast_vllm.drafters.model import Fast_dLLM_QwenForCausalLM
-from failfast_vllm.tools import model_size
+from failfast_vllm.tools import sizing
 from published import FAST_DLLM_1_5B
 
 MIB = 2**20
@@ -69,7 +69,7 @@ def test_a_drafter_of_the_published_shape(tmp_path, monkeypatch, capsys):
     write_checkpoint(
         tmp_path / "drafter", FAST_DLLM_V2, FAST_DLLM_1_5B, shards=2, dtype=torch.bfloat16
     )
-    shape = model_size.shape_of("drafter", FAST_DLLM_1_5B)
+    planned = sizing.memory_of("drafter", FAST_DLLM_1_5B)
     held = []
     load_weights = Fast_dLLM_QwenForCausalLM.load_weights
 
@@ -95,12 +95,12 @@ def test_a_drafter_of_the_published_shape(tmp_path, monkeypatch, capsys):
         )
     assert len(answer.outputs[0].token_ids) == 4
     assert record.num_drafted
-    weight_bytes = model_size.weight_bytes(shape)
     with capsys.disabled():
         print(
-            f"\n1.5B drafter: {held[0] / MIB:.0f} MiB of weights, planned {weight_bytes / MIB:.0f};"
+            f"\n1.5B drafter: {held[0] / MIB:.0f} MiB of weights,"
+            f" planned {planned.weight_bytes / MIB:.0f};"
             f" {kv_bytes / 1024:.0f} KiB of KV per token, planned"
-            f" {model_size.kv_bytes_per_token(shape) / 1024:.0f}"
+            f" {planned.kv_bytes_per_token / 1024:.0f}"
         )
-    assert held[0] == pytest.approx(weight_bytes, rel=0.05)
-    assert kv_bytes == model_size.kv_bytes_per_token(shape)
+    assert held[0] == pytest.approx(planned.weight_bytes, rel=0.05)
+    assert kv_bytes == planned.kv_bytes_per_token

@@ -600,11 +600,11 @@ def test_the_engine_drafts_in_the_blocks_that_the_plan_counts(
     lines = [line for line in caplog.messages if line.startswith("failfast: ")]
     assert len(lines) == (warning is not None)
     planned = plan.make_plan("Qwen3-8B", str(path), **given)
-    assert planned.block.size == size
+    assert planned["diffusion_block_size"] == size
     if warning:
         assert warning in lines[0]
         assert "\n" not in lines[0]
-        assert lines[0].removeprefix(f"failfast: {str(path)!r}") in str(planned.notes)
+        assert lines[0].removeprefix(f"failfast: {str(path)!r}") in str(planned["notes"])
 
 
 def test_the_engine_refuses_to_contradict_the_config(tmp_path):

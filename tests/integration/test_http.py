@@ -23,7 +23,6 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine import TARGET, chat_ids, engine, shipped_prompts
-from failfast_vllm.tools import cli
 
 NAME = "tiny"
 DOCS = Path(__file__).parents[2] / "docs"
@@ -371,25 +370,6 @@ def test_echo(server, questions):
     echoed = complete(server, questions[0], echo=True)
     assert echoed.endswith(questions[0].answer)
     assert questions[0].messages[-1]["content"] in echoed
-
-
-def test_bench_switches_drafts_off_for_none(server, tmp_path):
-    """Catches keys and counters that only our fake server knows."""
-    path = tmp_path / "found.json"
-    argv = ["bench", "--server", server.url, "--json", str(path), "--num-prompts", "4"]
-    argv += ["--concurrency", "1", "3", "--repeats", "1", "--requests-per-point", "6"]
-    assert cli.main([*argv, "--max-tokens", "24"]) == 0
-    found = json.loads(path.read_text(encoding="utf-8"))
-    assert found["provenance"]["target"] == NAME
-    rows = {(row["method"], row["concurrency"]): row for row in found["rows"]}
-    assert list(rows) == [(m, c) for c in (1, 3) for m in ("none", "failfast")]
-    for (method, _), row in rows.items():
-        assert row["answers_equal_to_none"] == 1.0
-        assert (row["drafts"] > 0) == (method == "failfast")
-        if row["drafts"]:
-            assert row["acceptance_length"] > 1.5
-            assert sum(row["accepted_per_position"]) == row["accepted_tokens"]
-            assert row["accepted_tokens"] <= row["drafted_tokens"]
 
 
 GIVE = {

@@ -373,11 +373,13 @@ def test_the_demo_shows_rounds():
 
     from failfast_vllm.tools import demo
 
-    prompts = [demo.Prompt(p["task"], p["messages"]) for p in shipped_prompts()[:1]]
+    config = {"method": "failfast"}
     with v2_engine(max_num_seqs=1) as llm, tqdm(disable=True) as bar:
-        (answer,) = demo._answer_all(llm, prompts, 24, bar)
-    assert sum(traced.num_emitted for traced in answer.rounds) == len(answer.token_ids)
-    assert any(traced.accepted for traced in answer.rounds)
+        run = demo._answer_all(llm, config, shipped_prompts()[:1], 24, bar)
+    emitted = [token for r in run.trajectory for token in r.accepted + r.bonus]
+    assert emitted == run.served[0].token_ids
+    assert any(r.accepted for r in run.trajectory)
+    assert run.sums["accepted"] >= run.sums["longest"] > 0
 
 
 def test_batch_invariant_engines_start():

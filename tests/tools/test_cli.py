@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from failfast_vllm.config import FailFastConfig
-from failfast_vllm.drafting.records import Round
 from failfast_vllm.integration import hooks as hook_registry
 from failfast_vllm.tools import cli, demo, doctor, shipped
-from failfast_vllm.tools.offline import TracedRound, traced
+from failfast_vllm.tools.load_generator import Run, Served, Sums, TracedRound
 
 COMMAND = str(Path(sys.executable).with_name("failfast"))
 
@@ -186,24 +185,7 @@ def test_prompts_are_mixed(tmp_path):
     path = tmp_path / "prompts.jsonl"
     lines = [{"task": task, "messages": [{"role": "user", "content": task}]} for task in "aaabbc"]
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    assert [prompt.task for prompt in demo.choose_prompts(path, 5)] == ["a", "b", "c", "a", "b"]
-
-
-def a_round(drafted, emitted, num_passes):
-    num = len(drafted)
-    return Round(
-        "r", num, num_verified=num, token_ids=drafted, emitted=emitted, num_passes=num_passes
-    )
-
-
-def test_rounds_end_where_the_answer_ends():
-    """What the target adds after an accepted stop token is dropped by the engine; so do we."""
-    rounds = [a_round([], [5], 1), a_round([6, 7, 8], [6, 9], 1), a_round([1, 2], [1, 2, 4], 2)]
-    assert traced(rounds, num_tokens=5) == [
-        TracedRound([], [], [5], 1),
-        TracedRound([6], [7, 8], [9], 1),
-        TracedRound([1, 2], [], [], 2),
-    ]
+    assert [prompt["task"] for prompt in demo.choose_prompts(path, 5)] == ["a", "b", "c", "a", "b"]
 
 
 class Letters:
@@ -214,13 +196,12 @@ class Letters:
 
 
 def comparison(failfast_ids):
-    rounds = traced([a_round([], [0], 1), a_round([1, 2, 9, 9], [1, 2, 3], 1)], 4)
-    prompt = demo.Prompt("task", [{"role": "user", "content": "why\nnot"}])
-    baseline, failfast = (
-        demo.Answer([0, 1, 2, 3], 2.0, []),
-        demo.Answer(failfast_ids, 1.0, rounds),
-    )
-    return demo.Comparison([prompt], [baseline], [failfast], "cpu", Letters())
+    rounds = [TracedRound([], [], [0]), TracedRound([1, 2], [9, 9], [3])]
+    sums = Sums(float, drafts=1, drafted=4, accepted=2, passes=1, longest=2)
+    prompt = {"task": "task", "messages": [{"role": "user", "content": "why\nnot"}]}
+    baseline = Run(2.0, [Served([0, 1, 2, 3], 1.0, 2.0)], Sums(float), [])
+    failfast = Run(1.0, [Served(failfast_ids, 1.0, 2.0)], sums, rounds)
+    return demo.Comparison([prompt], baseline, failfast, "cpu", Letters())
 
 
 def test_report_in_plain_text_and_in_color(monkeypatch):
