@@ -4,24 +4,24 @@ vLLM sees a draft model whose drafts are made on the CPU and differ in length. W
 needs to know travels in `additional_config["failfast"]`.
 """
 
-import contextlib
 import copy
 import functools
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from failfast_vllm import config as user_config
 from failfast_vllm.config import BLOCK_SIZE, METHOD, FailFastConfig
 from failfast_vllm.drafters import checks
 from failfast_vllm.drafters.families import Family, family_of
-from failfast_vllm.integration.engine_args import Asked, check_engine_args
+from failfast_vllm.integration.engine_args import check_engine_args
 from failfast_vllm.integration.engine_hooks import install_metrics
 from failfast_vllm.integration.hooks import asked_for, hook, install, logger
 from failfast_vllm.integration.worker import register_model
 
 VOCABULARIES = ("tokenizer.json", "vocab.json")
 ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
+
+_warn_once = functools.cache(logger.warning)
 
 
 @hook("configuration", f"{ENGINE_ARGS}.create_speculative_config")
@@ -39,20 +39,27 @@ def create_speculative_config(
     """
     given = user_config.parse(self.speculative_config)
     if given is None:
-        return original(self, target_model_config, target_parallel_config, *rest, **more)
+        return original()
     knobs = FailFastConfig.from_user(given)
-    check_engine_args(Asked(self, target_model_config, knobs.num_speculative_tokens, given))
-    drafter, published = _find_drafter(self, target_model_config, given)
+    check_engine_args(self, target_model_config, given, knobs.num_speculative_tokens)
+    drafter, published = _find_drafter(self.load_format, target_model_config, given)
     register_model()
     install("worker")
     install("requests")
     install_metrics()
     install("engine")
+    asking, guarded = copy.copy(self), copy.copy(target_model_config)
+    asking.speculative_config = {
+        **{key: given[key] for key in user_config.PASSED_ON if key in given},
+        "draft_tensor_parallel_size": 1,  # until its heads are known
+        "method": "draft_model",
+        "model": drafter,
+        "num_speculative_tokens": knobs.num_speculative_tokens,
+        "disable_padded_drafter_batch": True,
+    }
     # the drafter's config takes the target's flag; remote code is never run for a drafter
-    guarded = copy.copy(target_model_config)
     guarded.trust_remote_code = False
-    with _as_draft_model(self, drafter, knobs, given):
-        speculative = original(self, guarded, target_parallel_config, *rest, **more)
+    speculative = original.func(asking, guarded, target_parallel_config, *rest, **more)
     speculative.target_model_config = target_model_config
     assert speculative.method == "draft_model", speculative.method
     facts = _fit_drafter(self, speculative, drafter, published, knobs, given)
@@ -67,7 +74,7 @@ def add_cli_args(original: Any, parser: Any, *rest: Any, **more: Any) -> Any:
 
     Goes when: vLLM lets plugins register speculative methods.
     """
-    parser = original(parser, *rest, **more)
+    parser = original()
     action = parser._option_string_actions.get("--speculative-config")
     if action is not None and action.type is not None:
         from_json = action.type
@@ -94,7 +101,7 @@ def make_room_for_lora(
 
     Goes when: vLLM sizes these buffers by the longest drafts.
     """
-    original(self, usage_context, model_config, parallel_config, *rest, **more)
+    original()
     if not self.enable_lora or METHOD not in (self.additional_config or {}):
         return
     per_seq = 1 + self.additional_config[METHOD]["num_speculative_tokens"]
@@ -118,7 +125,7 @@ def allow_other_padding(original: Any, self: Any, *rest: Any, **more: Any) -> No
     """
     drafter = self.draft_model_config
     if drafter is None or not family_of(drafter.architectures):
-        original(self, *rest, **more)
+        original()
 
 
 @hook("configuration", "vllm.config.vllm:VllmConfig._limit_max_model_len_to_draft", since=(0, 33))
@@ -128,61 +135,33 @@ def keep_max_model_len(original: Any, self: Any, *rest: Any, **more: Any) -> Non
     Goes when: vLLM's V2 drafters skip a long sequence, too.
     """
     if not asked_for(self):
-        original(self, *rest, **more)
+        original()
 
 
 def _find_drafter(
-    args: Any, target_model_config: Any, given: dict[str, Any]
+    load_format: Any, target_model_config: Any, given: dict[str, Any]
 ) -> tuple[str, dict[str, Any] | None]:
-    """(directory or hub id, its config.json or None); raises ValueError if it cannot be one."""
+    """Refuse before vLLM would offer to run remote code, or fail on a size; raises ValueError.
+
+    Returns:
+        The drafter's directory or hub id, and its config.json: None where the hub cannot be
+        reached, as vLLM says itself.
+    """
     drafter = given.get("model") or checks.choose_drafter(
         target_model_config.model,
         target_model_config.hf_config.model_type,
         target_model_config.get_vocab_size(),
     )
     asked_size = given.get(BLOCK_SIZE)
-    published = checks.check_local_drafter(drafter, args.load_format, asked_size)
+    published = checks.check_local_drafter(drafter, load_format, asked_size)
     if published is None:
-        published = _check_hub_config(drafter, given.get("revision"), asked_size)
+        from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+        published = get_hf_file_to_dict("config.json", drafter, given.get("revision"))
+        if not isinstance(published, dict):
+            return drafter, None
+        checks.check_drafter_config(drafter, published, asked_size)
     return drafter, published
-
-
-def _check_hub_config(
-    drafter: str, revision: str | None, asked_size: int | None
-) -> dict[str, Any] | None:
-    """Refuse before vLLM would offer to run remote code, or fail on a size; raises ValueError.
-
-    Returns:
-        The config.json, or None where the hub cannot be reached: vLLM says so itself.
-    """
-    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
-
-    fields = get_hf_file_to_dict("config.json", drafter, revision)
-    if not isinstance(fields, dict):
-        return None
-    checks.check_drafter_config(drafter, fields, asked_size)
-    return fields
-
-
-@contextlib.contextmanager
-def _as_draft_model(
-    args: Any, drafter: str, knobs: FailFastConfig, given: dict[str, Any]
-) -> Iterator[None]:
-    """Meanwhile the engine arguments ask for vLLM's own method."""
-    passed_on = {key: given[key] for key in user_config.PASSED_ON if key in given}
-    passed_on["draft_tensor_parallel_size"] = 1  # until its heads are known
-    asked = args.speculative_config
-    args.speculative_config = {
-        **passed_on,
-        "method": "draft_model",
-        "model": drafter,
-        "num_speculative_tokens": knobs.num_speculative_tokens,
-        "disable_padded_drafter_batch": True,
-    }
-    try:
-        yield
-    finally:
-        args.speculative_config = asked
 
 
 def _fit_drafter(
@@ -215,11 +194,6 @@ def _fit_drafter(
         "logit_shift": family.logit_shift,
         **_token_facts(target, drafter, revision, family, hf_config),
     }
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def check_balancing(family: Family, drafter: str, enable_eplb: bool) -> None:

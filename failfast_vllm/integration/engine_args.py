@@ -1,131 +1,73 @@
 """Engine arguments that do not go with failfast: refused before any weight is read."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE
 
-
-class Asked(NamedTuple):
-    """What the user has asked of an engine with failfast."""
-
-    args: Any  # vLLM's EngineArgs
-    target: Any  # vLLM's ModelConfig of the target
-    num_speculative_tokens: int
-    given: Mapping[str, Any]  # the keys of the speculative config
-
-    @property
-    def fewest_batched_tokens(self) -> int:
-        return MAX_DIFFUSION_BLOCK_SIZE + self.num_speculative_tokens
+Problem = tuple[str, Any, str]  # what is wrong, the offending value, the remedy
 
 
-class Rule(NamedTuple):
-    """One thing that cannot work."""
+def check_engine_args(
+    args: Any, target: Any, given: Mapping[str, Any], num_speculative_tokens: int
+) -> None:
+    """Refuse what cannot work; raises ValueError, of the first problem.
 
-    refused: Callable[[Asked], Any]  # the offending value, or None
-    what: str  # formatted with `asked`
-    remedy: str
-
-
-def _given_twice(flag: str) -> Rule:
-    return Rule(
-        lambda asked: getattr(asked.args, flag, None),
-        f"--{flag.replace('_', '-')} does not go with --speculative-config",
-        "Put the key into the JSON of --speculative-config.",
+    Args:
+        args: vLLM's EngineArgs.
+        target: vLLM's ModelConfig of the target.
+        given: the keys of the speculative config.
+    """
+    problems = itertools.chain(
+        _parallelism(args, given), _scheduling(args, num_speculative_tokens), _target(target)
     )
+    for what, got, remedy in problems:
+        raise ValueError(f"failfast: {what}; got {got!r}. {remedy}")
 
 
-def _unsupported_parallelism(kind: str) -> Rule:
-    def refused(asked: Asked) -> int | None:
-        num_ranks: int = getattr(asked.args, f"{kind}_parallel_size")
-        return num_ranks if num_ranks > 1 else None
-
-    what = f"{kind.replace('_', '-')} parallelism is not supported"
-    return Rule(refused, what, "Use --tensor-parallel-size instead.")
-
-
-def _other_ranks(asked: Asked) -> Any:
-    num_ranks = asked.given.get("draft_tensor_parallel_size", 1)
-    return None if num_ranks in (1, asked.args.tensor_parallel_size) else num_ranks
-
-
-def _broken_page(asked: Asked) -> Any:
-    page = asked.args.block_size
-    return page if page and page % MAX_DIFFUSION_BLOCK_SIZE else None
+def _parallelism(args: Any, given: Mapping[str, Any]) -> Iterator[Problem]:
+    for flag in ("spec_method", "spec_model", "spec_tokens"):
+        if (value := getattr(args, flag, None)) is not None:
+            what = f"--{flag.replace('_', '-')} does not go with --speculative-config"
+            yield what, value, "Put the key into the JSON of --speculative-config."
+    num_ranks = given.get("draft_tensor_parallel_size", 1)
+    if num_ranks not in (1, args.tensor_parallel_size):
+        what = "'draft_tensor_parallel_size' must be 1 or the target's tensor_parallel_size"
+        yield f"{what} ({args.tensor_parallel_size})", num_ranks, "Leave it out."
+    for kind in ("pipeline", "decode_context", "prefill_context"):
+        if (num_ranks := getattr(args, f"{kind}_parallel_size")) > 1:
+            what = f"{kind.replace('_', '-')} parallelism is not supported"
+            yield what, num_ranks, "Use --tensor-parallel-size instead."
 
 
-def _small_batch(asked: Asked) -> Any:
-    budget = asked.args.max_num_batched_tokens
-    return None if budget is None or budget >= asked.fewest_batched_tokens else budget
+def _scheduling(args: Any, num_speculative_tokens: int) -> Iterator[Problem]:
+    multiple = f"a multiple of {MAX_DIFFUSION_BLOCK_SIZE}"
+    if args.block_size and args.block_size % MAX_DIFFUSION_BLOCK_SIZE:
+        remedy = f"Leave --block-size out or use {multiple}."
+        yield f"the KV page must be {multiple} tokens", args.block_size, remedy
+    if args.async_scheduling:
+        what = "asynchronous scheduling assumes one draft length for all sequences"
+        yield what, True, "Leave --async-scheduling out."
+    fewest, budget = MAX_DIFFUSION_BLOCK_SIZE + num_speculative_tokens, args.max_num_batched_tokens
+    if budget is not None and budget < fewest:
+        sum_of = f"{MAX_DIFFUSION_BLOCK_SIZE} + num_speculative_tokens"
+        what = f"max_num_batched_tokens must be at least {fewest} ({sum_of})"
+        yield what, budget, "Raise it or lower 'num_speculative_tokens'."
 
 
-def _other_task(asked: Asked) -> Any:
-    return None if asked.target.runner_type == "generate" else asked.target.runner_type
-
-
-def _without_pages(asked: Asked) -> Any:
-    target = asked.target
-    return target.architecture if target.is_hybrid or target.use_mla else None
-
-
-def _window(asked: Asked) -> Any:
-    return asked.target.get_sliding_window() or asked.target.attention_chunk_size or None
-
-
-RULES = (  # the first that applies is the user's error
-    *map(_given_twice, ("spec_method", "spec_model", "spec_tokens")),
-    Rule(
-        _other_ranks,
-        "'draft_tensor_parallel_size' must be 1 or the target's tensor_parallel_size "
-        "({asked.args.tensor_parallel_size})",
-        "Leave it out.",
-    ),
-    *map(_unsupported_parallelism, ("pipeline", "decode_context", "prefill_context")),
-    Rule(
-        _broken_page,
-        f"the KV page must be a multiple of {MAX_DIFFUSION_BLOCK_SIZE} tokens",
-        f"Leave --block-size out or use a multiple of {MAX_DIFFUSION_BLOCK_SIZE}.",
-    ),
-    Rule(
-        lambda asked: asked.args.async_scheduling or None,
-        "asynchronous scheduling assumes one draft length for all sequences",
-        "Leave --async-scheduling out.",
-    ),
-    Rule(
-        _small_batch,
-        "max_num_batched_tokens must be at least {asked.fewest_batched_tokens} "
-        f"({MAX_DIFFUSION_BLOCK_SIZE} + num_speculative_tokens)",
-        "Raise it or lower 'num_speculative_tokens'.",
-    ),
-    Rule(
-        _other_task,
-        "only text generation can be drafted for",
-        "Leave the speculative config out.",
-    ),
-    Rule(
-        lambda asked: asked.target.architecture if asked.target.is_encoder_decoder else None,
-        "encoder-decoder targets are not supported: the drafter sees text only",
-        "Use a decoder-only target, or leave the speculative config out.",
-    ),
-    Rule(
-        _without_pages,
-        "hybrid (Mamba, linear attention) and MLA targets have no KV page that is shared with the "
-        "drafter",
-        "Use a target with full attention.",
-    ),
-    Rule(
-        _window,
-        "targets with sliding-window or chunked attention have no KV page that is shared with the "
-        "drafter",
-        "Use a target with full attention, or --disable-sliding-window.",
-    ),
-)
-
-
-def check_engine_args(asked: Asked) -> None:
-    """Refuse what cannot work; raises ValueError."""
-    for rule in RULES:
-        value = rule.refused(asked)
-        if value is not None:
-            what = rule.what.format(asked=asked)
-            raise ValueError(f"failfast: {what}; got {value!r}. {rule.remedy}")
+def _target(target: Any) -> Iterator[Problem]:
+    if target.runner_type != "generate":
+        what = "only text generation can be drafted for"
+        yield what, target.runner_type, "Leave the speculative config out."
+    if target.is_encoder_decoder:
+        what = "encoder-decoder targets are not supported: the drafter sees text only"
+        remedy = "Use a decoder-only target, or leave the speculative config out."
+        yield what, target.architecture, remedy
+    no_page = "have no KV page that is shared with the drafter"
+    if target.is_hybrid or target.use_mla:
+        what = f"hybrid (Mamba, linear attention) and MLA targets {no_page}"
+        yield what, target.architecture, "Use a target with full attention."
+    if window := target.get_sliding_window() or target.attention_chunk_size:
+        what = f"targets with sliding-window or chunked attention {no_page}"
+        yield what, window, "Use a target with full attention, or --disable-sliding-window."

@@ -26,7 +26,7 @@ def collect_counts(original: Any, self: Any, draft_token_ids: Any, *rest: Any, *
     if counts and self.log_stats:  # else nobody would ever fetch them
         waiting = getattr(self, "failfast_counts", None) or [0] * len(counts)
         self.failfast_counts = [a + b for a, b in zip(waiting, counts, strict=True)]
-    return original(self, draft_token_ids, *rest, **more)
+    return original()
 
 
 @hook("metrics", f"{SCHEDULER}.make_stats")
@@ -40,7 +40,7 @@ def send_counts(
     if spec_decoding_stats is not None and getattr(self, "failfast_counts", None):
         spec_decoding_stats.num_draft_tokens_per_pos.extend(self.failfast_counts)
         self.failfast_counts = []
-    return original(self, spec_decoding_stats, *rest, **more)
+    return original()
 
 
 @hook("metrics", "vllm.v1.engine.async_llm:AsyncLLM.__init__")
@@ -60,8 +60,10 @@ def add_stat_logger(
     if asked_for(vllm_config) and log_stats and len(rest) < 5:
         from failfast_vllm.integration.metrics import FailFastStatLogger
 
-        more["stat_loggers"] = [*(more.get("stat_loggers") or ()), FailFastStatLogger]
-    original(self, vllm_config, executor_class, log_stats, *rest, **more)
+        ours = [*(more.get("stat_loggers") or ()), FailFastStatLogger]
+        original(stat_loggers=ours)
+    else:
+        original()
 
 
 @hook("engine", f"{SCHEDULER}.__init__")
@@ -75,7 +77,7 @@ def pad_no_new_requests(
 
     Goes when: vLLM pads no request that has no draft.
     """
-    original(self, vllm_config, *rest, **more)
+    original()
     if asked_for(vllm_config):
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self.dynamic_sd_lookup = [self.num_spec_tokens] * (max_num_seqs + 1)
@@ -93,12 +95,14 @@ def connect_the_target(
     Goes when: vLLM can leave a drafter's layers out of transfers.
     """
     if not asked_for(config):
-        return original(config, role, kv_cache_config, *rest, **more)
+        return original()
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
     from failfast_vllm.integration import kv_transfer
 
-    connector = original(config, role, kv_transfer.targets_only(kv_cache_config), *rest, **more)
+    connector = original.func(
+        config, role, kv_transfer.targets_only(kv_cache_config), *rest, **more
+    )
     if role is KVConnectorRole.WORKER:
         kv_transfer.hide_drafter(connector)
     return connector

@@ -125,7 +125,7 @@ def check_request(
             check(params, knobs["num_speculative_tokens"], knobs.get("confidence_threshold", 0.0))
         except ValueError as error:
             raise _request_error()(str(error)) from None
-    return original(self, params, supported_tasks, *rest, **more)
+    return original()
 
 
 @hook("requests", "vllm.sampling_params:SamplingParams._validate_spec_decode")
@@ -138,4 +138,4 @@ def admit_undrafted(
     """
     drafter = getattr(speculative_config, "draft_model_config", None)
     if drafter is None or not family_of(drafter.architectures):
-        original(self, speculative_config, *rest, **more)
+        original()

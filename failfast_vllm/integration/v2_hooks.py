@@ -23,7 +23,7 @@ def build_ours(
     Goes when: vLLM lets plugins register speculators.
     """
     if not asked_for(vllm_config):
-        return original(vllm_config, device, req_states, *rest, **more)
+        return original()
     from failfast_vllm.integration.v2 import FailFastSpeculator
 
     return FailFastSpeculator(vllm_config, device, req_states)
@@ -35,7 +35,7 @@ def widen_graphs(original: Any, self: Any, kv_cache_config: Any, *rest: Any, **m
 
     Goes when: vLLM captures them for any speculator whose drafts differ in length.
     """
-    original(self, kv_cache_config, *rest, **more)
+    original()
     if _speculator(self) is not None:
         from failfast_vllm.integration import target_graphs
 
@@ -49,7 +49,7 @@ def take_drafts(original: Any, self: Any, *rest: Any, **more: Any) -> Any:
     Goes when: vLLM's V2 runner reports one draft length per request.
     """
     speculator = _speculator(self)
-    return original(self, *rest, **more) if speculator is None else speculator.take_drafts()
+    return original() if speculator is None else speculator.take_drafts()
 
 
 @hook("v2", f"{RUNNER}:GPUModelRunner.finish_requests")
@@ -60,7 +60,7 @@ def forget_requests(
 
     Goes when: vLLM tells a speculator which requests have ended.
     """
-    original(self, scheduler_output, *rest, **more)  # takes preempted requests for finished ones
+    original()  # takes preempted requests for finished ones
     speculator = _speculator(self)
     if speculator is not None:
         speculator.forget(scheduler_output.finished_req_ids)
@@ -74,7 +74,7 @@ def keep_parameters(
 
     Goes when: vLLM gives a speculator the parameters of the requests in a batch.
     """
-    original(self, scheduler_output, *rest, **more)
+    original()
     speculator = _speculator(self)
     if speculator is not None:
         speculator.add_requests(scheduler_output)
