@@ -6,7 +6,7 @@ import pytest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from failfast_vllm.integration import hook_bodies, hooks
-from failfast_vllm.tools import cli
+from failfast_vllm.tools import cli, doctor
 
 BODY = """
     def f(self, n: int = 1) -> str:
@@ -34,7 +34,7 @@ def test_doctor_warns_of_a_changed_body(capsys, monkeypatch):
     tested = " or ".join(hook_bodies.known())
     assert lines[where].split()[1:3] == ["hook", "InputProcessor._validate_params"]
     assert f"its body is not that of vLLM {tested}, which failfast was tested with" in lines[where]
-    assert lines[where + 1].strip() == f"-> {cli.RUN_TESTS}"
+    assert lines[where + 1].strip() == f"-> {doctor.RUN_TESTS}"
 
 
 def test_a_patch_release_is_compared_with_its_minor_version(monkeypatch):
