@@ -24,8 +24,10 @@ class Counts:
 
     def __init__(self) -> None:
         self.scalars = dict.fromkeys(SCALARS, 0)
-        self.stops = np.zeros(len(STOP_REASONS), dtype=np.int64)  # drafts made, by reason
-        self.bins = np.zeros((3, NUM_BINS), dtype=np.int64)  # judged, accepted, confidence
+        self._array = np.zeros(NUM_COUNTS - len(SCALARS), dtype=np.int64)  # its two parts:
+        self.stops = self._array[: len(STOP_REASONS)]  # drafts made, by reason
+        bins = self._array[len(STOP_REASONS) :]
+        self.bins = bins.reshape(3, NUM_BINS)  # judged, accepted, confidence
 
     def drafted(self, passes: int, rows: int, milliseconds: float) -> None:
         """A step's drafts are made."""
@@ -48,21 +50,26 @@ class Counts:
         if not seen:
             return
         confidences = np.concatenate(seen)
-        lens = np.array([len(part) for part in seen])
-        places = np.arange(len(confidences)) - np.repeat(lens.cumsum() - lens, lens)
-        accepted = places < np.repeat([r.num_accepted for r in rounds], lens)
         bins = np.minimum((confidences * NUM_BINS).astype(np.int64), NUM_BINS - 1)
-        self.bins[0] += np.bincount(bins, minlength=NUM_BINS)
-        self.bins[1] += np.bincount(bins[accepted], minlength=NUM_BINS)
+        judged = np.bincount(bins, minlength=NUM_BINS)
+        self.bins[:2] += judged
+        end, rejected = 0, []
+        for found, part in zip(rounds, seen, strict=True):
+            end += len(part)
+            if found.num_accepted < len(part):  # the last one was not accepted
+                rejected.append(end - 1)
+        if rejected:
+            self.bins[1] -= np.bincount(bins[rejected], minlength=NUM_BINS)
         weights = np.bincount(bins, confidences * CONFIDENCE_SCALE, minlength=NUM_BINS)
         self.bins[2] += weights.round().astype(np.int64)
 
     def take(self) -> list[int]:
         """`NUM_COUNTS` integers, which are zero again afterwards; none if nothing was counted."""
-        counts = [*self.scalars.values(), *self.stops.tolist(), *self.bins.flatten().tolist()]
+        counts = [*self.scalars.values(), *self._array.tolist()]
         if not any(counts):
             return []
-        self.__init__()  # type: ignore[misc]
+        self.scalars = dict.fromkeys(SCALARS, 0)
+        self._array.fill(0)
         return counts
 
 
