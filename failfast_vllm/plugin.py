@@ -40,13 +40,13 @@ def _refuse(problem: str) -> None:
     """Let this vLLM serve everything but failfast."""
     from vllm.engine.arg_utils import EngineArgs
 
-    def refuse(original: Any, self: Any, *rest: Any, **more: Any) -> Any:
+    def refuse(original: Any, self: Any) -> Any:
         if parse(self.speculative_config) is not None:
             raise ValueError(f"failfast: this vLLM cannot run it: {problem}")
         return original()
 
     creation, arguments = hooks.hooks_of("configuration")[:2]
     if hasattr(EngineArgs, "create_speculative_config"):
-        hooks.wrap(creation, refuse)
+        hooks.wrap(creation._replace(body=refuse))
     if hasattr(EngineArgs, "add_cli_args"):  # so that the bare word meets the refusal
-        hooks.wrap(arguments, arguments.body)
+        hooks.wrap(arguments)

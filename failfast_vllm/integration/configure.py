@@ -30,8 +30,6 @@ def create_speculative_config(
     self: Any,
     target_model_config: Any,
     target_parallel_config: Any,
-    *rest: Any,
-    **more: Any,
 ) -> Any:
     """Checks the user's keys, then asks vLLM for a draft model with ragged CPU drafts.
 
@@ -59,7 +57,7 @@ def create_speculative_config(
     }
     # the drafter's config takes the target's flag; remote code is never run for a drafter
     guarded.trust_remote_code = False
-    speculative = original.func(asking, guarded, target_parallel_config, *rest, **more)
+    speculative = original.func(asking, guarded, target_parallel_config)
     speculative.target_model_config = target_model_config
     assert speculative.method == "draft_model", speculative.method
     facts = _fit_drafter(self, speculative, drafter, published, knobs, given)
@@ -69,7 +67,7 @@ def create_speculative_config(
 
 
 @hook("configuration", f"{ENGINE_ARGS}.add_cli_args")
-def add_cli_args(original: Any, parser: Any, *rest: Any, **more: Any) -> Any:
+def add_cli_args(original: Any, parser: Any) -> Any:
     """Makes `--speculative-config` take the bare word `failfast` next to vLLM's JSON.
 
     Goes when: vLLM lets plugins register speculative methods.
@@ -94,8 +92,6 @@ def make_room_for_lora(
     usage_context: Any,
     model_config: Any,
     parallel_config: Any,
-    *rest: Any,
-    **more: Any,
 ) -> None:
     """Says which flags make vLLM's LoRA buffers hold a full draft of every sequence.
 
@@ -118,7 +114,7 @@ def make_room_for_lora(
     "configuration",
     "vllm.config.speculative:SpeculativeConfig.verify_equal_vocab_size_if_draft_model",
 )
-def allow_other_padding(original: Any, self: Any, *rest: Any, **more: Any) -> None:
+def allow_other_padding(original: Any, self: Any) -> None:
     """Lets padded vocab sizes differ (Qwen2.5: 151,936 up to 3B, 152,064 from 7B on).
 
     Goes when: vLLM compares vocabularies without their padding.
@@ -129,7 +125,7 @@ def allow_other_padding(original: Any, self: Any, *rest: Any, **more: Any) -> No
 
 
 @hook("configuration", "vllm.config.vllm:VllmConfig._limit_max_model_len_to_draft", since=(0, 33))
-def keep_max_model_len(original: Any, self: Any, *rest: Any, **more: Any) -> None:
+def keep_max_model_len(original: Any, self: Any) -> None:
     """Lets a target that is longer than its drafter keep its length; ours stops at its own.
 
     Goes when: vLLM's V2 drafters skip a long sequence, too.

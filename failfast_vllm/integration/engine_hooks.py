@@ -17,7 +17,7 @@ def install_metrics() -> None:
 
 
 @hook("metrics", f"{SCHEDULER}.update_draft_token_ids")
-def collect_counts(original: Any, self: Any, draft_token_ids: Any, *rest: Any, **more: Any) -> Any:
+def collect_counts(original: Any, self: Any, draft_token_ids: Any) -> Any:
     """Adds up the counts that a worker sends with its drafts.
 
     Goes when: vLLM carries statistics of the drafter from workers to the API server.
@@ -30,9 +30,7 @@ def collect_counts(original: Any, self: Any, draft_token_ids: Any, *rest: Any, *
 
 
 @hook("metrics", f"{SCHEDULER}.make_stats")
-def send_counts(
-    original: Any, self: Any, spec_decoding_stats: Any = None, *rest: Any, **more: Any
-) -> Any:
+def send_counts(original: Any, self: Any, spec_decoding_stats: Any = None) -> Any:
     """Sends these counts to the API server along with vLLM's own statistics.
 
     Goes when: vLLM carries statistics of the drafter from workers to the API server.
@@ -50,26 +48,22 @@ def add_stat_logger(
     vllm_config: Any,
     executor_class: Any,
     log_stats: bool,
-    *rest: Any,
-    **more: Any,
 ) -> None:
     """Adds our stat logger to an engine that was asked for failfast.
 
     Goes when: a stat logger loaded by entry point no longer switches statistics on by itself.
     """
-    if asked_for(vllm_config) and log_stats and len(rest) < 5:
-        from failfast_vllm.integration.metrics import FailFastStatLogger
-
-        ours = [*(more.get("stat_loggers") or ()), FailFastStatLogger]
-        original(stat_loggers=ours)
-    else:
+    if not asked_for(vllm_config) or not log_stats or len(original.args) > 8:
         original()
+        return
+    from failfast_vllm.integration.metrics import FailFastStatLogger
+
+    theirs = original.keywords.get("stat_loggers") or ()
+    original(stat_loggers=[*theirs, FailFastStatLogger])
 
 
 @hook("engine", f"{SCHEDULER}.__init__")
-def pad_no_new_requests(
-    original: Any, self: Any, vllm_config: Any, *rest: Any, **more: Any
-) -> None:
+def pad_no_new_requests(original: Any, self: Any, vllm_config: Any) -> None:
     """Keeps the scheduler from scheduling placeholders for drafts that nobody has made.
 
     vLLM pads a new request with one token left to compute by as many placeholders as a draft may
@@ -87,9 +81,7 @@ def pad_no_new_requests(
     "engine",
     "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.create_connector",
 )
-def connect_the_target(
-    original: Any, config: Any, role: Any, kv_cache_config: Any, *rest: Any, **more: Any
-) -> Any:
+def connect_the_target(original: Any, config: Any, role: Any, kv_cache_config: Any) -> Any:
     """Lets KV connectors move the target's layers only.
 
     Goes when: vLLM can leave a drafter's layers out of transfers.
@@ -100,9 +92,7 @@ def connect_the_target(
 
     from failfast_vllm.integration import kv_transfer
 
-    connector = original.func(
-        config, role, kv_transfer.targets_only(kv_cache_config), *rest, **more
-    )
+    connector = original.func(config, role, kv_transfer.targets_only(kv_cache_config))
     if role is KVConnectorRole.WORKER:
         kv_transfer.hide_drafter(connector)
     return connector

@@ -1,10 +1,10 @@
 """Hooks: functions of vLLM that failfast wraps, stage by stage.
 
-A hook is a body registered with `@hook`. Its signature is the probe: the parameters between
-`original` and `*rest`/`**more` must be the first ones of vLLM's function. Its docstring says why
-the hook exists and, after "Goes when:", what makes it superfluous. `original()` is the call as it
-was made (`original.func` is vLLM's function): bodies make it unless failfast was asked for. A
-function that changes between versions has one body per version, told apart by `since`.
+A hook is a body registered with `@hook`. Its signature is the probe: the parameters after
+`original` must be the first ones of vLLM's function, and are all that the body gets. Its docstring
+says why the hook exists and, after "Goes when:", what makes it superfluous. `original()` is the
+call as it was made (`original.func` is vLLM's function): bodies make it unless failfast was asked
+for. A function that changes between versions has one body per version, told apart by `since`.
 
 Modules with bodies import vLLM and torch in functions only, so that all hooks can be listed
 anywhere; they are imported when their stage is installed or listed.
@@ -65,15 +65,14 @@ class Hook(NamedTuple):
     @property
     def parameters(self) -> tuple[str, ...]:
         """The first parameters that vLLM's function must have."""
-        found = inspect.signature(self.body).parameters.values()
-        return tuple(p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
+        return tuple(inspect.signature(self.body).parameters)[1:]
 
 
 _registered: dict[str, list[Hook]] = {stage: [] for stage in STAGES}
 
 
 def hook(stage: str, target: str, since: tuple[int, int] = OLDEST) -> Callable[[Body], Body]:
-    """Register a body `(original, *parameters, *rest, **more)` for a function of vLLM."""
+    """Register a body `(original, *parameters)` for a function of vLLM."""
 
     def register(body: Body) -> Body:
         _registered[stage].append(Hook(target, stage, body, since))
@@ -166,19 +165,22 @@ def install(stage: str) -> None:
     if problem:
         raise RuntimeError(f"failfast cannot run: {problem}")
     for found in filter(is_due, hooks_of(stage)):
-        wrap(found, found.body)
+        wrap(found)
 
 
-def wrap(found: Hook, body: Body) -> None:
-    """Replace a hook's function by `body`, unless that has been done in this process."""
+def wrap(found: Hook) -> None:
+    """Replace vLLM's function by a hook's body, unless that has been done in this process."""
     owner, function = _place(found)
     original = getattr(owner, function)  # of a class method it is bound already
     if getattr(original, "_failfast", False):
         return
+    names = found.parameters
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return body(functools.partial(original, *args, **kwargs), *args, **kwargs)
+        named = {name: value for name, value in kwargs.items() if name in names}
+        call = functools.partial(original, *args, **kwargs)
+        return found.body(call, *args[: len(names)], **named)
 
     wrapper._failfast = True  # type: ignore[attr-defined]
     is_static = isinstance(inspect.getattr_static(owner, function), staticmethod | classmethod)

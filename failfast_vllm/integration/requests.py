@@ -112,9 +112,7 @@ def _request_error() -> type[Exception]:
 
 
 @hook("requests", "vllm.v1.engine.input_processor:InputProcessor._validate_params")
-def check_request(
-    original: Any, self: Any, params: Any, supported_tasks: Any, *rest: Any, **more: Any
-) -> Any:
+def check_request(original: Any, self: Any, params: Any, supported_tasks: Any) -> Any:
     """Checks a request's own limits before it is admitted: they are the client's error.
 
     Goes when: vLLM lets plugins check a request's `extra_args`.
@@ -129,9 +127,7 @@ def check_request(
 
 
 @hook("requests", "vllm.sampling_params:SamplingParams._validate_spec_decode")
-def admit_undrafted(
-    original: Any, self: Any, speculative_config: Any, *rest: Any, **more: Any
-) -> None:
+def admit_undrafted(original: Any, self: Any, speculative_config: Any) -> None:
     """Serves requests with `min_p` or `logit_bias` without drafts, which vLLM would refuse.
 
     Goes when: vLLM admits them beside a drafter.

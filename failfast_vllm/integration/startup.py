@@ -1,141 +1,116 @@
 """What is built once, before an engine serves."""
 
-from collections.abc import Iterable
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.config.utils import replace
+from vllm.distributed import get_tp_group
 
-from failfast_kernels import TokenConfidence
 from failfast_vllm.config import METHOD
 from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.drafters.hosted import HostedDraftModel
+from failfast_vllm.drafters.parallel import keep_apart
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
 from failfast_vllm.drafting.drafter import Drafter
 from failfast_vllm.drafting.interfaces import (
     BestTokens,
     NoReuse,
+    Policy,
     Reuse,
     TokenChooser,
     Unplanned,
 )
 from failfast_vllm.drafting.ledger import Ledger
 from failfast_vllm.drafting.path_search import PathSearch
-from failfast_vllm.drafting.records import Candidates, DraftBatch
 from failfast_vllm.drafting.reuse import RejectedDrafts
 from failfast_vllm.drafting.workspace import Geometry
 from failfast_vllm.integration.measure import measure_costs
-from failfast_vllm.integration.session import adapter_of
-from failfast_vllm.observe.counters import DraftStats, Stopwatch
+from failfast_vllm.observe.counters import Stopwatch
 from failfast_vllm.observe.trace import TraceWriter
 from failfast_vllm.planning.costs import Costs
 from failfast_vllm.planning.planner import LoadPlanner
 from failfast_vllm.policies.table import make_policy
 
 
+def _timed(method: Any) -> Any:
+    @functools.wraps(method)
+    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.watch:
+            return method(self, *args, **kwargs)
+
+    return timed
+
+
 class TimedDraftModel(HostedDraftModel):
     """The draft model, with a stopwatch on what drafting asks of it."""
 
-    def __init__(
-        self,
-        model: Any,
-        vllm_config: VllmConfig,
-        layer_names: Iterable[str],
-        table_width: int,
-        device: torch.device,
-        watch: Stopwatch,
-    ) -> None:
-        super().__init__(model, vllm_config, layer_names, table_width, device)
-        self.watch = watch
-
-    def forward(self, batch: DraftBatch) -> torch.Tensor:
-        with self.watch:
-            return super().forward(batch)
-
-    def confidence(self, hidden_states: torch.Tensor, *, details: bool = False) -> TokenConfidence:
-        with self.watch:
-            return super().confidence(hidden_states, details=details)
-
-    def candidates(
-        self, hidden_states: torch.Tensor, *, details: bool = False
-    ) -> tuple[TokenConfidence, Candidates]:
-        with self.watch:
-            return super().candidates(hidden_states, details=details)
+    watch: Stopwatch
+    forward = _timed(HostedDraftModel.forward)
+    confidence = _timed(HostedDraftModel.confidence)
+    candidates = _timed(HostedDraftModel.candidates)
 
 
-def make_drafter(
-    model: Any,
-    vllm_config: VllmConfig,
-    layer_names: Iterable[str],
-    stats: DraftStats,
-    kv_block_size: int,
-    num_pages: int,
-    table_width: int,
-    device: torch.device,
-) -> Drafter:
+def make_drafter(model: HostedDraftModel, kv_block_size: int, num_pages: int) -> Drafter:
     """Build the drafter once the KV cache is laid out; raises ValueError on an unfit page size."""
     if kv_block_size % MAX_DIFFUSION_BLOCK_SIZE:
         raise ValueError(
             f"failfast: the KV page must be a multiple of {MAX_DIFFUSION_BLOCK_SIZE} tokens; "
             f"got {kv_block_size}. Leave --block-size out."
         )
-    knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
-    return Drafter(
-        TimedDraftModel(model, vllm_config, layer_names, table_width, device, stats.in_model),
-        make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"]),
-        Unplanned(knobs["draft_increment"]),
-        _geometry(vllm_config, kv_block_size, device),
-        CommittedBlocks(num_pages, kv_block_size, knobs["diffusion_block_size"], device),
-        stop_token_ids=torch.tensor(
-            stop_token_ids(vllm_config.model_config), dtype=torch.int64, device=device
-        ),
-        max_draft_len=knobs["num_speculative_tokens"],
-        max_draft_budget=knobs["draft_budget"],
-        tokens=_make_tokens(knobs),
-        reuse=_make_reuse(knobs),
-    )
-
-
-def _geometry(vllm_config: VllmConfig, kv_block_size: int, device: torch.device) -> Geometry:
+    vllm_config, device = model.vllm_config, model.device
     assert vllm_config.speculative_config is not None
     knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
-    return Geometry(
-        vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
-        mask_token_id=knobs["mask_token_id"],
-        kv_block_size=kv_block_size,
-        max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
-        device=device,
-        diffusion_block_size=knobs["diffusion_block_size"],
-        logit_shift=knobs["logit_shift"],
+    policy, tokens, reuse = _learners(knobs)
+    stop_ids = stop_token_ids(vllm_config.model_config)
+    return Drafter(
+        model,
+        policy,
+        Unplanned(knobs["draft_increment"]),
+        Geometry(
+            vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
+            mask_token_id=knobs["mask_token_id"],
+            kv_block_size=kv_block_size,
+            max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
+            device=device,
+            diffusion_block_size=knobs["diffusion_block_size"],
+            logit_shift=knobs["logit_shift"],
+        ),
+        CommittedBlocks(num_pages, kv_block_size, knobs["diffusion_block_size"], device),
+        stop_token_ids=torch.tensor(stop_ids, dtype=torch.int64, device=device),
+        max_draft_len=knobs["num_speculative_tokens"],
+        max_draft_budget=knobs["draft_budget"],
+        tokens=tokens,
+        reuse=reuse,
     )
 
 
-def _make_tokens(knobs: dict[str, Any]) -> TokenChooser:
-    return PathSearch() if knobs["path_search"] else BestTokens()
+def _learners(knobs: dict[str, Any]) -> tuple[Policy, TokenChooser, Reuse]:
+    """What learns while the engine serves, as new."""
+    return (
+        make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"]),
+        PathSearch() if knobs["path_search"] else BestTokens(),
+        RejectedDrafts() if knobs["reuse_rejected"] else NoReuse(),
+    )
 
 
-def _make_reuse(knobs: dict[str, Any]) -> Reuse:
-    return RejectedDrafts() if knobs["reuse_rejected"] else NoReuse()
-
-
-def start_serving(runner: Any) -> None:
+def start_serving(adapter: Any, runner: Any) -> None:
     """End a worker's start-up: measure the models, and forget what vLLM's warm-up drafted."""
-    adapter = adapter_of(runner)
-    vllm_config, session, stats = adapter.vllm_config, adapter.session, adapter.stats
-    drafter = session.drafter
+    vllm_config, drafter, stats = adapter.vllm_config, adapter.drafter, adapter.stats
     knobs = vllm_config.additional_config[METHOD]
     if knobs["load_aware"]:
-        costs = measure_costs(adapter.target_step(runner), drafter.model, vllm_config)
-        drafter.planner = make_planner(costs, vllm_config)
+        target_step = functools.partial(adapter.target_step, runner)
+        drafter.planner = make_planner(
+            measure_costs(target_step, drafter.model, vllm_config), vllm_config
+        )
     stats.reset()
     if stats.trace is None:  # may be open: some start-ups end twice
         stats.trace = _trace_writer(vllm_config, drafter.geometry.kv_block_size)
-    drafter.policy = make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"])
-    drafter.tokens, drafter.reuse = _make_tokens(knobs), _make_reuse(knobs)
+    drafter.policy, drafter.tokens, drafter.reuse = _learners(knobs)
     drafter.blocks.bits.zero_()
-    session.ledger = Ledger()
+    adapter.session.ledger = Ledger()
 
 
 def _trace_writer(vllm_config: VllmConfig, kv_block_size: int) -> TraceWriter | None:
@@ -146,13 +121,11 @@ def _trace_writer(vllm_config: VllmConfig, kv_block_size: int) -> TraceWriter | 
     if path is None or ranks.rank or ranks.data_parallel_index:
         return None
     assert vllm_config.speculative_config is not None
-    models = {
-        "target": vllm_config.model_config.model,
-        "drafter": vllm_config.speculative_config.draft_model_config.model,
-    }
+    target, drafter = vllm_config.model_config, vllm_config.speculative_config.draft_model_config
+    names = {role: Path(of.model) for role, of in (("target", target), ("drafter", drafter))}
     header = {
-        **{role: Path(name).name if Path(name).is_dir() else name for role, name in models.items()},
-        "dtype": str(vllm_config.model_config.dtype).removeprefix("torch."),
+        **{role: path.name if path.is_dir() else str(path) for role, path in names.items()},
+        "dtype": str(target.dtype).removeprefix("torch."),
         "max_num_seqs": vllm_config.scheduler_config.max_num_seqs,
         "kv_block_size": kv_block_size,
         **knobs,
@@ -162,9 +135,6 @@ def _trace_writer(vllm_config: VllmConfig, kv_block_size: int) -> TraceWriter | 
 
 def make_planner(costs: Costs, vllm_config: VllmConfig) -> LoadPlanner:
     """Build the load planner; every rank gets the times of the first, now and while serving."""
-    from vllm.distributed import get_tp_group
-
-    knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
     group = get_tp_group()
 
     def of_first_rank(times: list[float]) -> list[float]:
@@ -173,14 +143,13 @@ def make_planner(costs: Costs, vllm_config: VllmConfig) -> LoadPlanner:
         agreed: list[float] = shared.tolist()
         return agreed
 
-    several = group.world_size > 1
+    if group.world_size > 1:
+        costs = group.broadcast_object(costs)
+    knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
     planner = LoadPlanner(
-        group.broadcast_object(costs) if several else costs,
-        knobs["num_speculative_tokens"],
-        knobs["draft_increment"],
-        learns=True,
+        costs, knobs["num_speculative_tokens"], knobs["draft_increment"], learns=True
     )
-    if several:
+    if group.world_size > 1:
         planner.agree = of_first_rank
     return planner
 
@@ -197,9 +166,8 @@ def stop_token_ids(model_config: Any) -> list[int]:
     return [int(i) for i in (eos if isinstance(eos, list) else [eos])]
 
 
-def safetensors_only(draft_vllm_config: VllmConfig) -> VllmConfig:
+def drafters_config(config: VllmConfig, target_config: VllmConfig) -> VllmConfig:
     """Drafter weights are never unpickled, whatever the target's load format."""
-    if draft_vllm_config.load_config.load_format == "dummy":
-        return draft_vllm_config
-    load_config = replace(draft_vllm_config.load_config, load_format="safetensors")
-    return replace(draft_vllm_config, load_config=load_config)
+    if config.load_config.load_format != "dummy":
+        config = replace(config, load_config=replace(config.load_config, load_format="safetensors"))
+    return keep_apart(config, target_config)

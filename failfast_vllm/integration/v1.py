@@ -6,27 +6,25 @@ offers the step to `postpone`. Once its tokens have gone out, vLLM's engine asks
 `take_drafts`.
 """
 
-from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from failfast_vllm.drafters.hosted import profile_pass
-from failfast_vllm.drafters.parallel import drafter_group, keep_apart
-from failfast_vllm.drafting.records import UNKNOWN, Drafts, to_device
-from failfast_vllm.integration.adapter import Adapter
-from failfast_vllm.integration.session import Outcome, State
-from failfast_vllm.integration.startup import safetensors_only
+from failfast_vllm.drafters.parallel import drafter_group
+from failfast_vllm.drafting.records import UNKNOWN, Drafts, Flags, Lengths, to_device
+from failfast_vllm.integration.session import Adapter, Emitted, State, View
+from failfast_vllm.integration.startup import drafters_config
 
 MIN_P_EPSILON = 1e-5  # below it vLLM takes min_p for 0
 
 
-class _View:
+class _View(View):
     """`session.View` of an engine step; the runner's own state stays as it is until the next."""
 
     def __init__(
@@ -42,39 +40,38 @@ class _View:
         self.num_reqs = len(sampled_token_ids)
         self.block_table = common_attn_metadata.block_table_tensor[: self.num_reqs]
         self.batch = adapter.runner.input_batch
-        self.req_ids: Sequence[str] = self.batch.req_ids[: self.num_reqs]
-        self.num_tokens: int = scheduler_output.total_num_scheduled_tokens
+        self.req_ids = self.batch.req_ids[: self.num_reqs]
+        self.num_tokens = scheduler_output.total_num_scheduled_tokens
         verified = scheduler_output.scheduled_spec_decode_tokens
-        self.num_verified: Sequence[int] = [len(verified.get(r, ())) for r in self.req_ids]
+        self.num_verified = [len(verified.get(r, ())) for r in self.req_ids]
         self.known_lens = self.batch.num_tokens_no_spec[: self.num_reqs].astype(np.int64)
 
-    def outcome(self) -> Outcome:
-        return Outcome(self.emitted, self.known_lens)
+    def outcome(self) -> tuple[Emitted, Lengths]:
+        return self.emitted, self.known_lens
 
-    def state(self, sampled: npt.NDArray[np.bool_]) -> State:
+    def state(self, sampled: Flags) -> State:
         known, limit = self.known_lens, self.adapter.position_limit
         before = self.batch.num_computed_tokens_cpu[: self.num_reqs]  # this step
         at_most = to_device(np.minimum(before, limit), self.adapter.device)
-        committed = self.adapter.committed_lens(self.block_table, at_most).cpu().numpy()
+        committed = self.adapter.drafter.blocks.committed_lens(self.block_table, at_most)
         scheduled = self.scheduler_output.num_scheduled_tokens
         computed = before.astype(np.int64) + np.array([scheduled[r] for r in self.req_ids])
         computed = np.where(sampled, known - 1, computed)
         requests = [self.adapter.runner.requests[req_id] for req_id in self.req_ids]
-        room = [
-            min(
-                _most_drafted(request.sampling_params, length - request.num_prompt_tokens, limit),
-                limit - length - 1,
-            )
-            for request, length in zip(requests, known.tolist(), strict=True)
+        params = [request.sampling_params for request in requests]
+        lens = zip(known.tolist(), [r.num_prompt_tokens for r in requests], strict=True)
+        most = [
+            min(_most_drafted(of, length - num_prompt, limit), limit - length - 1)
+            for of, (length, num_prompt) in zip(params, lens, strict=True)
         ]
         return State(
             token_ids=self._token_ids(int(known.max(initial=0))),
             slots=np.arange(self.num_reqs),
             block_table=self.block_table,
-            committed_lens=committed,
+            committed_lens=committed.cpu().numpy(),
             computed_lens=np.minimum(computed, limit),
-            room=np.array(room, dtype=np.int64),
-            params=[request.sampling_params for request in requests],
+            room=np.array(most, dtype=np.int64),
+            params=params,
             num_speculative_tokens=self.scheduler_output.num_spec_tokens_to_schedule,
         )
 
@@ -105,11 +102,10 @@ class FailFastProposer(Adapter, DraftModelProposer):
         """The padding of the vocabulary may differ; ids are checked against the tokenizers."""
 
     def _raise_if_draft_tp_mismatch(self) -> None:
-        """A drafter that every rank holds whole is built and run in `ranks.drafter_group`."""
+        """A drafter that every rank holds whole is built and run in `drafter_group`."""
 
     def _create_draft_vllm_config(self) -> VllmConfig:
-        draft_config = safetensors_only(super()._create_draft_vllm_config())
-        return keep_apart(draft_config, self.vllm_config)
+        return drafters_config(super()._create_draft_vllm_config(), self.vllm_config)
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """A drafter of text takes nothing from its target: vLLM would look for an image token."""
@@ -125,7 +121,7 @@ class FailFastProposer(Adapter, DraftModelProposer):
 
         Only the first, before there is a KV cache, needs a pass: ours wait for no other rank.
         """
-        if self.drafter is None:
+        if self.session is None:
             profile_pass(self.model, self.vllm_config, num_tokens, self.device)
 
     def initialize_attn_backend(
@@ -133,39 +129,29 @@ class FailFastProposer(Adapter, DraftModelProposer):
     ) -> None:
         """Called by the runner once the KV cache is laid out."""
         super().initialize_attn_backend(kv_cache_config, kernel_block_sizes)
-        kv_block_size = (
-            kernel_block_sizes[self.kv_cache_gid] if kernel_block_sizes else self.block_size
-        )
-        self.open_session(
-            self._draft_attn_layer_names,
-            kv_block_size,
-            kv_cache_config.num_blocks * (self.block_size // kv_block_size),
-            -(-self.position_limit // kv_block_size),
-        )
+        size = kernel_block_sizes[self.kv_cache_gid] if kernel_block_sizes else self.block_size
+        num_pages = kv_cache_config.num_blocks * (self.block_size // size)
+        table_width = -(-self.position_limit // size)
+        self.open_session(self._draft_attn_layer_names, size, num_pages, table_width)
 
     def postpone(
         self, scheduler_output: Any, sampled_token_ids: list[list[int]], common_attn_metadata: Any
     ) -> list[list[int]]:
         """The runner has booked a step's tokens, which nobody has seen yet: no drafts so far."""
         emitted = [list(ids) for ids in sampled_token_ids]  # a scheduler in this process cuts them
-        self.postponed = scheduler_output, emitted, common_attn_metadata
+        self.postponed = functools.partial(
+            _View, self, scheduler_output, emitted, common_attn_metadata
+        )
         return [[]] * len(emitted)
 
-    def view(self, *step: Any) -> _View:
-        return _View(self, *step)
-
-    def target_step(self, runner: Any) -> Callable[[int], torch.Tensor]:
-        """A step of the target, without attention, over a number of tokens."""
-
-        def step(num_tokens: int) -> torch.Tensor:
-            positions = torch.arange(num_tokens, device=self.device) % self.position_limit
-            ids = torch.zeros_like(positions).int()
-            with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
-                hidden_states = runner.model(input_ids=ids, positions=positions)
-                logits: torch.Tensor = runner.model.compute_logits(hidden_states)
-            return logits
-
-        return step
+    def target_step(self, runner: Any, num_tokens: int) -> torch.Tensor:
+        """Logits of a step of the target, without attention."""
+        positions = torch.arange(num_tokens, device=self.device) % self.position_limit
+        ids = torch.zeros_like(positions).int()
+        with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
+            hidden_states = runner.model(input_ids=ids, positions=positions)
+            logits: torch.Tensor = runner.model.compute_logits(hidden_states)
+        return logits
 
     def begin(self, scheduler_output: Any) -> None:
         """Called by the runner before each step, also in steps without any request."""

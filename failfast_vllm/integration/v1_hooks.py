@@ -17,7 +17,7 @@ def _proposer(runner: Any) -> Any:
 
 @hook("v1", "vllm.v1.spec_decode.draft_model:DraftModelProposer.__init__")
 def become_ours(
-    original: Any, self: Any, vllm_config: Any, device: Any, runner: Any = None, **more: Any
+    original: Any, self: Any, vllm_config: Any, device: Any, runner: Any = None
 ) -> None:
     """Builds our proposer where vLLM would build its own.
 
@@ -29,15 +29,13 @@ def become_ours(
         from failfast_vllm.integration.v1 import FailFastProposer
 
         self.__class__ = FailFastProposer  # nothing is set yet
-        self.__init__(vllm_config, device, runner, **more)
+        self.__init__(vllm_config, device, runner)
         return
     original()
 
 
 @hook("v1", f"{RUNNER}:GPUModelRunner._input_fits_in_drafter")
-def fit_each_sequence(
-    original: Any, self: Any, common_attn_metadata: Any, *rest: Any, **more: Any
-) -> Any:
+def fit_each_sequence(original: Any, self: Any, common_attn_metadata: Any) -> Any:
     """Ends drafts at the drafter's last position per sequence, not for the whole batch.
 
     Goes when: vLLM checks each sequence by itself.
@@ -58,8 +56,6 @@ def keep_the_step(
     spec_decode_metadata: Any,
     common_attn_metadata: Any,
     slot_mappings: Any,
-    *rest: Any,
-    **more: Any,
 ) -> Any:
     """Keeps the step until its drafts are asked for, after its tokens have gone out.
 
@@ -72,9 +68,7 @@ def keep_the_step(
 
 
 @hook("v1", f"{RUNNER}:GPUModelRunner._update_states")
-def follow_requests(
-    original: Any, self: Any, scheduler_output: Any, *rest: Any, **more: Any
-) -> Any:
+def follow_requests(original: Any, self: Any, scheduler_output: Any) -> Any:
     """Tells policies which requests have ended, and the drafter which pages are new.
 
     Goes when: vLLM tells a proposer what the scheduler has decided.
@@ -89,7 +83,7 @@ def follow_requests(
 
 
 @hook("v1", f"{RUNNER}:GPUModelRunner.take_draft_token_ids")
-def take_drafts(original: Any, self: Any, *rest: Any, **more: Any) -> Any:
+def take_drafts(original: Any, self: Any) -> Any:
     """Drafts, now that the step's tokens have gone out; the counts go along.
 
     Goes when: vLLM sends a step's tokens to the clients before it drafts.
@@ -99,9 +93,7 @@ def take_drafts(original: Any, self: Any, *rest: Any, **more: Any) -> Any:
 
 
 @hook("v1", f"{RUNNER}:GPUModelRunner._sample")
-def sample_without_drafts(
-    original: Any, self: Any, logits: Any, spec_decode_metadata: Any, *rest: Any, **more: Any
-) -> Any:
+def sample_without_drafts(original: Any, self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
     """Samples a step without drafts, which vLLM would verify.
 
     vLLM verifies in every step of an engine that may speculate, with or without drafts. Without
@@ -128,8 +120,6 @@ def spread_parameters(
     num_tokens: int,
     replace_from: int = 0,
     replace_to: int = 0,
-    *rest: Any,
-    **more: Any,
 ) -> Any:
     """Replaces, without Triton only, a function whose stand-in returns unset memory.
 
@@ -158,8 +148,6 @@ def keep_logits_processors(
     is_pin_memory: bool,
     is_pooling_model: bool,
     custom_logitsprocs: Any = (),
-    *rest: Any,
-    **more: Any,
 ) -> Any:
     """Keeps the processors of `min_p` and `logit_bias`, which undrafted requests can have.
 

@@ -7,11 +7,10 @@ request's.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.cudagraph_pool import capture_pool
@@ -24,14 +23,13 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from failfast_vllm.drafters.cuda_graphs import cuda_graph
 from failfast_vllm.drafters.hosted import HostedDraftModel, profile_pass
-from failfast_vllm.drafters.parallel import drafter_group, keep_apart
-from failfast_vllm.drafting.records import UNKNOWN, Drafts, Lengths, to_device
-from failfast_vllm.integration.adapter import Adapter
-from failfast_vllm.integration.session import Outcome, State
-from failfast_vllm.integration.startup import safetensors_only
+from failfast_vllm.drafters.parallel import drafter_group
+from failfast_vllm.drafting.records import UNKNOWN, Drafts, Flags, Lengths, to_device
+from failfast_vllm.integration.session import Adapter, Emitted, State, View
+from failfast_vllm.integration.startup import drafters_config
 
 
-class _View:
+class _View(View):
     """`session.View` of an engine step; the runner's own state stays as it is until the next."""
 
     def __init__(
@@ -45,19 +43,19 @@ class _View:
         self.num_reqs: int = input_batch.num_reqs
         self.num_sampled = num_sampled[: self.num_reqs]
         self.num_speculative_tokens = num_speculative_tokens
-        self.req_ids: Sequence[str] = input_batch.req_ids
-        self.num_tokens: int = input_batch.num_tokens
+        self.req_ids = input_batch.req_ids
+        self.num_tokens = input_batch.num_tokens
         verified = input_batch.num_draft_tokens_per_req
         self.num_verified = [0] * self.num_reqs if verified is None else verified.tolist()
         tables = adapter.block_tables.input_block_tables
         self.block_table = tables[adapter.kv_group][: self.num_reqs]
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> tuple[Emitted, Lengths]:
         """Copy the verdict from the device: lengths, and the last tokens of each request."""
         rows, limit = self.batch.idx_mapping, self.adapter.position_limit
         known = self.states.total_len.gpu[rows].long()
         computed = self.states.num_computed_tokens.gpu[rows].long().clamp(max=limit)
-        committed = self.adapter.committed_lens(self.block_table, computed)
+        committed = self.adapter.drafter.blocks.committed_lens(self.block_table, computed)
         table = self.states.all_token_ids.gpu
         most = 1 + max(self.num_verified, default=0)
         columns = known[:, None] + torch.arange(-most, 0, device=self.adapter.device)
@@ -69,9 +67,9 @@ class _View:
             ids[most - length :]
             for ids, length in zip(on_host[:, 4:].tolist(), num_emitted.tolist(), strict=True)
         ]
-        return Outcome(emitted, self.known_lens)
+        return emitted, self.known_lens
 
-    def state(self, sampled: npt.NDArray[np.bool_]) -> State:
+    def state(self, sampled: Flags) -> State:
         known, slots = self.known_lens, self.batch.idx_mapping_np
         token_ids, rows = self._token_ids(int(known.max(initial=0)))
         request_end = self.states.max_seq_len[slots]  # prompt + max_tokens
@@ -129,7 +127,7 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
             quant_config=None,
             parallel_config=replace(self.speculative_config.draft_parallel_config),
         )
-        draft_config = keep_apart(safetensors_only(draft_config), self.vllm_config)
+        draft_config = drafters_config(draft_config, self.vllm_config)
         with drafter_group(self.vllm_config), set_model_tag("draft_model"):
             model: torch.nn.Module = get_model(vllm_config=draft_config, prefix="draft_model")
         return model
@@ -143,21 +141,16 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
         """
         self.session = None  # graphs over the first cache go before the second comes
         super().set_attn(model_state, kv_cache_config, block_tables, *of_target)
-        groups = [
-            i
-            for i, group in enumerate(kv_cache_config.kv_cache_groups)
-            if self.draft_attn_layer_names & set(group.layer_names)
-        ]
-        assert len(groups) == 1, "one KV page shape for target and drafter, checked at start-up"
-        self.kv_group = groups[0]
-        self.page_size = kv_cache_config.kv_cache_groups[self.kv_group].kv_cache_spec.block_size
-        num_pages_per_block = self.page_size // block_tables.block_sizes[self.kv_group]
-        self.open_session(
-            self.draft_attn_layer_names,
-            block_tables.block_sizes[self.kv_group],
-            kv_cache_config.num_blocks * num_pages_per_block,
-            block_tables.input_block_tables[self.kv_group].shape[1],
-        )
+        groups = kv_cache_config.kv_cache_groups
+        names = self.draft_attn_layer_names
+        ours = [i for i, group in enumerate(groups) if names & set(group.layer_names)]
+        assert len(ours) == 1, "one KV page shape for target and drafter, checked at start-up"
+        self.kv_group = ours[0]
+        self.page_size = groups[self.kv_group].kv_cache_spec.block_size
+        size = block_tables.block_sizes[self.kv_group]
+        num_pages = kv_cache_config.num_blocks * (self.page_size // size)
+        table_width = block_tables.input_block_tables[self.kv_group].shape[1]
+        self.open_session(names, size, num_pages, table_width)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Nothing to set up: `capture` makes its own graphs."""
@@ -167,7 +160,6 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
         """Called by the runner where it captures its own graphs; ours share their memory pool."""
         if self.speculative_config.enforce_eager:
             return
-        assert self.drafter is not None
         hosted = self.drafter.model
         assert isinstance(hosted, HostedDraftModel)
         # read now: while vLLM profiles the memory of graphs, the pool is another one
@@ -214,22 +206,17 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
         else:
             if num_speculative_tokens is None:
                 num_speculative_tokens = self.num_speculative_steps
-            self.postponed = input_batch, num_sampled, num_speculative_tokens
+            self.postponed = functools.partial(
+                _View, self, input_batch, num_sampled, num_speculative_tokens
+            )
         no_drafts: torch.Tensor = self.draft_tokens[: input_batch.num_reqs].fill_(0)
         return no_drafts
 
-    def view(self, *step: Any) -> _View:
-        return _View(self, *step)
-
-    def target_step(self, runner: Any) -> Callable[[int], torch.Tensor]:
-        """A step of the target over a number of tokens, as vLLM runs it: in a graph if one fits."""
-
-        def step(num_tokens: int) -> torch.Tensor:
-            hidden_states, _ = runner._dummy_run(num_tokens, skip_eplb=True)
-            logits: torch.Tensor = runner.model.compute_logits(hidden_states[:num_tokens])
-            return logits
-
-        return step
+    def target_step(self, runner: Any, num_tokens: int) -> torch.Tensor:
+        """Logits of a step of the target, as vLLM runs it: in a graph if one fits."""
+        hidden_states, _ = runner._dummy_run(num_tokens, skip_eplb=True)
+        logits: torch.Tensor = runner.model.compute_logits(hidden_states[:num_tokens])
+        return logits
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended; also called in steps without any other."""

@@ -15,9 +15,7 @@ def _speculator(runner: Any) -> Any:
 
 
 @hook("v2", f"{RUNNER}:init_speculator")
-def build_ours(
-    original: Any, vllm_config: Any, device: Any, req_states: Any, *rest: Any, **more: Any
-) -> Any:
+def build_ours(original: Any, vllm_config: Any, device: Any, req_states: Any) -> Any:
     """Builds our speculator where vLLM would build its own.
 
     Goes when: vLLM lets plugins register speculators.
@@ -30,7 +28,7 @@ def build_ours(
 
 
 @hook("v2", f"{RUNNER}:GPUModelRunner.initialize_kv_cache")
-def widen_graphs(original: Any, self: Any, kv_cache_config: Any, *rest: Any, **more: Any) -> None:
+def widen_graphs(original: Any, self: Any, kv_cache_config: Any) -> None:
     """Plans full CUDA graphs for target steps with drafts of any lengths.
 
     Goes when: vLLM captures them for any speculator whose drafts differ in length.
@@ -43,7 +41,7 @@ def widen_graphs(original: Any, self: Any, kv_cache_config: Any, *rest: Any, **m
 
 
 @hook("v2", f"{RUNNER}:GPUModelRunner.take_draft_token_ids")
-def take_drafts(original: Any, self: Any, *rest: Any, **more: Any) -> Any:
+def take_drafts(original: Any, self: Any) -> Any:
     """Drafts, now that the step's tokens have gone out; tells the scheduler each draft's length.
 
     Goes when: vLLM's V2 runner reports one draft length per request.
@@ -53,9 +51,7 @@ def take_drafts(original: Any, self: Any, *rest: Any, **more: Any) -> Any:
 
 
 @hook("v2", f"{RUNNER}:GPUModelRunner.finish_requests")
-def forget_requests(
-    original: Any, self: Any, scheduler_output: Any, *rest: Any, **more: Any
-) -> None:
+def forget_requests(original: Any, self: Any, scheduler_output: Any) -> None:
     """Tells policies which requests have ended.
 
     Goes when: vLLM tells a speculator which requests have ended.
@@ -67,9 +63,7 @@ def forget_requests(
 
 
 @hook("v2", f"{RUNNER}:GPUModelRunner.add_requests")
-def keep_parameters(
-    original: Any, self: Any, scheduler_output: Any, *rest: Any, **more: Any
-) -> None:
+def keep_parameters(original: Any, self: Any, scheduler_output: Any) -> None:
     """Keeps each request's sampling parameters by state slot.
 
     Goes when: vLLM gives a speculator the parameters of the requests in a batch.

@@ -8,7 +8,7 @@ from failfast_vllm.integration.hooks import asked_for, hook, install
 
 
 @hook("worker", "vllm.v1.worker.worker_base:WorkerBase.__init__")
-def prepare_worker(original: Any, self: Any, vllm_config: Any, *rest: Any, **more: Any) -> None:
+def prepare_worker(original: Any, self: Any, vllm_config: Any) -> None:
     """Installs the hooks of the model runner, and wraps the worker's start-up and shutdown.
 
     Runner hooks import CUDA libraries, so they wait for a worker process that needs them.

@@ -67,17 +67,17 @@ class Runner:
         return tokens
 
 
-def body(original, self, tokens, *rest, **more):
+def body(original, self, tokens):
     """Doubles the tokens. Twice is enough.
 
     Goes when: they are doubled
     elsewhere.
     """
-    return original.func(self, tokens * 2, *rest, **more)
+    return original.func(self, tokens * 2, **original.keywords)
 
 
-def static_body(original, tokens, *rest, **more):
-    return original.func(tokens * 2, *rest, **more)
+def static_body(original, tokens):
+    return original.func(tokens * 2)
 
 
 @pytest.fixture
