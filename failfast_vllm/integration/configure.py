@@ -26,10 +26,7 @@ _warn_once = functools.cache(logger.warning)
 
 @hook("configuration", f"{ENGINE_ARGS}.create_speculative_config")
 def create_speculative_config(
-    original: Any,
-    self: Any,
-    target_model_config: Any,
-    target_parallel_config: Any,
+    original: Any, self: Any, target_model_config: Any, target_parallel_config: Any
 ) -> Any:
     """Checks the user's keys, then asks vLLM for a draft model with ragged CPU drafts.
 
@@ -60,7 +57,7 @@ def create_speculative_config(
     speculative = original.func(asking, guarded, target_parallel_config)
     speculative.target_model_config = target_model_config
     assert speculative.method == "draft_model", speculative.method
-    facts = _fit_drafter(self, speculative, drafter, published, knobs, given)
+    facts = _fit_drafter(speculative, published, knobs, given, self.enable_eplb)
     self.async_scheduling = False  # lengths per sequence need the synchronous scheduler
     self.additional_config = {**(self.additional_config or {}), METHOD: facts}
     return speculative
@@ -87,11 +84,7 @@ def add_cli_args(original: Any, parser: Any) -> Any:
 
 @hook("configuration", f"{ENGINE_ARGS}._set_default_max_num_seqs_and_batched_tokens_args")
 def make_room_for_lora(
-    original: Any,
-    self: Any,
-    usage_context: Any,
-    model_config: Any,
-    parallel_config: Any,
+    original: Any, self: Any, usage_context: Any, model_config: Any, parallel_config: Any
 ) -> None:
     """Says which flags make vLLM's LoRA buffers hold a full draft of every sequence.
 
@@ -161,34 +154,32 @@ def _find_drafter(
 
 
 def _fit_drafter(
-    args: Any,
     speculative: Any,
-    drafter: str,
     published: dict[str, Any] | None,
     knobs: FailFastConfig,
     given: dict[str, Any],
+    enable_eplb: bool,
 ) -> dict[str, Any]:
     """Check the drafter that vLLM has found, and spread it; raises ValueError.
 
     Returns:
         What the worker must know: the knobs, and facts about blocks and tokens.
     """
-    hf_config = speculative.draft_model_config.hf_config.to_dict()
+    drafter, hf_config = speculative.model, speculative.draft_model_config.hf_config.to_dict()
     asked_size = given.get(BLOCK_SIZE)
     family = checks.check_drafter_config(drafter, hf_config, asked_size)
     block = checks.find_block_size(drafter, family, published or hf_config, asked_size)
     if block.doubt:
         _warn_once(f"failfast: {drafter!r} drafts in blocks of {block.size}: {block.doubt}")
-    check_balancing(family, drafter, args.enable_eplb)
-    _spread_drafter(speculative, drafter, hf_config, given)
+    check_balancing(family, drafter, enable_eplb)
+    _spread_drafter(speculative, hf_config, given)
     # cut like a dense MLP: ranks that hold different experts would wait for each other
     speculative.draft_parallel_config.enable_expert_parallel = False
-    target, revision = speculative.target_model_config, given.get("revision")
     return {
         **knobs.for_block_size(block.size, given).to_dict(),
         "diffusion_block_size": block.size,
         "logit_shift": family.logit_shift,
-        **_token_facts(target, drafter, revision, family, hf_config),
+        **_token_facts(speculative, family, hf_config),
     }
 
 
@@ -201,9 +192,7 @@ def check_balancing(family: Family, drafter: str, enable_eplb: bool) -> None:
         )
 
 
-def _spread_drafter(
-    speculative: Any, drafter: str, hf_config: dict[str, Any], given: dict[str, Any]
-) -> None:
+def _spread_drafter(speculative: Any, hf_config: dict[str, Any], given: dict[str, Any]) -> None:
     """Shard the drafter over the target's ranks, or let each of them hold the whole of it."""
     num_ranks = speculative.target_parallel_config.tensor_parallel_size
     if given.get("draft_tensor_parallel_size", num_ranks) == 1:
@@ -216,7 +205,7 @@ def _spread_drafter(
         )
     elif "draft_tensor_parallel_size" in given:
         raise ValueError(
-            f"failfast: {num_ranks} ranks cannot share the drafter {drafter!r}; "
+            f"failfast: {num_ranks} ranks cannot share the drafter {speculative.model!r}; "
             f"got {undivided}. Set 'draft_tensor_parallel_size' to 1."
         )
     else:
@@ -227,19 +216,14 @@ def _spread_drafter(
         )
 
 
-def _token_facts(
-    target_model_config: Any,
-    drafter: str,
-    revision: str | None,
-    family: Family,
-    drafter_hf_config: dict[str, Any],
-) -> dict[str, int]:
+def _token_facts(speculative: Any, family: Family, hf_config: dict[str, Any]) -> dict[str, int]:
     """MASK, and how many ids may be drafted; refuses a drafter with another tokenizer."""
     from transformers import AutoTokenizer
 
-    shared = min(target_model_config.get_vocab_size(), int(drafter_hf_config["vocab_size"]))
-    if target_model_config.skip_tokenizer_init:  # the user vouches for the ids
-        mask = checks.mask_token_id(family, drafter_hf_config, {})
+    drafter, target = speculative.model, speculative.target_model_config
+    shared = min(target.get_vocab_size(), int(hf_config["vocab_size"]))
+    if target.skip_tokenizer_init:  # the user vouches for the ids
+        mask = checks.mask_token_id(family, hf_config, {})
         return {"mask_token_id": mask, "num_draftable_tokens": shared}
     from vllm.tokenizers.registry import cached_tokenizer_from_config
 
@@ -247,8 +231,8 @@ def _token_facts(
         files = [os.path.join(drafter, name) for name in VOCABULARIES]
         if os.path.isdir(drafter) and not any(map(os.path.isfile, files)):
             raise OSError(f"it has no {' or '.join(VOCABULARIES)}")  # else an empty one is made
-        drafter_tokenizer = AutoTokenizer.from_pretrained(
-            drafter, revision=revision, trust_remote_code=False
+        tokenizer = AutoTokenizer.from_pretrained(
+            drafter, revision=speculative.revision, trust_remote_code=False
         )
     except Exception as error:  # of a damaged file the libraries raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -256,11 +240,10 @@ def _token_facts(
             f"failfast: cannot load the tokenizer of the drafter {drafter!r} ({reason}); "
             f"give a complete {family.name} checkpoint."
         ) from None
-    target_vocab = cached_tokenizer_from_config(target_model_config).get_vocab()
-    drafter_vocab = drafter_tokenizer.get_vocab()
-    mask = checks.mask_token_id(family, drafter_hf_config, drafter_vocab)
-    checks.check_tokenizers(target_model_config.model, target_vocab, drafter, drafter_vocab, mask)
+    theirs, ours = cached_tokenizer_from_config(target).get_vocab(), tokenizer.get_vocab()
+    mask = checks.mask_token_id(family, hf_config, ours)
+    checks.check_tokenizers(target.model, theirs, drafter, ours, mask)
     return {
         "mask_token_id": mask,
-        "num_draftable_tokens": min(shared, max(target_vocab.values()) + 1),
+        "num_draftable_tokens": min(shared, max(theirs.values()) + 1),
     }

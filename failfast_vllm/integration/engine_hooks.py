@@ -43,11 +43,7 @@ def send_counts(original: Any, self: Any, spec_decoding_stats: Any = None) -> An
 
 @hook("metrics", "vllm.v1.engine.async_llm:AsyncLLM.__init__")
 def add_stat_logger(
-    original: Any,
-    self: Any,
-    vllm_config: Any,
-    executor_class: Any,
-    log_stats: bool,
+    original: Any, self: Any, vllm_config: Any, executor_class: Any, log_stats: bool
 ) -> None:
     """Adds our stat logger to an engine that was asked for failfast.
 
