@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from vllm.config import VllmConfig
@@ -15,15 +16,13 @@ SLOW_MS = 500.0  # wider passes than one that takes longer are extrapolated
 WARM_UP_MS = 8000.0  # of that for each model, on a CPU; a busy one has it seem longer
 MAX_WARM_ROWS = 128  # of the target: with the drafter's they fit into oneDNN's cache of 1024
 
-Clock = Callable[[], float]  # seconds
-
 
 @torch.inference_mode()
 def measure_costs(
     target_step: Callable[[int], torch.Tensor],
     drafter: HostedDraftModel,
     vllm_config: VllmConfig,
-    clock: Clock = time.perf_counter,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Costs:
     """Time steps of the target and passes of the drafter, in a few seconds; on all ranks alike.
 
@@ -32,7 +31,7 @@ def measure_costs(
     Args:
         target_step: runs the target over a number of tokens and returns logits of them.
     """
-    knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
+    knobs = vllm_config.additional_config[METHOD]
     scheduler, ranks = vllm_config.scheduler_config, vllm_config.parallel_config
     widest = min(scheduler.max_num_seqs + knobs["draft_budget"], scheduler.max_num_batched_tokens)
     in_lockstep = max(ranks.data_parallel_size, ranks.tensor_parallel_size) > 1
@@ -57,12 +56,13 @@ def measure_costs(
     return Costs(draft.table(sizes), target.table(sizes))
 
 
+@dataclass
 class _Timed:
     """A model, and the shortest time that each number of rows took it."""
 
-    def __init__(self, run: Callable[[int], torch.Tensor], clock: Clock) -> None:
-        self.run, self.clock = run, clock
-        self.best: dict[int, float] = {}  # milliseconds by rows
+    run: Callable[[int], torch.Tensor]
+    clock: Callable[[], float]  # seconds
+    best: dict[int, float] = field(default_factory=dict)  # milliseconds by rows
 
     def milliseconds(self, size: int) -> float:
         began = self.clock()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,40 +17,35 @@ from failfast_vllm.integration.requests import asked
 from failfast_vllm.integration.startup import TimedDraftModel, make_drafter, stop_token_ids
 from failfast_vllm.observe.counters import DraftStats
 
-Emitted = Sequence[Sequence[int]]  # [num_reqs], accepted tokens and the bonus; none: not sampled
 
+class View:
+    """An adapter's reading of its runner, once a step's tokens are booked: all of [num_reqs]."""
 
-class State(NamedTuple):
-    """What the next drafts are made from; arrays of [num_reqs]."""
-
-    token_ids: torch.Tensor  # these three as in `DraftStep`
+    req_ids: Sequence[str]
+    num_tokens: int  # that the target has computed in the step
+    num_verified: Sequence[int]  # draft tokens that it has verified
+    num_speculative_tokens: int  # most tokens of a draft
+    block_table: torch.Tensor  # as in `DraftStep`
+    # what came of the last drafts
+    emitted: Sequence[Sequence[int]]  # accepted tokens and the bonus; none: not sampled
+    known_lens: Lengths  # prompt and accepted tokens
+    # what the next are made from
+    token_ids: torch.Tensor  # these two as in `DraftStep`
     slots: Lengths
-    block_table: torch.Tensor
     committed_lens: Lengths  # tokens whose KV the drafter has
     computed_lens: Lengths  # tokens whose KV the target has, as far as the drafter can follow
     room: Lengths  # most tokens of a draft before the request's end; negative: it has ended
     params: Sequence[Any]  # vLLM's SamplingParams
-    num_speculative_tokens: int
 
+    def read_outcome(self) -> None:
+        """Read what came of the last drafts: on V2 the copy from the device."""
 
-class View:
-    """An adapter's reading of its runner, once a step's tokens are booked."""
-
-    req_ids: Sequence[str]
-    num_tokens: int  # that the target has computed in the step
-    num_verified: Sequence[int]  # [num_reqs], draft tokens that it has verified
-
-    def outcome(self) -> tuple[Emitted, Lengths]:
-        """Read what came of the last drafts, and prompt and accepted tokens, [num_reqs]."""
-        raise NotImplementedError
-
-    def state(self, sampled: Flags) -> State:
-        """Read the rest; [num_reqs] `sampled` says for which requests tokens were emitted."""
-        raise NotImplementedError
+    def read_state(self, sampled: Flags) -> None:
+        """Read the rest; `sampled` says for which requests tokens were emitted."""
 
     def hand_out(self, drafts: Drafts) -> list[list[int]]:
         """Give drafts to the runner; returns what the scheduler is told of each."""
-        raise NotImplementedError
+        return drafts.to_lists()
 
 
 @dataclass
@@ -79,12 +74,12 @@ class Session:
         rests = not planner.step_began(req_ids, view.num_tokens)
         if rests and not stats.wants_plain:
             return []
-        emitted, known_lens = view.outcome()
+        view.read_outcome()
         rounds = self.ledger.settle(
             req_ids,
             view.num_verified,
-            emitted,
-            known_lens.tolist(),
+            view.emitted,
+            view.known_lens.tolist(),
             step=stats.num_steps,
             plain=stats.wants_plain,
         )
@@ -92,7 +87,7 @@ class Session:
         if rests:
             return []
         self.learn([r for r in rounds if r.num_verified])
-        drafts = self.drafter.propose(self._gather(view, emitted, known_lens))
+        drafts = self.drafter.propose(self._gather(view))
         lists = view.hand_out(drafts)
         self.ledger.open(req_ids, drafts, drafts.to_lists() if stats.wants_token_ids else ())
         stats.step_ended(drafts)
@@ -112,21 +107,21 @@ class Session:
         for memory in (self.ledger, self.stats, drafter.policy, drafter.reuse, drafter.tokens):
             memory.forget(req_ids)
 
-    def _gather(self, view: View, emitted: Emitted, known_lens: Lengths) -> DraftStep:
+    def _gather(self, view: View) -> DraftStep:
         """What a step asks of the drafter."""
-        drafter, sampled = self.drafter, np.array([bool(ids) for ids in emitted], dtype=bool)
-        state = view.state(sampled)
-        wanted = asked(state.params, emitted, self.eos_token_ids, state.num_speculative_tokens)
-        max_draft_lens = np.minimum(wanted.max_draft_lens, np.maximum(state.room, 0))
-        ended = sampled & (wanted.ended | (state.room < 0))
-        size, committed = drafter.diffusion_block_size, state.committed_lens
-        final = np.maximum(state.computed_lens // size * size, committed)
+        drafter, sampled = self.drafter, np.array([bool(ids) for ids in view.emitted], dtype=bool)
+        view.read_state(sampled)
+        wanted = asked(view.params, view.emitted, self.eos_token_ids, view.num_speculative_tokens)
+        max_draft_lens = np.minimum(wanted.max_draft_lens, np.maximum(view.room, 0))
+        ended = sampled & (wanted.ended | (view.room < 0))
+        size, committed = drafter.diffusion_block_size, view.committed_lens
+        final = np.maximum(view.computed_lens // size * size, committed)
         return DraftStep(
             req_ids=view.req_ids,
-            token_ids=state.token_ids,
-            slots=state.slots,
-            block_table=state.block_table,
-            known_lens=np.where(sampled, known_lens, final),
+            token_ids=view.token_ids,
+            slots=view.slots,
+            block_table=view.block_table,
+            known_lens=np.where(sampled, view.known_lens, final),
             committed_lens=committed,
             final_lens=np.where(ended, committed, final),
             max_draft_lens=np.where(sampled & ~ended, max_draft_lens, 0),
@@ -145,8 +140,8 @@ class Adapter:
     session: Session | None = None  # set by `open_session`
     postponed: Callable[[], View] | None = None  # the step that `take_drafts` drafts for
 
-    def set_up(self) -> None:
-        """Called once vLLM's proposer is made."""
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.eos_token_ids = frozenset(stop_token_ids(self.vllm_config.model_config))
         self.stats = DraftStats()
         # a KV connector fills pages that our commits know nothing of: what it brings is not trusted

@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.config.utils import replace
 from vllm.distributed import get_tp_group
 
+from failfast_kernels import TokenConfidence
 from failfast_vllm.config import METHOD
 from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.drafters.hosted import HostedDraftModel
@@ -25,6 +26,7 @@ from failfast_vllm.drafting.interfaces import (
 )
 from failfast_vllm.drafting.ledger import Ledger
 from failfast_vllm.drafting.path_search import PathSearch
+from failfast_vllm.drafting.records import Candidates, DraftBatch
 from failfast_vllm.drafting.reuse import RejectedDrafts
 from failfast_vllm.drafting.workspace import Geometry
 from failfast_vllm.integration.measure import measure_costs
@@ -35,22 +37,22 @@ from failfast_vllm.planning.planner import LoadPlanner
 from failfast_vllm.policies.table import make_policy
 
 
-def _timed(method: Any) -> Any:
-    @functools.wraps(method)
-    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.watch:
-            return method(self, *args, **kwargs)
-
-    return timed
-
-
 class TimedDraftModel(HostedDraftModel):
     """The draft model, with a stopwatch on what drafting asks of it."""
 
     watch: Stopwatch
-    forward = _timed(HostedDraftModel.forward)
-    confidence = _timed(HostedDraftModel.confidence)
-    candidates = _timed(HostedDraftModel.candidates)
+
+    def forward(self, batch: DraftBatch) -> torch.Tensor:
+        with self.watch:
+            return super().forward(batch)
+
+    def confidence(self, *rows: Any, **more: Any) -> TokenConfidence:
+        with self.watch:
+            return super().confidence(*rows, **more)
+
+    def candidates(self, *rows: Any, **more: Any) -> tuple[TokenConfidence, Candidates]:
+        with self.watch:
+            return super().candidates(*rows, **more)
 
 
 def make_drafter(model: HostedDraftModel, kv_block_size: int, num_pages: int) -> Drafter:
@@ -61,8 +63,7 @@ def make_drafter(model: HostedDraftModel, kv_block_size: int, num_pages: int) ->
             f"got {kv_block_size}. Leave --block-size out."
         )
     vllm_config, device = model.vllm_config, model.device
-    assert vllm_config.speculative_config is not None
-    knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
+    knobs = vllm_config.additional_config[METHOD]
     policy, tokens, reuse = _learners(knobs)
     stop_ids = stop_token_ids(vllm_config.model_config)
     return Drafter(
@@ -102,9 +103,7 @@ def start_serving(adapter: Any, runner: Any) -> None:
     knobs = vllm_config.additional_config[METHOD]
     if knobs["load_aware"]:
         target_step = functools.partial(adapter.target_step, runner)
-        drafter.planner = make_planner(
-            measure_costs(target_step, drafter.model, vllm_config), vllm_config
-        )
+        drafter.planner = _planner(measure_costs(target_step, drafter.model, vllm_config), knobs)
     stats.reset()
     if stats.trace is None:  # may be open: some start-ups end twice
         stats.trace = _trace_writer(vllm_config, drafter.geometry.kv_block_size)
@@ -115,12 +114,11 @@ def start_serving(adapter: Any, runner: Any) -> None:
 
 def _trace_writer(vllm_config: VllmConfig, kv_block_size: int) -> TraceWriter | None:
     """Where rounds are written down, if asked for and this is the first rank of all."""
-    knobs = dict(vllm_config.additional_config[METHOD])  # type: ignore[index]
+    knobs = dict(vllm_config.additional_config[METHOD])
     path, with_ids = knobs.pop("trace"), knobs.pop("trace_ids")
     ranks = vllm_config.parallel_config
     if path is None or ranks.rank or ranks.data_parallel_index:
         return None
-    assert vllm_config.speculative_config is not None
     target, drafter = vllm_config.model_config, vllm_config.speculative_config.draft_model_config
     names = {role: Path(of.model) for role, of in (("target", target), ("drafter", drafter))}
     header = {
@@ -133,9 +131,12 @@ def _trace_writer(vllm_config: VllmConfig, kv_block_size: int) -> TraceWriter | 
     return TraceWriter(path, header, with_ids)
 
 
-def make_planner(costs: Costs, vllm_config: VllmConfig) -> LoadPlanner:
-    """Build the load planner; every rank gets the times of the first, now and while serving."""
+def _planner(costs: Costs, knobs: dict[str, Any]) -> LoadPlanner:
+    """Every rank gets the times of the first, now and while serving."""
     group = get_tp_group()
+    cap, increment = knobs["num_speculative_tokens"], knobs["draft_increment"]
+    if group.world_size == 1:
+        return LoadPlanner(costs, cap, increment, learns=True)
 
     def of_first_rank(times: list[float]) -> list[float]:
         shared = torch.tensor(times, dtype=torch.float64)
@@ -143,14 +144,8 @@ def make_planner(costs: Costs, vllm_config: VllmConfig) -> LoadPlanner:
         agreed: list[float] = shared.tolist()
         return agreed
 
-    if group.world_size > 1:
-        costs = group.broadcast_object(costs)
-    knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
-    planner = LoadPlanner(
-        costs, knobs["num_speculative_tokens"], knobs["draft_increment"], learns=True
-    )
-    if group.world_size > 1:
-        planner.agree = of_first_rank
+    planner = LoadPlanner(group.broadcast_object(costs), cap, increment, learns=True)
+    planner.agree = of_first_rank
     return planner
 
 
@@ -159,9 +154,9 @@ def stop_token_ids(model_config: Any) -> list[int]:
 
     A multimodal target may have them in the config of its language model only.
     """
+    configs = (model_config.hf_config, model_config.hf_text_config)
     found = [model_config.try_get_generation_config().get("eos_token_id")]
-    for config in (model_config.hf_config, model_config.hf_text_config):
-        found.append(getattr(config, "eos_token_id", None))
+    found += [getattr(config, "eos_token_id", None) for config in configs]
     eos: Any = next((ids for ids in found if ids is not None), [])
     return [int(i) for i in (eos if isinstance(eos, list) else [eos])]
 

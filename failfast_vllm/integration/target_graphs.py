@@ -21,9 +21,9 @@ def widen(runner: Any) -> None:
     mode = graphs.cudagraph_mode
     if not mode.separate_routine() or mode.decode_mode() != CUDAGraphMode.FULL:
         return  # no graphs, graphs of pieces, or graphs that fit any batch
-    target_layers = {
-        name for group in runner.kv_cache_config.kv_cache_groups for name in group.layer_names
-    } - runner.speculator.draft_attn_layer_names
+    groups = runner.kv_cache_config.kv_cache_groups
+    target_layers = {name for group in groups for name in group.layer_names}
+    target_layers -= runner.speculator.draft_attn_layer_names
     refusing = get_varlen_cudagraph_unsupported_backend(
         runner.attn_groups, runner.vllm_config, runner.decode_query_len, target_layers
     )

@@ -17,8 +17,8 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from failfast_vllm.drafters.hosted import profile_pass
 from failfast_vllm.drafters.parallel import drafter_group
-from failfast_vllm.drafting.records import UNKNOWN, Drafts, Flags, Lengths, to_device
-from failfast_vllm.integration.session import Adapter, Emitted, State, View
+from failfast_vllm.drafting.records import UNKNOWN, Flags, to_device
+from failfast_vllm.integration.session import Adapter, View
 from failfast_vllm.integration.startup import drafters_config
 
 MIN_P_EPSILON = 1e-5  # below it vLLM takes min_p for 0
@@ -34,46 +34,37 @@ class _View(View):
         sampled_token_ids: list[list[int]],  # [num_reqs][0 or more]
         common_attn_metadata: Any,
     ) -> None:
-        self.adapter = adapter
+        self.adapter, self.batch = adapter, adapter.runner.input_batch
         self.scheduler_output = scheduler_output
         self.emitted = sampled_token_ids
         self.num_reqs = len(sampled_token_ids)
         self.block_table = common_attn_metadata.block_table_tensor[: self.num_reqs]
-        self.batch = adapter.runner.input_batch
         self.req_ids = self.batch.req_ids[: self.num_reqs]
         self.num_tokens = scheduler_output.total_num_scheduled_tokens
+        self.num_speculative_tokens = scheduler_output.num_spec_tokens_to_schedule
         verified = scheduler_output.scheduled_spec_decode_tokens
         self.num_verified = [len(verified.get(r, ())) for r in self.req_ids]
         self.known_lens = self.batch.num_tokens_no_spec[: self.num_reqs].astype(np.int64)
 
-    def outcome(self) -> tuple[Emitted, Lengths]:
-        return self.emitted, self.known_lens
-
-    def state(self, sampled: Flags) -> State:
+    def read_state(self, sampled: Flags) -> None:
         known, limit = self.known_lens, self.adapter.position_limit
         before = self.batch.num_computed_tokens_cpu[: self.num_reqs]  # this step
         at_most = to_device(np.minimum(before, limit), self.adapter.device)
         committed = self.adapter.drafter.blocks.committed_lens(self.block_table, at_most)
+        self.committed_lens = committed.cpu().numpy()
         scheduled = self.scheduler_output.num_scheduled_tokens
         computed = before.astype(np.int64) + np.array([scheduled[r] for r in self.req_ids])
-        computed = np.where(sampled, known - 1, computed)
+        self.computed_lens = np.minimum(np.where(sampled, known - 1, computed), limit)
         requests = [self.adapter.runner.requests[req_id] for req_id in self.req_ids]
-        params = [request.sampling_params for request in requests]
-        lens = zip(known.tolist(), [r.num_prompt_tokens for r in requests], strict=True)
+        self.params = [request.sampling_params for request in requests]
+        num_output = known - np.array([request.num_prompt_tokens for request in requests])
         most = [
-            min(_most_drafted(of, length - num_prompt, limit), limit - length - 1)
-            for of, (length, num_prompt) in zip(params, lens, strict=True)
+            _most_drafted(params, length, limit)
+            for params, length in zip(self.params, num_output.tolist(), strict=True)
         ]
-        return State(
-            token_ids=self._token_ids(int(known.max(initial=0))),
-            slots=np.arange(self.num_reqs),
-            block_table=self.block_table,
-            committed_lens=committed.cpu().numpy(),
-            computed_lens=np.minimum(computed, limit),
-            room=np.array(most, dtype=np.int64),
-            params=params,
-            num_speculative_tokens=self.scheduler_output.num_spec_tokens_to_schedule,
-        )
+        self.room = np.minimum(np.array(most, dtype=np.int64), limit - known - 1)
+        self.slots = np.arange(self.num_reqs)
+        self.token_ids = self._token_ids(int(known.max(initial=0)))
 
     def _token_ids(self, width: int) -> torch.Tensor:
         """[num_reqs, width] known tokens, UNKNOWN where there is an embedding instead."""
@@ -83,9 +74,6 @@ class _View(View):
             tokens = tokens.where(is_id, UNKNOWN)
         return tokens.to(self.adapter.device)
 
-    def hand_out(self, drafts: Drafts) -> list[list[int]]:
-        return drafts.to_lists()
-
 
 class FailFastProposer(Adapter, DraftModelProposer):
     """vLLM's proposer interface over `drafter.Drafter`."""
@@ -93,7 +81,6 @@ class FailFastProposer(Adapter, DraftModelProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
         self.runner = runner
-        self.set_up()
 
     def _raise_if_padded_drafter_batch_disabled(self) -> None:
         """Ragged drafts on the CPU are the point of this proposer."""

@@ -24,8 +24,8 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from failfast_vllm.drafters.cuda_graphs import cuda_graph
 from failfast_vllm.drafters.hosted import HostedDraftModel, profile_pass
 from failfast_vllm.drafters.parallel import drafter_group
-from failfast_vllm.drafting.records import UNKNOWN, Drafts, Flags, Lengths, to_device
-from failfast_vllm.integration.session import Adapter, Emitted, State, View
+from failfast_vllm.drafting.records import UNKNOWN, Drafts, Flags, to_device
+from failfast_vllm.integration.session import Adapter, View
 from failfast_vllm.integration.startup import drafters_config
 
 
@@ -50,7 +50,7 @@ class _View(View):
         tables = adapter.block_tables.input_block_tables
         self.block_table = tables[adapter.kv_group][: self.num_reqs]
 
-    def outcome(self) -> tuple[Emitted, Lengths]:
+    def read_outcome(self) -> None:
         """Copy the verdict from the device: lengths, and the last tokens of each request."""
         rows, limit = self.batch.idx_mapping, self.adapter.position_limit
         known = self.states.total_len.gpu[rows].long()
@@ -63,38 +63,30 @@ class _View(View):
         lens = torch.stack((known, committed, computed, self.num_sampled.long()), dim=1)
         on_host = torch.cat((lens, last_ids.long()), dim=1).cpu().numpy()  # the copy back
         self.known_lens, self.committed_lens, self.computed_lens, num_emitted = on_host[:, :4].T
-        emitted = [
+        self.emitted = [
             ids[most - length :]
             for ids, length in zip(on_host[:, 4:].tolist(), num_emitted.tolist(), strict=True)
         ]
-        return emitted, self.known_lens
 
-    def state(self, sampled: Flags) -> State:
+    def read_state(self, sampled: Flags) -> None:
         known, slots = self.known_lens, self.batch.idx_mapping_np
-        token_ids, rows = self._token_ids(int(known.max(initial=0)))
+        self._read_token_ids(int(known.max(initial=0)))
         request_end = self.states.max_seq_len[slots]  # prompt + max_tokens
-        return State(
-            token_ids=token_ids,
-            slots=rows,
-            block_table=self.block_table,
-            committed_lens=self.committed_lens,
-            computed_lens=self.computed_lens,
-            room=np.minimum(request_end, self.adapter.position_limit) - known - 1,
-            params=[self.adapter.params[slot] for slot in slots],
-            num_speculative_tokens=self.num_speculative_tokens,
-        )
+        self.room = np.minimum(request_end, self.adapter.position_limit) - known - 1
+        self.params = [self.adapter.params[slot] for slot in slots]
 
-    def _token_ids(self, width: int) -> tuple[torch.Tensor, Lengths]:
+    def _read_token_ids(self, width: int) -> None:
         """Tokens up to the longest request's end, and each request's row among them."""
-        table, embedded = self.states.all_token_ids.gpu, self.adapter.embedded
+        self.token_ids, embedded = self.states.all_token_ids.gpu, self.adapter.embedded
+        self.slots = self.batch.idx_mapping_np.astype(np.int64)
         if embedded.keys().isdisjoint(self.req_ids):
-            return table, self.batch.idx_mapping_np.astype(np.int64)
-        token_ids = table[self.batch.idx_mapping, :width]  # a copy: in the table vLLM reads 0
+            return
+        self.slots = np.arange(self.num_reqs)  # in a copy: in the table vLLM reads 0
+        self.token_ids = self.token_ids[self.batch.idx_mapping, :width]
         for row, req_id in enumerate(self.req_ids):
             if req_id in embedded:
                 hidden = embedded[req_id]
-                token_ids[row, : len(hidden)].masked_fill_(hidden, UNKNOWN)
-        return token_ids, np.arange(self.num_reqs)
+                self.token_ids[row, : len(hidden)].masked_fill_(hidden, UNKNOWN)
 
     def hand_out(self, drafts: Drafts) -> list[list[int]]:
         """The ids stay on the device, where the runner finds them; a grammar sees them, too."""
@@ -114,7 +106,6 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any) -> None:
         super().__init__(vllm_config, device)
         self.req_states = req_states
-        self.set_up()
         self.params: list[Any] = [None] * self.max_num_reqs  # SamplingParams by state slot
         self.embedded: dict[str, torch.Tensor] = {}  # request -> [prompt_len] bool: no id there
 
