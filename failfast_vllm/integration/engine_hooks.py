@@ -5,6 +5,7 @@ from typing import Any
 from failfast_vllm.integration.hooks import asked_for, hook, install, logger, stage_problem
 
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory"
 
 
 def install_metrics() -> None:
@@ -73,10 +74,7 @@ def pad_no_new_requests(original: Any, self: Any, vllm_config: Any) -> None:
         self.dynamic_sd_lookup = [self.num_spec_tokens] * (max_num_seqs + 1)
 
 
-@hook(
-    "engine",
-    "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.create_connector",
-)
+@hook("engine", f"{CONNECTORS}.create_connector")
 def connect_the_target(original: Any, config: Any, role: Any, kv_cache_config: Any) -> Any:
     """Lets KV connectors move the target's layers only.
 

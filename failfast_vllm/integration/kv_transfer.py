@@ -50,8 +50,8 @@ def hide_drafter(connector: Any) -> None:
         load(replace(forward_context, no_compile_layers=layers), **kwargs)
 
     def unless_drafters(function: Any) -> Any:
-        return lambda name, *args, **kwargs: (
-            None if is_drafters(name) else function(name, *args, **kwargs)
+        return lambda layer_name, *args, **kwargs: (
+            None if is_drafters(layer_name) else function(layer_name, *args, **kwargs)
         )
 
     connector.register_kv_caches = lambda kv_caches: register(targets(kv_caches))

@@ -35,9 +35,9 @@ def widen_graphs(original: Any, self: Any, kv_cache_config: Any) -> None:
     """
     original()
     if _speculator(self) is not None:
-        from failfast_vllm.integration import target_graphs
+        from failfast_vllm.integration.v2 import widen_target_graphs
 
-        target_graphs.widen(self)
+        widen_target_graphs(self)
 
 
 @hook("v2", f"{RUNNER}:GPUModelRunner.take_draft_token_ids")
