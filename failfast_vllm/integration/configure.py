@@ -308,7 +308,4 @@ def _token_facts(speculative: Any, family: Family, hf_config: dict[str, Any]) ->
     theirs, ours = cached_tokenizer_from_config(target).get_vocab(), tokenizer.get_vocab()
     mask = checks.mask_token_id(family, hf_config, ours)
     checks.check_tokenizers(target.model, theirs, drafter, ours, mask)
-    return {
-        "mask_token_id": mask,
-        "num_draftable_tokens": min(shared, max(theirs.values()) + 1),
-    }
+    return {"mask_token_id": mask, "num_draftable_tokens": min(shared, max(theirs.values()) + 1)}

@@ -1,13 +1,9 @@
 """Prometheus metrics: counted in the worker, added up by the scheduler, shown by the API server.
 
-    worker        `Counts`, one list of integers per step, on the drafts that vLLM fetches
-    scheduler     the list travels behind the positions of `SpecDecodingStats`, which no reader of
-                  vLLM looks at, so that vLLM's own messages need no new field
-    API server    `FailFastStatLogger`, one of vLLM's stat loggers
-
-vLLM would load a stat logger by entry point, too, but then in every server, and that switches
-statistics on where `--disable-log-stats` has switched them off. So the logger is handed to engines
-that were asked for failfast only. docs/metrics.md lists the series.
+A worker's `Counts` go with the drafts that vLLM fetches, a list of integers per step, and from the
+scheduler on after the positions of `SpecDecodingStats`, where no reader of vLLM looks. A stat
+logger loaded by entry point would switch statistics on in every server, so engines that were asked
+for failfast are given ours. docs/metrics.md lists the series.
 """
 
 from collections.abc import Sequence

@@ -127,9 +127,9 @@ def _trace_writer(vllm_config: VllmConfig, kv_block_size: int) -> TraceWriter | 
     if path is None or ranks.rank or ranks.data_parallel_index:
         return None
     target, drafter = vllm_config.model_config, vllm_config.speculative_config.draft_model_config
-    names = {role: Path(of.model) for role, of in (("target", target), ("drafter", drafter))}
+    models = {"target": target.model, "drafter": drafter.model}
     header = {
-        **{role: path.name if path.is_dir() else str(path) for role, path in names.items()},
+        **{role: Path(name).name if Path(name).is_dir() else name for role, name in models.items()},
         "dtype": str(target.dtype).removeprefix("torch."),
         "max_num_seqs": vllm_config.scheduler_config.max_num_seqs,
         "kv_block_size": kv_block_size,

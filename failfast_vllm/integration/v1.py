@@ -1,9 +1,8 @@
 """The drafter on vLLM's V1 model runner: an adapter that owns no algorithm.
 
 vLLM builds it where it would build its own `DraftModelProposer`, so loading, KV allocation and
-memory profiling are vLLM's. Once per engine step, after the accepted tokens are booked, the runner
-offers the step to `postpone`. Once its tokens have gone out, vLLM's engine asks for drafts:
-`take_drafts`.
+memory profiling are vLLM's. The runner offers each step to `postpone`, after the accepted tokens
+are booked. Once they have gone out, vLLM's engine asks for drafts: `take_drafts`.
 """
 
 import functools
@@ -126,9 +125,8 @@ class FailFastProposer(Adapter, DraftModelProposer):
     ) -> list[list[int]]:
         """The runner has booked a step's tokens, which nobody has seen yet: no drafts so far."""
         emitted = [list(ids) for ids in sampled_token_ids]  # a scheduler in this process cuts them
-        self.postponed = functools.partial(
-            _View, self, scheduler_output, emitted, common_attn_metadata
-        )
+        step = scheduler_output, emitted, common_attn_metadata
+        self.postponed = functools.partial(_View, self, *step)
         return [[]] * len(emitted)
 
     def target_step(self, runner: Any, num_tokens: int) -> torch.Tensor:

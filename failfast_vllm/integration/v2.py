@@ -1,9 +1,7 @@
 """The drafter on vLLM's V2 model runner: an adapter that owns no algorithm.
 
-vLLM builds it in `init_speculator`. Once per engine step, after the accepted tokens are booked on
-the device, the runner offers the step to `propose`. Once its tokens have gone out, vLLM's engine
-asks for drafts: `take_drafts`. vLLM's own report has one length for all requests; ours has each
-request's.
+vLLM builds it in `init_speculator`, and offers it each step in `propose`, after the accepted tokens
+are booked on the device. Once they have gone out, vLLM's engine asks for drafts: `take_drafts`.
 """
 
 import functools
@@ -113,9 +111,7 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
         self.params: list[Any] = [None] * self.max_num_reqs  # SamplingParams by state slot
         self.embedded: dict[str, torch.Tensor] = {}  # request -> [prompt_len] bool: no id there
 
-    def load_draft_model(
-        self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
-    ) -> torch.nn.Module:
+    def load_draft_model(self, *of_target: Any) -> torch.nn.Module:
         draft_config = replace(
             self.vllm_config,
             model_config=self.draft_model_config,
@@ -199,11 +195,9 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
             if is_profile:
                 profile_pass(self.model, self.vllm_config, input_batch.num_tokens, self.device)
         else:
-            if num_speculative_tokens is None:
-                num_speculative_tokens = self.num_speculative_steps
-            self.postponed = functools.partial(
-                _View, self, input_batch, num_sampled, num_speculative_tokens
-            )
+            most = num_speculative_tokens
+            most = self.num_speculative_steps if most is None else most
+            self.postponed = functools.partial(_View, self, input_batch, num_sampled, most)
         no_drafts: torch.Tensor = self.draft_tokens[: input_batch.num_reqs].fill_(0)
         return no_drafts
 

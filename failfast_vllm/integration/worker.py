@@ -31,16 +31,14 @@ def register_model() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-    for family in FAMILIES:
-        architecture = family.architecture
-        if architecture not in ModelRegistry.get_supported_archs():
-            ModelRegistry.register_model(
-                architecture, f"failfast_vllm.drafters.model:{architecture}"
-            )
-        if family.model_types[0] not in _CONFIG_REGISTRY:
-            from failfast_vllm.drafters import hf_config
+    from failfast_vllm.drafters.hf_config import CONFIGS
 
-            _CONFIG_REGISTRY[family.model_types[0]] = hf_config.CONFIGS[family.model_types[0]]
+    known = ModelRegistry.get_supported_archs()
+    for name in (family.architecture for family in FAMILIES):
+        if name not in known:
+            ModelRegistry.register_model(name, f"failfast_vllm.drafters.model:{name}")
+    for model_type, config in CONFIGS.items():
+        _CONFIG_REGISTRY.setdefault(model_type, config)
 
 
 def _warm_up(worker: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
