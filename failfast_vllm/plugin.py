@@ -12,11 +12,6 @@ from failfast_vllm.config import parse
 from failfast_vllm.integration import hooks
 from failfast_vllm.integration.engine_hooks import install_metrics
 
-ENGINE_MODULE = "vllm.v1.engine.core"
-# a process that has one of these may be handed a pickled config
-WORKER_MODULE = "vllm.v1.worker.worker_base"
-FRONT_END_MODULE = "vllm.v1.engine.input_processor"
-
 
 def register() -> None:
     """Entry point of the group `vllm.general_plugins`. Idempotent; never raises."""
@@ -26,11 +21,12 @@ def register() -> None:
         _refuse(problem)
         return
     hooks.install("configuration")
-    if WORKER_MODULE in sys.modules:
+    # a process that has one of these modules may be handed a pickled config
+    if "vllm.v1.worker.worker_base" in sys.modules:
         hooks.install("worker")
-    if FRONT_END_MODULE in sys.modules and not hooks.stage_problem("requests"):
+    if "vllm.v1.engine.input_processor" in sys.modules and not hooks.stage_problem("requests"):
         hooks.install("requests")
-    if ENGINE_MODULE in sys.modules:  # an engine's process, or a front end
+    if "vllm.v1.engine.core" in sys.modules:  # an engine's process, or a front end
         install_metrics()
         if not hooks.stage_problem("engine"):
             hooks.install("engine")

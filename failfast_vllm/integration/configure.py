@@ -6,7 +6,6 @@ needs to know travels in `additional_config["failfast"]`.
 
 import copy
 import functools
-import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -40,7 +39,9 @@ def create_speculative_config(
     if given is None:
         return original()
     knobs = FailFastConfig.from_user(given)
-    check_engine_args(self, target_model_config, given, knobs.num_speculative_tokens)
+    cap = knobs.num_speculative_tokens
+    for what, got, remedy in _problems(self, target_model_config, given, cap):
+        raise ValueError(f"failfast: {what}; got {got!r}. {remedy}")
     drafter, published = _find_drafter(self.load_format, target_model_config, given)
     register_model()
     install("worker")
@@ -53,7 +54,7 @@ def create_speculative_config(
         "draft_tensor_parallel_size": 1,  # until its heads are known
         "method": "draft_model",
         "model": drafter,
-        "num_speculative_tokens": knobs.num_speculative_tokens,
+        "num_speculative_tokens": cap,
         "disable_padded_drafter_batch": True,
     }
     # the drafter's config takes the target's flag; remote code is never run for a drafter
@@ -128,24 +129,10 @@ def keep_max_model_len(original: Any, self: Any) -> None:
         original()
 
 
-def check_engine_args(
+def _problems(
     args: Any, target: Any, given: dict[str, Any], num_speculative_tokens: int
-) -> None:
-    """Refuse what cannot work; raises ValueError, of the first problem.
-
-    Args:
-        args: vLLM's EngineArgs.
-        target: vLLM's ModelConfig of the target.
-        given: the keys of the speculative config.
-    """
-    problems = itertools.chain(
-        _parallelism(args, given), _scheduling(args, num_speculative_tokens), _target(target)
-    )
-    for what, got, remedy in problems:
-        raise ValueError(f"failfast: {what}; got {got!r}. {remedy}")
-
-
-def _parallelism(args: Any, given: dict[str, Any]) -> Iterator[Problem]:
+) -> Iterator[Problem]:
+    """What vLLM's arguments, or its ModelConfig of the target, ask for that cannot work."""
     for flag in ("spec_method", "spec_model", "spec_tokens"):
         if (value := getattr(args, flag, None)) is not None:
             what = f"--{flag.replace('_', '-')} does not go with --speculative-config"
@@ -158,9 +145,6 @@ def _parallelism(args: Any, given: dict[str, Any]) -> Iterator[Problem]:
         if (num_ranks := getattr(args, f"{kind}_parallel_size")) > 1:
             what = f"{kind.replace('_', '-')} parallelism is not supported"
             yield what, num_ranks, "Use --tensor-parallel-size instead."
-
-
-def _scheduling(args: Any, num_speculative_tokens: int) -> Iterator[Problem]:
     multiple = f"a multiple of {MAX_DIFFUSION_BLOCK_SIZE}"
     if args.block_size and args.block_size % MAX_DIFFUSION_BLOCK_SIZE:
         remedy = f"Leave --block-size out or use {multiple}."
@@ -173,9 +157,10 @@ def _scheduling(args: Any, num_speculative_tokens: int) -> Iterator[Problem]:
         sum_of = f"{MAX_DIFFUSION_BLOCK_SIZE} + num_speculative_tokens"
         what = f"max_num_batched_tokens must be at least {fewest} ({sum_of})"
         yield what, budget, "Raise it or lower 'num_speculative_tokens'."
+    yield from _target_problems(target)
 
 
-def _target(target: Any) -> Iterator[Problem]:
+def _target_problems(target: Any) -> Iterator[Problem]:
     if target.runner_type != "generate":
         what = "only text generation can be drafted for"
         yield what, target.runner_type, "Leave the speculative config out."

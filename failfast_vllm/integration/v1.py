@@ -63,15 +63,12 @@ class _View(View):
         ]
         self.room = np.minimum(np.array(most, dtype=np.int64), limit - known - 1)
         self.slots = np.arange(self.num_reqs)
-        self.token_ids = self._token_ids(int(known.max(initial=0)))
-
-    def _token_ids(self, width: int) -> torch.Tensor:
-        """[num_reqs, width] known tokens, UNKNOWN where there is an embedding instead."""
+        width = int(known.max(initial=0))
         tokens = torch.from_numpy(self.batch.token_ids_cpu[: self.num_reqs, :width])
         if self.batch.req_prompt_embeds:  # behind them are ids of whoever had the row before
             is_id = torch.from_numpy(self.batch.is_token_ids[: self.num_reqs, :width])
             tokens = tokens.where(is_id, UNKNOWN)
-        return tokens.to(self.adapter.device)
+        self.token_ids = tokens.to(self.adapter.device)
 
 
 class FailFastProposer(Adapter, DraftModelProposer):

@@ -72,19 +72,15 @@ class _View(View):
 
     def read_state(self, sampled: Flags) -> None:
         known, slots = self.known_lens, self.batch.idx_mapping_np
-        self._read_token_ids(int(known.max(initial=0)))
         request_end = self.states.max_seq_len[slots]  # prompt + max_tokens
         self.room = np.minimum(request_end, self.adapter.position_limit) - known - 1
         self.params = [self.adapter.params[slot] for slot in slots]
-
-    def _read_token_ids(self, width: int) -> None:
-        """Tokens up to the longest request's end, and each request's row among them."""
-        self.token_ids, embedded = self.states.all_token_ids.gpu, self.adapter.embedded
-        self.slots = self.batch.idx_mapping_np.astype(np.int64)
+        self.token_ids, self.slots = self.states.all_token_ids.gpu, slots.astype(np.int64)
+        embedded = self.adapter.embedded
         if embedded.keys().isdisjoint(self.req_ids):
             return
         self.slots = np.arange(self.num_reqs)  # in a copy: in the table vLLM reads 0
-        self.token_ids = self.token_ids[self.batch.idx_mapping, :width]
+        self.token_ids = self.token_ids[self.batch.idx_mapping, : int(known.max())]
         for row, req_id in enumerate(self.req_ids):
             if req_id in embedded:
                 hidden = embedded[req_id]
