@@ -23,19 +23,19 @@ class View:
 
     req_ids: Sequence[str]
     num_tokens: int  # that the target has computed in the step
-    num_verified: Sequence[int]  # draft tokens that it has verified
-    num_speculative_tokens: int  # most tokens of a draft
-    block_table: torch.Tensor  # as in `DraftStep`
     # what came of the last drafts
+    num_verified: Sequence[int]  # draft tokens that the target has verified
     emitted: Sequence[Sequence[int]]  # accepted tokens and the bonus; none: not sampled
     known_lens: Lengths  # prompt and accepted tokens
     # what the next are made from
-    token_ids: torch.Tensor  # these two as in `DraftStep`
+    token_ids: torch.Tensor  # these three as in `DraftStep`
     slots: Lengths
+    block_table: torch.Tensor
     committed_lens: Lengths  # tokens whose KV the drafter has
     computed_lens: Lengths  # tokens whose KV the target has, as far as the drafter can follow
     room: Lengths  # most tokens of a draft before the request's end; negative: it has ended
     params: Sequence[Any]  # vLLM's SamplingParams
+    num_speculative_tokens: int  # most tokens of a draft
 
     def read_outcome(self) -> None:
         """Read what came of the last drafts: on V2 the copy from the device."""

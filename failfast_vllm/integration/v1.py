@@ -36,17 +36,19 @@ class _View(View):
         self.adapter, self.batch = adapter, adapter.runner.input_batch
         self.scheduler_output = scheduler_output
         self.emitted = sampled_token_ids
-        self.num_reqs = len(sampled_token_ids)
-        self.block_table = common_attn_metadata.block_table_tensor[: self.num_reqs]
+        self.num_reqs, self.metadata = len(sampled_token_ids), common_attn_metadata
         self.req_ids = self.batch.req_ids[: self.num_reqs]
         self.num_tokens = scheduler_output.total_num_scheduled_tokens
-        self.num_speculative_tokens = scheduler_output.num_spec_tokens_to_schedule
-        verified = scheduler_output.scheduled_spec_decode_tokens
+
+    def read_outcome(self) -> None:
+        verified = self.scheduler_output.scheduled_spec_decode_tokens
         self.num_verified = [len(verified.get(r, ())) for r in self.req_ids]
         self.known_lens = self.batch.num_tokens_no_spec[: self.num_reqs].astype(np.int64)
 
     def read_state(self, sampled: Flags) -> None:
         known, limit = self.known_lens, self.adapter.position_limit
+        self.num_speculative_tokens = self.scheduler_output.num_spec_tokens_to_schedule
+        self.block_table = self.metadata.block_table_tensor[: self.num_reqs]
         before = self.batch.num_computed_tokens_cpu[: self.num_reqs]  # this step
         at_most = to_device(np.minimum(before, limit), self.adapter.device)
         committed = self.adapter.drafter.blocks.committed_lens(self.block_table, at_most)

@@ -49,12 +49,12 @@ class _View(View):
         self.num_tokens = input_batch.num_tokens
         verified = input_batch.num_draft_tokens_per_req
         self.num_verified = [0] * self.num_reqs if verified is None else verified.tolist()
-        tables = adapter.block_tables.input_block_tables
-        self.block_table = tables[adapter.kv_group][: self.num_reqs]
 
     def read_outcome(self) -> None:
         """Copy the verdict from the device: lengths, and the last tokens of each request."""
         rows, limit = self.batch.idx_mapping, self.adapter.position_limit
+        tables = self.adapter.block_tables.input_block_tables
+        self.block_table = tables[self.adapter.kv_group][: self.num_reqs]
         known = self.states.total_len.gpu[rows].long()
         computed = self.states.num_computed_tokens.gpu[rows].long().clamp(max=limit)
         committed = self.adapter.drafter.blocks.committed_lens(self.block_table, computed)

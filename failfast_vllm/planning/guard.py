@@ -30,8 +30,8 @@ ACCEPTED_LOSS = 0.02
 
 # Where drafting seems not to pay, only a try can tell whether the tables are wrong: so many rounds,
 # the first where they are expected to lose at most as much time as so many steps without drafts
-# take, later that share of the time since. Each loss in a row makes the wait longer, up to so many.
-TRY_ROUNDS, TRY_STEPS, TRY_LOSS, MAX_LOST = 2, 4, 0.01, 8
+# take, later at most that share of the time since.
+TRY_ROUNDS, TRY_STEPS, TRY_LOSS = 2, 4, 0.01
 
 
 @dataclass
@@ -168,8 +168,7 @@ class Guard:
         accepted_ms = TRY_LOSS * self._paid_ms
         if self._lost is None:
             return loss_ms <= accepted_ms + TRY_STEPS * plain_ms
-        loss_ms = max(loss_ms, self._lost.loss_ms(plain))
-        return loss_ms * min(max(self._num_lost, 1), MAX_LOST) <= accepted_ms
+        return max(loss_ms, self._lost.loss_ms(plain)) <= accepted_ms
 
     def _judge(self, plain: CostTable, ends: bool) -> bool:
         """Remember a spell of drafting that was slower than plain decoding.
