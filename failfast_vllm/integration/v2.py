@@ -47,12 +47,12 @@ class _View(View):
         self.num_speculative_tokens = num_speculative_tokens
         self.req_ids = input_batch.req_ids
         self.num_tokens = input_batch.num_tokens
-        verified = input_batch.num_draft_tokens_per_req
-        self.num_verified = [0] * self.num_reqs if verified is None else verified.tolist()
 
     def read_outcome(self) -> None:
         """Copy the verdict from the device: lengths, and the last tokens of each request."""
         rows, limit = self.batch.idx_mapping, self.adapter.position_limit
+        verified = self.batch.num_draft_tokens_per_req
+        self.num_verified = [0] * self.num_reqs if verified is None else verified.tolist()
         tables = self.adapter.block_tables.input_block_tables
         self.block_table = tables[self.adapter.kv_group][: self.num_reqs]
         known = self.states.total_len.gpu[rows].long()
