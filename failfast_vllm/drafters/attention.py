@@ -5,7 +5,7 @@ drafter's own passes bring a `BlockDiffusionMetadata` through the forward contex
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from vllm.v1.attention.backend import (
@@ -26,18 +26,16 @@ from failfast_kernels import (
     uses_triton,
 )
 from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE
+from failfast_vllm.drafting.records import DraftBatch
 
 BACKEND_NAME = "FAILFAST_BLOCK_DIFFUSION"
 
 
 @dataclass
 class BlockDiffusionMetadata:
-    """One drafter pass; the fields are those of `drafter.DraftBatch`."""
+    """One drafter pass."""
 
-    query_start_loc: torch.Tensor  # [num_seqs + 1] int64
-    committed_lens: torch.Tensor  # [num_seqs] int64
-    block_table: torch.Tensor  # [num_seqs, max_pages] int
-    slot_mapping: torch.Tensor | None  # [num_rows] int64, -1 = not committed; None: none is
+    batch: DraftBatch
     diffusion_block_size: int
     groups: list[PaddedGroup] | None = None  # made by the first layer; not for Triton
 
@@ -46,7 +44,6 @@ class BlockDiffusionMetadata:
 class BlockDiffusionBackend(AttentionBackend):
     """Bidirectional inside a diffusion block, causal across blocks (see `failfast_kernels`)."""
 
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     forward_includes_kv_cache_update = True
 
     @staticmethod
@@ -64,10 +61,6 @@ class BlockDiffusionBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type["BlockDiffusionMetadataBuilder"]:
         return BlockDiffusionMetadataBuilder
-
-    @classmethod
-    def supports_non_causal(cls) -> bool:
-        return True
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
@@ -109,10 +102,8 @@ class BlockDiffusionImpl(AttentionImpl[BlockDiffusionMetadata]):
         kv_sharing_target_layer_name: str | None = None,
     ) -> None:
         assert attn_type == AttentionType.DECODER
-        assert alibi_slopes is None
-        assert sliding_window is None
-        assert logits_soft_cap is None
-        assert kv_sharing_target_layer_name is None
+        unsupported = (alibi_slopes, sliding_window, logits_soft_cap, kv_sharing_target_layer_name)
+        assert unsupported == (None,) * 4
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = scale
@@ -134,29 +125,13 @@ class BlockDiffusionImpl(AttentionImpl[BlockDiffusionMetadata]):
         """See `failfast_kernels.block_diffusion_attention`; `output` is written in place."""
         if attn_metadata is None:  # memory profiling and warm-up: shapes only
             return output.zero_()
-        meta = attn_metadata
-        if meta.slot_mapping is not None:
-            commit_kv(key, value, kv_cache, meta.slot_mapping)
+        meta, batch = attn_metadata, attn_metadata.batch
+        if batch.slot_mapping is not None:
+            commit_kv(key, value, kv_cache, batch.slot_mapping)
+        places = batch.block_table, batch.committed_lens, batch.query_start_loc
+        size, group_size = meta.diffusion_block_size, self.num_heads // self.num_kv_heads
         if meta.groups is None and not uses_triton(query):
-            meta.groups = plan_padding(
-                meta.block_table,
-                meta.committed_lens,
-                meta.query_start_loc,
-                kv_cache.shape[2],
-                self.num_heads // self.num_kv_heads,
-                query.dtype,
-                meta.diffusion_block_size,
-            )
+            meta.groups = plan_padding(*places, kv_cache.shape[2], group_size, query.dtype, size)
         return block_diffusion_attention(
-            query,
-            key,
-            value,
-            kv_cache,
-            meta.block_table,
-            meta.committed_lens,
-            meta.query_start_loc,
-            self.scale,
-            meta.diffusion_block_size,
-            meta.groups,
-            output,
+            query, key, value, kv_cache, *places, self.scale, size, meta.groups, output
         )

@@ -1,15 +1,14 @@
 """What a drafter's weight files must hold, checked before vLLM builds a model. No vLLM, no torch.
 
-vLLM ignores or misreads much of what is refused here: a tensor without a place, one that two shards
-hold. Files are judged by their safetensors headers alone, in milliseconds; the weights themselves
-are judged while vLLM loads them.
+vLLM ignores much of what is refused here: a tensor without a place, one that two shards hold. Files
+are judged by their safetensors headers alone, in milliseconds; the weights while vLLM loads them.
 """
 
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -28,72 +27,50 @@ ROTARY_BUFFERS = (
 )
 
 
-class Tensor(NamedTuple):
-    """One entry of a safetensors header."""
-
-    name: str
-    dtype: str
-    shape: Shape
-
-
 def check_files(path: Path, family: Family, config: Mapping[str, Any]) -> None:
     """Refuse weight files that vLLM could not load completely; raises ValueError.
 
-    As in vLLM an index chooses the files and those it does not name are ignored; without one
-    every `.safetensors` file counts.
+    As in vLLM an index chooses the files, and all that they hold is loaded, whatever it says of
+    single tensors; without one every `.safetensors` file counts.
     """
     files = {p.name: p for p in path.glob("*.safetensors") if not p.name.startswith(".")}
-    index = path / INDEX
-    weight_map = read_index(index) if index.is_file() else None
-    if weight_map is not None:
-        for name, shard in weight_map.items():
-            if shard not in files:
-                raise ValueError(
-                    f"failfast: the drafter's {index} puts {name!r} into {shard!r}, which is "
-                    "not there; download the checkpoint again."
-                )
-        files = {shard: files[shard] for shard in set(weight_map.values())}
-
+    if (path / INDEX).is_file():
+        files = _choose(path / INDEX, files)
     shapes = expected_shapes(family, config)
     holders: dict[str, str] = {}  # tensor -> its file
     for shard, file in sorted(files.items()):
-        for tensor in read_header(file):
-            _check_place(file, tensor.name, holders, weight_map)
-            holders[tensor.name] = shard
-            _check_tensor(file, tensor, shapes)
-    for name, shard in (weight_map or {}).items():
-        if name not in holders:
-            raise ValueError(
-                f"failfast: the drafter's {path / shard} lacks {name!r}, which {INDEX} puts there; "
-                "download the checkpoint again."
-            )
+        for name, dtype, shape in read_header(file):
+            if name in holders:
+                raise ValueError(
+                    f"failfast: the drafter's {file} holds {name!r}, which {holders[name]!r} also "
+                    "holds; remove the file that does not belong to the checkpoint."
+                )
+            holders[name] = shard
+            if _is_wanted(f"the drafter's {file}", name, shape, shapes) and dtype not in DTYPES:
+                raise ValueError(
+                    f"failfast: the drafter's {file} must have {name!r} as {', '.join(DTYPES)}; "
+                    f"got {echo(dtype)}. Use unquantised weights."
+                )
     check_complete(str(path), holders, shapes)
 
 
-def _check_place(
-    file: Path, name: str, holders: Mapping[str, str], weight_map: Mapping[str, str] | None
-) -> None:
-    """Refuse a tensor that another file also holds, or that the index puts elsewhere."""
-    if name in holders:
+def _choose(index: Path, files: Mapping[str, Path]) -> dict[str, Path]:
+    """The files that an index names; raises ValueError."""
+    weight_map = read_json(index, "download it again.").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
         raise ValueError(
-            f"failfast: the drafter's {file} holds {name!r}, which {holders[name]!r} also "
-            "holds; remove the file that does not belong to the checkpoint."
+            f"failfast: the drafter's {index} must have a 'weight_map' from tensors to files; "
+            f"got {echo(weight_map)}. Download it again."
         )
-    if weight_map is not None and weight_map.get(name) != file.name:
-        raise ValueError(
-            f"failfast: the drafter's {file} holds {name!r}, which {INDEX} puts into "
-            f"{weight_map.get(name, 'no file')!r}; download the checkpoint again."
-        )
-
-
-def _check_tensor(file: Path, tensor: Tensor, shapes: Mapping[str, Shape]) -> None:
-    if not _is_wanted(f"the drafter's {file}", tensor.name, tensor.shape, shapes):
-        return
-    if tensor.dtype not in DTYPES:
-        raise ValueError(
-            f"failfast: the drafter's {file} must have {tensor.name!r} as {', '.join(DTYPES)}; "
-            f"got {echo(tensor.dtype)}. Use unquantised weights."
-        )
+    for name, shard in weight_map.items():
+        if shard not in files:
+            raise ValueError(
+                f"failfast: the drafter's {index} puts {name!r} into {shard!r}, which is "
+                "not there; download the checkpoint again."
+            )
+    return {shard: files[shard] for shard in weight_map.values()}
 
 
 def check_complete(source: str, names: Iterable[str], shapes: Mapping[str, Shape]) -> None:
@@ -153,34 +130,28 @@ def _is_wanted(where: str, name: str, shape: Shape, shapes: Mapping[str, Shape])
     return True
 
 
-def read_index(file: Path) -> dict[str, str]:
-    """The index's {tensor: shard}; raises ValueError."""
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """What a file says, or nothing where it is no object; raises ValueError with the remedy."""
     try:
-        index = json.loads(file.read_bytes())
+        if file.exists() and not file.is_file():
+            raise ValueError("it is not a file")  # a pipe would be read for ever
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"failfast: cannot read the drafter's {file} ({reason(error)}); download it again."
+            f"failfast: cannot read the drafter's {file} ({reason(error)}); {remedy}"
         ) from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) for shard in weight_map.values()
-    ):
-        raise ValueError(
-            f"failfast: the drafter's {file} must have a 'weight_map' from tensors to files; "
-            f"got {echo(weight_map)}. Download it again."
-        )
-    return weight_map
+    return found if isinstance(found, dict) else {}
 
 
-def read_header(file: Path) -> Iterator[Tensor]:
-    """The tensors that a safetensors file declares, all inside the file; raises ValueError."""
+def read_header(file: Path) -> Iterator[tuple[str, str, Shape]]:
+    """(name, dtype, shape) of the tensors that a safetensors file declares; raises ValueError."""
     try:
         if not file.is_file():  # a pipe would be read for ever
             raise OSError("it is not a file")
         with safe_open(file, framework="np") as header:
             for name in header.keys():  # noqa: SIM118 - it is no mapping
                 entry = header.get_slice(name)
-                yield Tensor(name, entry.get_dtype(), tuple(entry.get_shape()))
+                yield name, entry.get_dtype(), tuple(entry.get_shape())
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"failfast: the drafter's weight file {file} is damaged ({reason(error)}); "

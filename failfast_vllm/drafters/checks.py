@@ -3,14 +3,13 @@
 Errors are one line: what is wrong, what was got, what to do.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from failfast_vllm.drafters.checkpoint import check_files
+from failfast_vllm.drafters.checkpoint import check_files, read_json
 from failfast_vllm.drafters.errors import echo
 from failfast_vllm.drafters.families import (
     BLOCK_SIZE,
@@ -18,6 +17,7 @@ from failfast_vllm.drafters.families import (
     FAMILIES,
     FAMILY_NAMES,
     MODELS_DIR,
+    VOCAB_SIZES,
     Family,
     family_of,
     is_block_size,
@@ -35,7 +35,7 @@ def choose_drafter(target: str, model_type: str, vocab_size: int) -> str:
     if Path(target).exists() and Path(target).resolve() == (MODELS_DIR / "target").resolve():
         return str(MODELS_DIR / "drafter")
     for family in FAMILIES:
-        if model_type in family.targets and vocab_size in family.vocab_sizes:
+        if model_type in family.targets and vocab_size in VOCAB_SIZES:
             return family.drafter
     raise ValueError(
         f"failfast: no drafter is known for the target {target!r} (model type {model_type!r}, "
@@ -71,7 +71,7 @@ def check_local_drafter(
             )
         return None
     path = Path(model)
-    config = _read_config(path / "config.json")
+    config = read_json(path / "config.json", f"give a complete {FAMILY_NAMES} checkpoint.")
     family = check_drafter_config(model, config, asked_size)
     if load_format != "dummy":
         if not any(path.glob("*.safetensors")):
@@ -84,20 +84,6 @@ def check_local_drafter(
     return config
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    """What it says, or nothing where it is no object; raises ValueError."""
-    try:
-        if file.exists() and not file.is_file():
-            raise ValueError("it is not a file")  # a pipe would be read for ever
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"failfast: cannot read the drafter's {file} ({error}); "
-            f"give a complete {FAMILY_NAMES} checkpoint."
-        ) from None
-    return config if isinstance(config, dict) else {}
-
-
 def check_drafter_config(
     model: str, config: Mapping[str, Any], asked_size: int | None = None
 ) -> Family:
@@ -105,7 +91,7 @@ def check_drafter_config(
     architectures = config.get("architectures")
     family = family_of(architectures)
     if family is None:
-        found = architectures if isinstance(architectures, list) else []
+        found = map(str, architectures) if isinstance(architectures, list) else ()
         known = " or ".join(family.architecture for family in FAMILIES)
         hint = (
             "Its 'auto_map' is of no use: a drafter's own code is never run."
@@ -114,7 +100,7 @@ def check_drafter_config(
         )
         raise ValueError(
             f"failfast: the drafter {model!r} must be a {known}; "
-            f"got {', '.join(map(str, found)) or 'no architecture'}. {hint}"
+            f"got {', '.join(found) or 'no architecture'}. {hint}"
         )
     if config.get("model_type") not in family.model_types:
         raise ValueError(
@@ -139,9 +125,6 @@ def find_block_size(
 ) -> BlockSize:
     """What a drafter's config.json states, else the user, else its name, else the family's default.
 
-    SDAR is published without a size in its config.json. A name is only a hint, which the user may
-    overrule; what the config states stands.
-
     Args:
         model: hub id or directory.
         config: its `config.json` as published, not as a configuration class has filled it.
@@ -152,20 +135,17 @@ def find_block_size(
     """
     if family.block_size_key in config:
         return _stated_size(model, family, config, asked_size)
-    names = published_names(model, config)
-    found = [(name, size) for name in names if (size := family.size_in_name(name)) is not None]
+    sizes = [(name, family.size_in_name(name)) for name in published_names(model, config)]
+    name, size = next((pair for pair in sizes if pair[1] is not None), ("", None))
     if asked_size is not None:
-        doubt = None
-        if found and found[0][1] != asked_size:
-            doubt = f"as {BLOCK_SIZE!r} says, though {found[0][0]!r} stands for {found[0][1]}"
-        return BlockSize(asked_size, doubt)
-    if not found:
+        doubt = f"as {BLOCK_SIZE!r} says, though {name!r} stands for {size}"
+        return BlockSize(asked_size, None if size in (None, asked_size) else doubt)
+    if size is None:
         doubt = (
             f"the default of {family.name}, as neither its config.json nor its name says it; "
             f"set {BLOCK_SIZE!r} if it was trained with other blocks"
         )
         return BlockSize(family.default_block_size, doubt)
-    name, size = found[0]
     if not is_block_size(size):
         raise ValueError(
             f"failfast: the drafter {model!r} must have blocks of {BLOCK_SIZE_NAMES} tokens; "
@@ -225,11 +205,9 @@ def check_tokenizers(
     clash = next((i for token, i in target.items() if i in by_id and by_id[i] != token), None)
     missing = len([i for i in target.values() if i not in by_id and i != mask_token_id])
     if clash is not None or missing > len(target) // 100:
-        reason = (
-            f"{missing} of its {len(target)} tokens are unknown to the drafter"
-            if clash is None
-            else f"id {clash} is {by_id[clash]!r} there"
-        )
+        reason = f"{missing} of its {len(target)} tokens are unknown to the drafter"
+        if clash is not None:
+            reason = f"id {clash} is {by_id[clash]!r} there"
         raise ValueError(
             f"failfast: the drafter {drafter_name!r} has another tokenizer than the target "
             f"{target_name!r} ({reason}); use a drafter of the target's family."
@@ -250,7 +228,7 @@ def mask_token_id(
         return int(mask)
     if family.mask_token in drafter_vocab:
         return drafter_vocab[family.mask_token]
-    if config.get("vocab_size") in family.vocab_sizes:
+    if config.get("vocab_size") in VOCAB_SIZES:
         return family.published_mask_token_id
     raise ValueError(
         f"failfast: the drafter's MASK token is unknown (no {family.mask_token!r} in its "

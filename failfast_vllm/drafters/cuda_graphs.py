@@ -8,7 +8,6 @@ run as they are. **No GPU has run the capture**; the padding is tested on a CPU.
 """
 
 import logging
-from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -61,8 +60,7 @@ def make_buckets(max_num_seqs: int, max_num_rows: int, rows: list[int]) -> list[
 
 def choose_bucket(buckets: list[Bucket], num_seqs: int, num_rows: int) -> Bucket | None:
     """The bucket with the fewest rows that holds the pass (then the fewest sequences), or None."""
-    first = bisect_left(buckets, (num_seqs, 0))
-    fitting = [bucket for bucket in buckets[first:] if bucket.num_rows >= num_rows]
+    fitting = [b for b in buckets if b.num_seqs >= num_seqs and b.num_rows >= num_rows]
     return min(fitting, key=lambda bucket: (bucket.num_rows, bucket.num_seqs), default=None)
 
 
@@ -80,6 +78,7 @@ class PassGraphs:
         num_seqs = max((bucket.num_seqs for bucket in buckets), default=0)
         num_rows = max((bucket.num_rows for bucket in buckets), default=0)
         self.rows = torch.zeros(3, num_rows, dtype=torch.int64, device=device)
+        self.rows[2] = -1  # captured passes commit nothing
         self.query_start_loc = torch.zeros(num_seqs + 1, dtype=torch.int64, device=device)
         self.committed_lens = torch.zeros(num_seqs, dtype=torch.int64, device=device)
         self.block_table = torch.zeros(num_seqs, table_width, dtype=torch.int32, device=device)
@@ -96,7 +95,6 @@ class PassGraphs:
             for bucket in sorted(self.buckets, key=lambda bucket: -bucket.num_rows):
                 for commits in (True, False):
                     batch = self._view(bucket, commits)
-                    self._fill(bucket, None)
 
                     def keep(batch: DraftBatch = batch) -> None:
                         hidden_states = run(batch)
@@ -110,12 +108,24 @@ class PassGraphs:
             logger.warning("failfast: draft passes run eagerly; capturing failed: %s", error)
 
     def replay(self, batch: DraftBatch) -> torch.Tensor | None:
-        """Hidden states [num_rows, hidden_size] of a pass, valid until the next; None: no graph."""
+        """Hidden states [num_rows, hidden_size] of a pass, valid until the next; None: no graph.
+
+        Padding keeps what an earlier pass left in the buffers.
+        """
         num_seqs, num_rows = batch.committed_lens.numel(), batch.input_ids.numel()
         bucket = choose_bucket(self.buckets, num_seqs, num_rows) if self.replays else None
         if bucket is None:
             return None
-        self._fill(bucket, batch)
+        view = self._view(bucket, batch.slot_mapping is not None)
+        view.input_ids[:num_rows] = batch.input_ids
+        view.positions[:num_rows] = batch.positions
+        view.query_start_loc[: num_seqs + 1] = batch.query_start_loc
+        view.query_start_loc[num_seqs:] = num_rows
+        view.committed_lens[:num_seqs] = batch.committed_lens
+        view.block_table[:num_seqs] = batch.block_table
+        if view.slot_mapping is not None and batch.slot_mapping is not None:
+            view.slot_mapping[:num_rows] = batch.slot_mapping
+            view.slot_mapping[num_rows:] = -1
         self.replays[bucket, batch.slot_mapping is not None]()
         assert self.hidden_states is not None
         return self.hidden_states[:num_rows]
@@ -131,25 +141,6 @@ class PassGraphs:
             slot_mapping=self.rows[2, :num_rows] if commits else None,
             block_table=self.block_table[:num_seqs],
         )
-
-    def _fill(self, bucket: Bucket, batch: DraftBatch | None) -> None:
-        """Copy a pass into the bucket's buffers. Padding keeps what an earlier pass left there."""
-        commits = batch is None or batch.slot_mapping is not None
-        view = self._view(bucket, commits)
-        num_seqs = num_rows = 0
-        if batch is not None:
-            num_seqs, num_rows = batch.committed_lens.numel(), batch.input_ids.numel()
-            view.input_ids[:num_rows] = batch.input_ids
-            view.positions[:num_rows] = batch.positions
-            view.query_start_loc[: num_seqs + 1] = batch.query_start_loc
-            view.committed_lens[:num_seqs] = batch.committed_lens
-            view.block_table[:num_seqs] = batch.block_table
-            if batch.slot_mapping is not None:
-                assert view.slot_mapping is not None
-                view.slot_mapping[:num_rows] = batch.slot_mapping
-        if view.slot_mapping is not None:
-            view.slot_mapping[num_rows:] = -1
-        view.query_start_loc[num_seqs:] = num_rows
 
 
 def cuda_graph(run: Callable[[], None], pool: Callable[[], AbstractContextManager[Any]]) -> Replay:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 MODELS_DIR = Path(__file__).parents[1] / "small_pair"  # the shipped target and its drafter
-QWEN_VOCAB_SIZES = (151936, 152064)  # one vocabulary: up to 3B and Qwen3, from 7B on
+VOCAB_SIZES = (151936, 152064)  # of Qwen's one vocabulary: up to 3B and Qwen3, from 7B on
 MAX_DIFFUSION_BLOCK_SIZE = 32  # every KV page is a multiple of it, so of every smaller block too
 DIFFUSION_BLOCK_SIZES = (4, 8, 16, MAX_DIFFUSION_BLOCK_SIZE)
 BLOCK_SIZE = "diffusion_block_size"  # the user's key
@@ -25,7 +25,6 @@ class Family:
     name: str
     architecture: str
     model_types: tuple[str, ...]  # the published one first
-    base_config: str  # of transformers: the class whose fields a config.json has
     base_model: str  # below vllm.model_executor.models: the class with the same weights
     block_size_key: str
     default_block_size: int
@@ -33,16 +32,14 @@ class Family:
     mask_token: str
     published_mask_token_id: int
     qkv_bias: bool  # where the config does not say `attention_bias`
-    qk_norm: bool  # RMSNorm on each head of query and key
-    states_head_dim: bool  # `head_dim` in the config; else hidden_size / heads
+    qk_norm: bool  # Qwen3: RMSNorm on heads of `head_dim`; else of hidden_size / heads, without
     drafter: str  # hub id of the smallest published checkpoint that fits
     targets: tuple[str, ...]  # model types of the targets that it drafts for
     defaults: Mapping[str, Any]  # the published configuration class's, for what a file leaves out
-    # Checkpoints of `default_block_size` whose config.json does not say so: others of the family
-    # have their size in their name. None: the configuration class has the default.
-    plain_names: tuple[str, ...] | None = None
+    # The names of checkpoints of `default_block_size` whose config.json does not say so: others of
+    # the family have their size in their name. None: the configuration class has the default.
+    plain_names: re.Pattern[str] | None = None
     has_experts: bool = False  # layers of Qwen3-MoE
-    vocab_sizes: tuple[int, ...] = QWEN_VOCAB_SIZES  # of the targets and published checkpoints
 
     @property
     def base_type(self) -> str:
@@ -66,15 +63,14 @@ class Family:
             return self.default_block_size
         if found := SIZE_IN_NAME.search(name):
             return int(found[1])
-        is_plain = name.lower() in map(str.lower, self.plain_names)
-        return self.default_block_size if is_plain else None
+        return self.default_block_size if self.plain_names.fullmatch(name) else None
 
 
+DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "rope_theta": 10000.0}
 FAST_DLLM_V2 = Family(  # arXiv 2509.26328; MASK from the authors' code, the config lacks it
     name="Fast-dLLM v2",
     architecture="Fast_dLLM_QwenForCausalLM",
     model_types=("Fast_dLLM_Qwen", "qwen2"),
-    base_config="Qwen2Config",
     base_model="qwen2.Qwen2ForCausalLM",
     block_size_key="bd_size",
     default_block_size=32,
@@ -83,14 +79,9 @@ FAST_DLLM_V2 = Family(  # arXiv 2509.26328; MASK from the authors' code, the con
     published_mask_token_id=151665,
     qkv_bias=True,
     qk_norm=False,
-    states_head_dim=False,
     drafter="Efficient-Large-Model/Fast_dLLM_v2_1.5B",
     targets=("qwen2",),
-    defaults={
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "rope_theta": 10000.0,
-    },
+    defaults=DEFAULTS,
 )
 # arXiv 2510.06303; the plain checkpoints have blocks of 4, "-b32" of 32. TraDo is SDAR-4B and -8B
 # trained further, in blocks of 4 and with the same MASK.
@@ -98,7 +89,6 @@ SDAR = Family(
     name="SDAR",
     architecture="SDARForCausalLM",
     model_types=("sdar",),
-    base_config="Qwen3Config",
     base_model="qwen3.Qwen3ForCausalLM",
     block_size_key="block_size",
     default_block_size=4,
@@ -107,22 +97,11 @@ SDAR = Family(
     published_mask_token_id=151669,
     qkv_bias=False,
     qk_norm=True,
-    states_head_dim=True,
     drafter="JetLM/SDAR-1.7B-Chat-b32",
     targets=("qwen3", "qwen3_moe"),
-    defaults={
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-        "rope_theta": 10000.0,
-    },
-    plain_names=(
-        "SDAR-1.7B-Chat",
-        "SDAR-4B-Chat",
-        "SDAR-8B-Chat",
-        "TraDo-4B-Instruct",
-        "TraDo-8B-Instruct",
-        "TraDo-8B-Thinking",
+    defaults={"head_dim": 128, **DEFAULTS},
+    plain_names=re.compile(
+        r"SDAR-(1\.7|4|8)B-Chat|TraDo-[48]B-Instruct|TraDo-8B-Thinking", re.IGNORECASE
     ),
 )
 SDAR_MOE = replace(
@@ -130,12 +109,11 @@ SDAR_MOE = replace(
     name="SDAR MoE",
     architecture="SDARMoeForCausalLM",
     model_types=("sdar_moe",),
-    base_config="Qwen3MoeConfig",
     base_model="qwen3_moe.Qwen3MoeForCausalLM",
     drafter="JetLM/SDAR-30B-A3B-Chat-b32",
     targets=(),  # chosen for none: it costs what a large target does
     defaults={},  # whose a silent file would be could not be looked up: all must be stated
-    plain_names=("SDAR-30B-A3B-Chat", "SDAR-30B-A3B-Sci"),
+    plain_names=re.compile("SDAR-30B-A3B-(Chat|Sci)", re.IGNORECASE),
     has_experts=True,
 )
 FAMILIES = (FAST_DLLM_V2, SDAR, SDAR_MOE)
@@ -149,10 +127,8 @@ def published_names(path: str, config: Mapping[str, Any]) -> list[str]:
         path: a hub id or a directory, also one inside a hub cache.
         config: its `config.json`; where it was trained from may stand under `_name_or_path`.
     """
-    paths = [Path(path)]
-    if paths[0].is_dir():
-        paths.append(paths[0].resolve())  # through "." and links
-    origin = config.get("_name_or_path")
+    given, origin = Path(path), config.get("_name_or_path")
+    paths = [given, *([given.resolve()] if given.is_dir() else [])]  # through "." and links
     if isinstance(origin, str):
         paths.append(Path(origin))
     names = []
@@ -165,13 +141,10 @@ def published_names(path: str, config: Mapping[str, Any]) -> list[str]:
 
 def family_of(architectures: Any) -> Family | None:
     """The family that a config's `architectures` name, or None."""
-    if isinstance(architectures, list | tuple):
-        for family in FAMILIES:
-            if family.architecture in architectures:
-                return family
-    return None
+    named = architectures if isinstance(architectures, list | tuple) else ()
+    return next((family for family in FAMILIES if family.architecture in named), None)
 
 
 def is_block_size(value: Any) -> bool:
-    """Whether the kernels have diffusion blocks of this size; True is no size."""
-    return isinstance(value, int) and not isinstance(value, bool) and value in DIFFUSION_BLOCK_SIZES
+    """Whether the kernels have diffusion blocks of this size; 4.0 is no size."""
+    return isinstance(value, int) and value in DIFFUSION_BLOCK_SIZES  # True is 1

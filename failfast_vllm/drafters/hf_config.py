@@ -18,8 +18,9 @@ def _config_class(family: Family) -> type[Any]:
         "model_type": family.model_types[0],
         "attribute_map": {},  # every field keeps its published name
     }
-    base = getattr(transformers, family.base_config)
-    return type(f"{family.architecture.removesuffix('ForCausalLM')}Config", (base,), fields)
+    base, name = family.base_model.split(".")[1], family.architecture
+    bases = (getattr(transformers, base.replace("ForCausalLM", "Config")),)
+    return type(name.replace("ForCausalLM", "Config"), bases, fields)
 
 
 CONFIGS = {family.model_types[0]: _config_class(family) for family in FAMILIES}

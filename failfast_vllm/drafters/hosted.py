@@ -26,7 +26,7 @@ def row_class(num_rows: int) -> int:
 
 
 class HostedDraftModel:
-    """`drafter.DraftModel` on a model that vLLM has loaded.
+    """`interfaces.DraftModel` on a model that vLLM has loaded.
 
     Args:
         table_width: columns of the block tables that passes will bring.
@@ -48,6 +48,8 @@ class HostedDraftModel:
         self.mask_token_id = knobs["mask_token_id"]
         self.diffusion_block_size = knobs["diffusion_block_size"]
         self.draft_increment = knobs["draft_increment"]
+        # a compiled model takes no more
+        self.max_num_rows: int = vllm_config.scheduler_config.max_num_batched_tokens
         self.table_width = table_width
         self.device = device
         self.graphs: PassGraphs | None = None
@@ -60,11 +62,7 @@ class HostedDraftModel:
 
     @torch.inference_mode()
     def warm_up_kernels(self, *, details: bool) -> None:
-        """Launch every class of the Triton kernels, so that none is compiled while serving.
-
-        Args:
-            details: of the confidences that the policy asks for.
-        """
+        """Launch every class of the Triton kernels, so that none is compiled while serving."""
         impl, kv_cache = self.attention.impl, self.attention.kv_cache
         if not uses_triton(kv_cache):
             return
@@ -78,12 +76,9 @@ class HostedDraftModel:
 
     def capture(self, capture: Capture, max_num_seqs: int) -> None:
         """Replay captured passes from now on, where one fits."""
-        impl = self.attention.impl
-        rows = rows_per_seq(
-            impl.num_heads // impl.num_kv_heads, self.diffusion_block_size, self.draft_increment
-        )
-        max_num_rows = self.vllm_config.scheduler_config.max_num_batched_tokens
-        buckets = make_buckets(max_num_seqs, max_num_rows, rows)
+        group_size = self.attention.impl.num_heads // self.attention.impl.num_kv_heads
+        rows = rows_per_seq(group_size, self.diffusion_block_size, self.draft_increment)
+        buckets = make_buckets(max_num_seqs, self.max_num_rows, rows)
         self.graphs = PassGraphs(buckets, self.table_width, self.device)
         self.graphs.capture(capture, self._run)
 
@@ -105,38 +100,28 @@ class HostedDraftModel:
     def forward(self, batch: DraftBatch) -> torch.Tensor:
         hidden_states = None if self.graphs is None else self.graphs.replay(batch)
         if hidden_states is None:
-            num_rows = batch.input_ids.numel()
-            hidden_states = self._run(self._widened(batch))[:num_rows]
+            hidden_states = self._run(self._widened(batch))[: batch.input_ids.numel()]
         return hidden_states
 
     def _num_padding(self, num_rows: int) -> int:
         """Rows that a CPU adds, whose kernels are made for one row count."""
         if self.device.type != "cpu":
             return 0
-        # a compiled model takes no more
-        most: int = self.vllm_config.scheduler_config.max_num_batched_tokens
-        return max(0, min(row_class(num_rows), most) - num_rows)
+        return max(0, min(row_class(num_rows), self.max_num_rows) - num_rows)
 
     def _widened(self, batch: DraftBatch) -> DraftBatch:
         """The pass with rows that belong to no sequence and commit nothing."""
-        num = self._num_padding(batch.input_ids.numel())
-        if not num:
+        slots, pad = batch.slot_mapping, (0, self._num_padding(batch.input_ids.numel()))
+        if pad == (0, 0):
             return batch
-        slots = batch.slot_mapping
         return batch._replace(
-            input_ids=F.pad(batch.input_ids, (0, num)),
-            positions=F.pad(batch.positions, (0, num)),
-            slot_mapping=slots if slots is None else F.pad(slots, (0, num), value=-1),
+            input_ids=F.pad(batch.input_ids, pad),
+            positions=F.pad(batch.positions, pad),
+            slot_mapping=None if slots is None else F.pad(slots, pad, value=-1),
         )
 
     def _run(self, batch: DraftBatch) -> torch.Tensor:
-        meta = BlockDiffusionMetadata(
-            batch.query_start_loc,
-            batch.committed_lens,
-            batch.block_table,
-            batch.slot_mapping,
-            self.diffusion_block_size,
-        )
+        meta = BlockDiffusionMetadata(batch, self.diffusion_block_size)
         with (
             drafter_group(self.vllm_config),
             draft_context(dict.fromkeys(self.layer_names, meta), self.vllm_config),
@@ -160,16 +145,16 @@ class HostedDraftModel:
         logits, token_ids = logits[:, : self.num_draftable_tokens].topk(num)
         logits = logits.float().masked_fill(token_ids == self.mask_token_id, -torch.inf)
         shares = (logits - logits.amax(dim=1, keepdim=True)).exp()
-        probabilities = (shares * confidence.probabilities[:, None]).nan_to_num(0.0)
-        undefined = confidence.probabilities[:, None] == 0
-        token_ids = torch.where(undefined, confidence.token_ids[:, None], token_ids)
-        return confidence, Candidates(token_ids, probabilities)
+        best, best_ids = confidence.probabilities[:, None], confidence.token_ids[:, None]
+        token_ids = torch.where(best == 0, best_ids, token_ids)  # an undefined row
+        return confidence, Candidates(token_ids, (shares * best).nan_to_num(0.0))
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         num_rows = len(hidden_states)
-        hidden_states = F.pad(hidden_states, (0, 0, 0, self._num_padding(num_rows)))
         with drafter_group(self.vllm_config):
-            logits: torch.Tensor = self.model.compute_logits(hidden_states)
+            logits: torch.Tensor = self.model.compute_logits(
+                F.pad(hidden_states, (0, 0, 0, self._num_padding(num_rows)))
+            )
         return logits[:num_rows]
 
     def _confidence(self, logits: torch.Tensor, details: bool) -> TokenConfidence:

@@ -1,12 +1,10 @@
 """What a drafter's config.json must say, and the tensors that it asks for. No vLLM, no torch.
 
-vLLM ignores or misreads much of what is refused here: a bias without a place, a sliding window, a
-rope that it does not know.
+vLLM ignores or misreads much of what is refused here: a sliding window, an unknown rope.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn, TypeGuard
 
 from failfast_vllm.drafters.errors import echo
@@ -58,7 +56,11 @@ def expected_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, Shap
     attention = _attention_shapes(family, config)
     dense = _mlp_shapes("mlp", hidden, config["intermediate_size"])
     with_experts = expert_layers(config) if family.has_experts else frozenset()
-    sparse = _expert_shapes(config) if with_experts else {}
+    sparse: dict[str, Shape] = {}
+    if with_experts:
+        sparse["mlp.gate.weight"] = (config["num_experts"], hidden)
+        for i in range(config["num_experts"]):
+            sparse |= _mlp_shapes(f"mlp.experts.{i}", hidden, config["moe_intermediate_size"])
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for i in range(config["num_hidden_layers"]):
         for name, shape in (attention | (sparse if i in with_experts else dense)).items():
@@ -75,20 +77,16 @@ def _attention_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, Sh
     q_size = config["num_attention_heads"] * head_dim
     kv_size = config["num_key_value_heads"] * head_dim
     shapes: dict[str, Shape] = {
-        "self_attn.q_proj.weight": (q_size, hidden),
-        "self_attn.k_proj.weight": (kv_size, hidden),
-        "self_attn.v_proj.weight": (kv_size, hidden),
-        "self_attn.o_proj.weight": (hidden, q_size),
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
+        "self_attn.o_proj.weight": (hidden, q_size),
     }
-    if config.get("attention_bias", family.qkv_bias):
-        shapes["self_attn.q_proj.bias"] = (q_size,)
-        shapes["self_attn.k_proj.bias"] = (kv_size,)
-        shapes["self_attn.v_proj.bias"] = (kv_size,)
-    if family.qk_norm:
-        shapes["self_attn.q_norm.weight"] = (head_dim,)
-        shapes["self_attn.k_norm.weight"] = (head_dim,)
+    for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
+        shapes[f"self_attn.{name}_proj.weight"] = (size, hidden)
+        if config.get("attention_bias", family.qkv_bias):
+            shapes[f"self_attn.{name}_proj.bias"] = (size,)
+        if family.qk_norm and name != "v":
+            shapes[f"self_attn.{name}_norm.weight"] = (head_dim,)
     return shapes
 
 
@@ -100,15 +98,6 @@ def _mlp_shapes(name: str, hidden: int, width: int) -> dict[str, Shape]:
     }
 
 
-def _expert_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Of one layer: the router and all experts."""
-    hidden, width = config["hidden_size"], config["moe_intermediate_size"]
-    shapes: dict[str, Shape] = {"mlp.gate.weight": (config["num_experts"], hidden)}
-    for i in range(config["num_experts"]):
-        shapes |= _mlp_shapes(f"mlp.experts.{i}", hidden, width)
-    return shapes
-
-
 def expert_layers(config: Mapping[str, Any]) -> frozenset[int]:
     """The layers that have experts in place of a dense MLP, by Qwen3-MoE's rule."""
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
@@ -116,129 +105,122 @@ def expert_layers(config: Mapping[str, Any]) -> frozenset[int]:
     return frozenset(i for i in layers if i not in dense and (i + 1) % step == 0)
 
 
+class _ConfigError(ValueError):
+    """What a config.json must have, what it has, what to do."""
+
+
 def check_config(model: str, family: Family, config: Mapping[str, Any]) -> None:
     """Refuse sizes that cannot be and settings that vLLM would not follow; raises ValueError."""
-    fields = _Fields(model, family.filled(config))
-    _check_settings(fields, family)
-    sizes = {key: fields.integer(key, high) for key, high in SIZE_LIMITS.items()}
-    _check_heads(fields, family, sizes)
-    if family.has_experts:
-        _check_experts(fields)
-    _check_layers(fields, sizes["num_hidden_layers"])
-    _check_rope(fields)
+    config = family.filled(config)
+    try:
+        _check_settings(config, family)
+        for key, high in SIZE_LIMITS.items():
+            _check_integer(config, key, high)
+        _check_heads(config, family)
+        if family.has_experts:
+            _check_experts(config)
+        _check_layers(config)
+        _check_rope(config)
+    except _ConfigError as error:
+        raise ValueError(f"failfast: the drafter {model!r} must have {error}") from None
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """A config.json that is being checked."""
-
-    model: str
-    values: Mapping[str, Any]
-
-    def refuse(
-        self, key: str, must: str, got: Any, remedy: str = "Correct its config.json."
-    ) -> NoReturn:
-        raise ValueError(
-            f"failfast: the drafter {self.model!r} must have {key!r} {must}; got {echo(got)}. "
-            f"{remedy}"
-        )
-
-    def integer(self, key: str, high: int) -> int:
-        value = self.values.get(key)
-        if not is_integer(value) or not 1 <= value <= high:
-            self.refuse(key, f"as an integer from 1 to {high}", value)
-        return value
+def _refuse(key: str, must: str, got: Any, remedy: str = "Correct its config.json.") -> NoReturn:
+    raise _ConfigError(f"{key!r} {must}; got {echo(got)}. {remedy}")
 
 
-def _check_settings(fields: _Fields, family: Family) -> None:
+def _check_integer(config: Mapping[str, Any], key: str, high: int) -> None:
+    value = config.get(key)
+    if not is_integer(value) or not 1 <= value <= high:
+        _refuse(key, f"as an integer from 1 to {high}", value)
+
+
+def _check_settings(config: Mapping[str, Any], family: Family) -> None:
     for key in ("quantization_config", "compression_config"):
-        if fields.values.get(key) is not None:
-            fields.refuse(key, "absent", fields.values[key], "Use its unquantised weights.")
+        if config.get(key) is not None:
+            _refuse(key, "absent", config[key], "Use its unquantised weights.")
     projections = {
         "attention_bias": (True,) if family.qkv_bias else (False, True),
         "qk_norm": (family.qk_norm,),
     }
     experts = {"norm_topk_prob": (False, True)} if family.has_experts else NO_EXPERTS
     for key, allowed in (ALLOWED | projections | experts).items():
-        value = fields.values.get(key, allowed[0])
+        value = config.get(key, allowed[0])
         if repr(value) not in map(repr, allowed):  # True is no 1 here
             names = " or ".join(map(json.dumps, allowed))
-            fields.refuse(key, f"as {names}", value, "Another layout cannot be loaded.")
+            _refuse(key, f"as {names}", value, "Another layout cannot be loaded.")
 
 
-def _check_heads(fields: _Fields, family: Family, sizes: Mapping[str, int]) -> None:
-    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-    kv_heads = sizes["num_key_value_heads"]
+def _check_heads(config: Mapping[str, Any], family: Family) -> None:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads, stated = config["num_key_value_heads"], config.get("head_dim")
     if heads % kv_heads:
-        what = f"as a divisor of 'num_attention_heads' ({heads})"
-        fields.refuse("num_key_value_heads", what, kv_heads)
-    if family.states_head_dim:
-        head_dim = fields.integer("head_dim", MAX_HEAD_DIM)
-        if head_dim % 2:
-            fields.refuse("head_dim", "even", head_dim)
+        _refuse("num_key_value_heads", f"as a divisor of 'num_attention_heads' ({heads})", kv_heads)
+    if family.qk_norm:
+        _check_integer(config, "head_dim", MAX_HEAD_DIM)
+        if config["head_dim"] % 2:
+            _refuse("head_dim", "even", stated)
         return
     head_dim, rest = divmod(hidden, heads)
     if rest or head_dim % 2:
-        what = f"that splits 'hidden_size' ({hidden}) into heads of even size"
-        fields.refuse("num_attention_heads", what, heads)
-    stated = fields.values.get("head_dim")
+        must = f"that splits 'hidden_size' ({hidden}) into heads of even size"
+        _refuse("num_attention_heads", must, heads)
     if stated not in (None, head_dim):
-        what = f"equal to 'hidden_size' / 'num_attention_heads' ({head_dim})"
-        fields.refuse("head_dim", what, stated)
+        must = f"equal to 'hidden_size' / 'num_attention_heads' ({head_dim})"
+        _refuse("head_dim", must, stated)
 
 
-def _check_experts(fields: _Fields) -> None:
-    sizes = {key: fields.integer(key, high) for key, high in EXPERT_LIMITS.items()}
-    fields.integer("num_experts_per_tok", sizes["num_experts"])
-    config = fields.values
+def _check_experts(config: Mapping[str, Any]) -> None:
+    for key, high in EXPERT_LIMITS.items():
+        _check_integer(config, key, high)
+    _check_integer(config, "num_experts_per_tok", config["num_experts"])
     if "norm_topk_prob" not in config:  # both occur
-        fields.refuse("norm_topk_prob", "as false or true", None)
+        _refuse("norm_topk_prob", "as false or true", None)
     if "decoder_sparse_step" in config:
-        fields.integer("decoder_sparse_step", SIZE_LIMITS["num_hidden_layers"])
+        _check_integer(config, "decoder_sparse_step", SIZE_LIMITS["num_hidden_layers"])
     dense = config.get("mlp_only_layers")
     if dense is not None and not (isinstance(dense, list) and all(map(is_integer, dense))):
-        fields.refuse("mlp_only_layers", "as a list of layer numbers", dense)
+        _refuse("mlp_only_layers", "as a list of layer numbers", dense)
     if not expert_layers(config):
-        what = "and 'decoder_sparse_step' that leave a layer with experts"
-        fields.refuse("mlp_only_layers", what, dense, "Without experts it is another model.")
+        must = "and 'decoder_sparse_step' that leave a layer with experts"
+        _refuse("mlp_only_layers", must, dense, "Without experts it is another model.")
 
 
-def _check_layers(fields: _Fields, num_layers: int) -> None:
-    types = fields.values.get("layer_types")
-    if types not in (None, ["full_attention"] * num_layers):
-        what = "with 'full_attention' for each layer"
-        fields.refuse("layer_types", what, types, "Others cannot be loaded.")
-    epsilon = fields.values.get("rms_norm_eps", 1e-6)
+def _check_layers(config: Mapping[str, Any]) -> None:
+    types = config.get("layer_types")
+    if types not in (None, ["full_attention"] * config["num_hidden_layers"]):
+        must = "with 'full_attention' for each layer"
+        _refuse("layer_types", must, types, "Others cannot be loaded.")
+    epsilon = config.get("rms_norm_eps", 1e-6)
     if not _is_positive(epsilon) or epsilon >= 1:
-        fields.refuse("rms_norm_eps", "between 0 and 1", epsilon)
+        _refuse("rms_norm_eps", "between 0 and 1", epsilon)
 
 
-def _check_rope(fields: _Fields) -> None:
-    theta = fields.values.get("rope_theta")
+def _check_rope(config: Mapping[str, Any]) -> None:
+    theta = config.get("rope_theta")
     for key in ("rope_scaling", "rope_parameters"):  # the older name first
-        rope = fields.values.get(key)
+        rope = config.get(key)
         if rope is not None:
-            scaling = rope if isinstance(rope, dict) else {"rope_type": rope}
-            _check_scaling(fields, key, rope, scaling)
-            theta = scaling.get("rope_theta", theta)
+            _check_scaling(key, rope)
+            theta = rope.get("rope_theta", theta)
     if not _is_positive(theta):
-        fields.refuse("rope_theta", "as a positive number", theta)
+        _refuse("rope_theta", "as a positive number", theta)
 
 
-def _check_scaling(fields: _Fields, key: str, rope: Any, scaling: Mapping[str, Any]) -> None:
+def _check_scaling(key: str, rope: Any) -> None:
+    scaling: dict[str, Any] = rope if isinstance(rope, dict) else {"rope_type": None}
     kind = str(scaling.get("rope_type", scaling.get("type", "default")))
-    if kind not in ROPE_NUMBERS or rope is not scaling or "mrope_section" in scaling:
-        types = ", ".join(ROPE_NUMBERS)
-        what = f"with a 'rope_type' among {types}"
-        fields.refuse(key, what, rope, "Others cannot be loaded.")
+    if kind not in ROPE_NUMBERS or "mrope_section" in scaling:
+        must = f"with a 'rope_type' among {', '.join(ROPE_NUMBERS)}"
+        _refuse(key, must, rope, "Others cannot be loaded.")
     for number in ROPE_NUMBERS[kind]:
         if not _is_positive(scaling.get(number)):
-            fields.refuse(key, f"with a positive {number!r}", rope)
+            _refuse(key, f"with a positive {number!r}", rope)
     for number in ROPE_OPTIONAL:
         if number in scaling and not _is_positive(scaling[number]):
-            fields.refuse(key, f"with a positive {number!r}, or none", rope)
+            _refuse(key, f"with a positive {number!r}, or none", rope)
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        fields.refuse(key, "with a 'high_freq_factor' above its 'low_freq_factor'", rope)
+        _refuse(key, "with a 'high_freq_factor' above its 'low_freq_factor'", rope)
 
 
 def is_integer(value: Any) -> TypeGuard[int]:

@@ -2,8 +2,7 @@
 
 Tensor parallel: the drafter is sharded like the target, or every rank holds the whole of it and its
 passes need no communication. Data parallel: ranks take different numbers of draft passes, so no
-pass may enter a collective of the data-parallel group; a drafter's experts are never spread over
-it, nor by expert parallelism.
+pass may enter a collective of the data-parallel group.
 """
 
 import contextlib
@@ -16,29 +15,21 @@ from vllm.distributed import parallel_state
 from vllm.forward_context import create_forward_context, override_forward_context
 
 
-def is_replicated(vllm_config: VllmConfig) -> bool:
-    """Whether every rank of the target's tensor-parallel group holds the whole drafter."""
-    assert vllm_config.speculative_config is not None
-    draft_config = vllm_config.speculative_config.draft_parallel_config
-    return bool(
-        draft_config.tensor_parallel_size < vllm_config.parallel_config.tensor_parallel_size
-    )
-
-
 @contextlib.contextmanager
 def drafter_group(vllm_config: VllmConfig) -> Iterator[None]:
     """Inside, vLLM's tensor-parallel group is the drafter's: the target's, or this rank alone.
 
     The data-parallel and the expert-parallel group are this rank alone: vLLM would spread the
     experts of a drafter over the first, and has no second beside a target without experts.
-    Layers are built inside, and keep these sizes. Passes run inside too: compilation reads the
-    groups, and no layer that reads them late can make a rank wait for others.
+    Layers are built and run inside: compilation and some layers read the groups late.
     """
     alone = parallel_state.get_pp_group()  # its only rank is this one: nothing is pipelined
     assert alone.world_size == 1, "pipeline parallelism is refused at start-up"
     theirs = parallel_state._TP, parallel_state._DP, parallel_state._EP
     parallel_state._DP = parallel_state._EP = alone
-    if is_replicated(vllm_config):
+    assert vllm_config.speculative_config is not None
+    num_ranks = vllm_config.speculative_config.draft_parallel_config.tensor_parallel_size
+    if num_ranks < vllm_config.parallel_config.tensor_parallel_size:  # each has the whole of it
         parallel_state._TP = alone
     try:
         assert parallel_state.get_dp_group() is alone, "vLLM keeps its groups elsewhere"

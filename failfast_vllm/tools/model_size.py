@@ -109,7 +109,7 @@ def _layout_of(name: str, config: Mapping[str, Any]) -> tuple[Family, dict[str, 
     is_mixed = filled.get("mlp_only_layers") or filled.get("decoder_sparse_step", 1) != 1
     if layout.has_experts and is_mixed:
         raise ValueError(f"{name!r} mixes dense and expert layers; only all-expert ones are known.")
-    heads = {"head_dim": 128} if layout.states_head_dim else {}
+    heads = {"head_dim": 128} if layout.qk_norm else {}
     filled["head_dim"] = layout.head_dim({**heads, **filled})
     return layout, {"intermediate_size": 0, **filled}
 

@@ -6,8 +6,11 @@ others go to the reference, unless FAILFAST_TRITON=1 sends them to Triton's inte
 also needs TRITON_INTERPRET=1). This package imports neither vLLM nor `failfast_vllm`.
 """
 
+import functools
+import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -23,6 +26,8 @@ __all__ = [
     "plan_padding",
     "uses_triton",
 ]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:
@@ -30,57 +35,20 @@ def uses_triton(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda or os.environ.get("FAILFAST_TRITON") == "1"
 
 
-def block_diffusion_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    committed_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    scale: float,
-    diffusion_block_size: int = 32,
-    groups: Sequence[PaddedGroup] | None = None,
-    output: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See `reference.block_diffusion_attention`."""
-    home = reference.block_diffusion_attention
-    if uses_triton(query):
-        from failfast_kernels.block_attention import block_diffusion_attention as home
-    return home(
-        query,
-        key,
-        value,
-        kv_cache,
-        block_table,
-        committed_lens,
-        query_start_loc,
-        scale,
-        diffusion_block_size,
-        groups,
-        output,
-    )
+def _at_home(specification: Callable[P, R], module: str) -> Callable[P, R]:
+    """The operation, sent to its launcher in `module` where its first tensor is Triton's."""
+
+    @functools.wraps(specification)
+    def operation(*args: P.args, **kwargs: P.kwargs) -> R:
+        home = specification
+        if uses_triton(args[0]):  # type: ignore[arg-type]
+            launchers = importlib.import_module(f"failfast_kernels.{module}")
+            home = getattr(launchers, specification.__name__)
+        return home(*args, **kwargs)
+
+    return operation
 
 
-def commit_kv(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
-    """See `reference.commit_kv`."""
-    home = reference.commit_kv
-    if uses_triton(key):
-        from failfast_kernels.block_attention import commit_kv as home
-    home(key, value, kv_cache, slot_mapping)
-
-
-def confidence_argmax(
-    logits: torch.Tensor,
-    num_valid_tokens: int,
-    forbidden_ids: Sequence[int] = (),
-    *,
-    details: bool = False,
-) -> TokenConfidence:
-    """See `reference.confidence_argmax`."""
-    home = reference.confidence_argmax
-    if uses_triton(logits):
-        from failfast_kernels.confidence import confidence_argmax as home
-    return home(logits, num_valid_tokens, forbidden_ids, details=details)
+block_diffusion_attention = _at_home(reference.block_diffusion_attention, "block_attention")
+commit_kv = _at_home(reference.commit_kv, "block_attention")
+confidence_argmax = _at_home(reference.confidence_argmax, "confidence")

@@ -98,7 +98,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
 
-    # the last sequence whose first tile is not behind this one; `num_seqs` is the padding
+    # the last sequence whose first tile is not after this one; `num_seqs` is the padding
     seq = 0
     behind = num_seqs + 1
     while behind - seq > 1:
@@ -346,25 +346,16 @@ def launch_every_class(num_heads: int, kv_cache: torch.Tensor, diffusion_block_s
     """
     num_kv_heads, head_dim = kv_cache.shape[1], kv_cache.shape[3] // 2
     zero = torch.zeros(1, dtype=torch.int64, device=kv_cache.device)
+    table = zero.view(1, 1).int()
     for _, element_size, height in ATTENTION:
         if element_size != kv_cache.element_size():
             continue
         num_rows = max(1, height * num_kv_heads // num_heads)
         query = kv_cache.new_zeros(num_rows, num_heads, head_dim)
         key = kv_cache.new_zeros(num_rows, num_kv_heads, head_dim)
+        inputs = (query, key, key, kv_cache, table, zero, torch.cat((zero, zero + num_rows)))
         for num_splits in SPLITS:
-            block_diffusion_attention(
-                query,
-                key,
-                key,
-                kv_cache,
-                zero.view(1, 1).int(),
-                zero,
-                torch.cat((zero, zero + num_rows)),
-                1.0,
-                diffusion_block_size,
-                num_splits=num_splits,
-            )
+            block_diffusion_attention(*inputs, 1.0, diffusion_block_size, num_splits=num_splits)
         commit_kv(key, key, kv_cache, zero.new_full((num_rows,), -1))
 
 

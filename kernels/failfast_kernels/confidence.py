@@ -1,17 +1,15 @@
 """Best token and confidence of each row in one read of the logits; `reference` is the meaning.
 
 A program walks over the columns of one row in tiles of BLOCK_N with an online softmax (Milakov
-and Gimelshein, arXiv 1805.02867). Its state is five scalars:
+and Gimelshein, arXiv 1805.02867). Its state is four scalars:
 
     best     max z
     mass     sum of exp(z - best)
     token    lowest column that holds `best`
-    second   the largest z without `token`                      only with DETAILS
     moment   sum of (z - best) * exp(z - best)                  only with DETAILS
 
-so that probability = 1 / mass, entropy = log(mass) - moment / mass and
-margin = (1 - exp(second - best)) / mass. Where rows are few, several programs share a row's
-columns and `_merge_kernel` combines their states.
+so that probability = 1 / mass and entropy = log(mass) - moment / mass. Where rows are few, several
+programs share a row's columns and `_merge_kernel` combines their states.
 
 Never materialised: a float32 copy of the logits, the softmax.
 """
@@ -27,57 +25,37 @@ from failfast_kernels import launch_table
 from failfast_kernels.reference import LEAST, TokenConfidence, lowest_allowed_id
 
 SPLITS = (1, 4, 16, 32)  # classes: each is compiled once
+OUTPUTS = ["token_ids", "probabilities", "entropies", "states", "split_tokens"]
 
 
 @triton.jit
 def _store_confidence(  # type: ignore[no-untyped-def]
-    token_ids,
-    probabilities,
-    entropies,
-    margins,
-    row,
-    best,
-    mass,
-    token,
-    second,
-    moment,
-    fallback_id,
-    DETAILS: tl.constexpr,
+    token_ids, probabilities, entropies, row, mass, token, moment, fallback, DETAILS: tl.constexpr
 ):
     defined = mass > 0  # false for NaN
-    tl.store(token_ids + row, tl.where(defined, token, fallback_id).to(tl.int64))
+    tl.store(token_ids + row, tl.where(defined, token, fallback).to(tl.int64))
     tl.store(probabilities + row, tl.where(defined, 1.0 / mass, 0.0))
     if DETAILS:
         entropy = tl.log(mass) - moment / mass
         tl.store(entropies + row, tl.where(defined, entropy, float("inf")))
-        tl.store(margins + row, tl.where(defined, (1.0 - tl.exp(second - best)) / mass, 0.0))
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "num_forbidden", "num_valid_tokens", "fallback_id"],
-    do_not_specialize_on_alignment=[
-        "token_ids",
-        "probabilities",
-        "entropies",
-        "margins",
-        "states",
-        "split_tokens",
-        "forbidden_ids",
-    ],
+    do_not_specialize=["num_rows", "num_forbidden", "num_valid_tokens", "fallback"],
+    do_not_specialize_on_alignment=[*OUTPUTS, "forbidden_ids"],
 )
 def _confidence_kernel(  # type: ignore[no-untyped-def]
-    token_ids,  # [num_rows] int64; as the next three, written without splits only
+    token_ids,  # [num_rows] int64; as the next two, written without splits only
     probabilities,  # [num_rows] float32
     entropies,
-    margins,
-    states,  # [4, NUM_SPLITS, num_rows] float32: best, mass, second, moment; with splits only
+    states,  # [3, NUM_SPLITS, num_rows] float32: best, mass, moment; with splits only
     split_tokens,  # [NUM_SPLITS, num_rows] int32; with splits only
     logits,  # [num_rows, num_columns]
     forbidden_ids,  # [num_forbidden] int32
     num_rows,
     num_forbidden,
     num_valid_tokens,
-    fallback_id,
+    fallback,
     num_columns,  # specialised, as the strides: the mask must not narrow the loads
     stride_row,
     stride_column,
@@ -94,10 +72,9 @@ def _confidence_kernel(  # type: ignore[no-untyped-def]
 
     offsets = tl.arange(0, BLOCK_N)
     best = tl.full([], LEAST_FLOAT, tl.float32)
-    second = tl.full([], LEAST_FLOAT, tl.float32)
     mass = tl.zeros([], tl.float32)
     moment = tl.zeros([], tl.float32)
-    token = tl.zeros([], tl.int32) + fallback_id
+    token = tl.zeros([], tl.int32) + fallback
     for start in range(begin, end, BLOCK_N):
         columns = start + offsets
         z = tl.load(
@@ -114,13 +91,10 @@ def _confidence_kernel(  # type: ignore[no-untyped-def]
         weights = tl.exp(gaps)
         shrink = tl.exp(best - new_best)
         if DETAILS:
-            tile_token = tl.min(tl.where(z == tile_best, columns, 2147483647), 0)
-            others = tl.max(tl.where(columns == tile_token, float("-inf"), z), 0)
-            second = tl.maximum(tl.minimum(best, tile_best), tl.maximum(second, others))
             moment = shrink * (moment + (best - new_best) * mass)
             moment += tl.sum(tl.maximum(gaps, LEAST_FLOAT) * weights, 0)
         mass = mass * shrink + tl.sum(weights, 0)
-        if tile_best > best:  # rare behind the first tiles
+        if tile_best > best:  # rare after the first tiles
             token = tl.min(tl.where(z == tile_best, columns, 2147483647), 0)
         best = new_best
 
@@ -131,45 +105,22 @@ def _confidence_kernel(  # type: ignore[no-untyped-def]
         tl.store(state + plane, mass)
         tl.store(split_tokens + split * num_rows.to(tl.int64) + row, token)
         if DETAILS:
-            tl.store(state + 2 * plane, second)
-            tl.store(state + 3 * plane, moment)
+            tl.store(state + 2 * plane, moment)
     else:
         _store_confidence(
-            token_ids,
-            probabilities,
-            entropies,
-            margins,
-            row,
-            best,
-            mass,
-            token,
-            second,
-            moment,
-            fallback_id,
-            DETAILS,
+            token_ids, probabilities, entropies, row, mass, token, moment, fallback, DETAILS
         )
 
 
-@triton.jit(
-    do_not_specialize=["num_rows", "fallback_id"],
-    do_not_specialize_on_alignment=[
-        "token_ids",
-        "probabilities",
-        "entropies",
-        "margins",
-        "states",
-        "split_tokens",
-    ],
-)
+@triton.jit(do_not_specialize=["num_rows", "fallback"], do_not_specialize_on_alignment=OUTPUTS)
 def _merge_kernel(  # type: ignore[no-untyped-def]
     token_ids,
     probabilities,
     entropies,
-    margins,
     states,  # as `_confidence_kernel` left them
     split_tokens,
     num_rows,
-    fallback_id,
+    fallback,
     DETAILS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
 ):
@@ -186,25 +137,11 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     # columns rise with the split: the first that holds `best` holds its lowest id
     winner = tl.min(tl.where(bests == best, splits, NUM_SPLITS), 0)
     token = tl.sum(tl.where(splits == winner, tokens, 0), 0)
-    second = best
     moment = mass
     if DETAILS:
-        runners_up = tl.where(splits == winner, tl.load(state + 2 * plane), bests)
-        second = tl.max(runners_up, 0)
-        moment = tl.sum(shrinks * (tl.load(state + 3 * plane) + (bests - best) * masses), 0)
+        moment = tl.sum(shrinks * (tl.load(state + 2 * plane) + (bests - best) * masses), 0)
     _store_confidence(
-        token_ids,
-        probabilities,
-        entropies,
-        margins,
-        row,
-        best,
-        mass,
-        token,
-        second,
-        moment,
-        fallback_id,
-        DETAILS,
+        token_ids, probabilities, entropies, row, mass, token, moment, fallback, DETAILS
     )
 
 
@@ -222,13 +159,10 @@ def confidence_argmax(
         num_splits: one of `SPLITS`, programs that share a row; None chooses by shapes.
     """
     num_rows, num_columns = logits.shape
-    fallback_id = lowest_allowed_id(num_columns, num_valid_tokens, forbidden_ids)
+    fallback = lowest_allowed_id(num_columns, num_valid_tokens, forbidden_ids)
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    floats = torch.empty(3 if details else 1, num_rows, device=logits.device, dtype=torch.float32)
-    probabilities, entropies, margins = (floats[i if details else 0] for i in range(3))
-    result = TokenConfidence(token_ids, probabilities)
-    if details:
-        result = TokenConfidence(token_ids, probabilities, entropies, margins)
+    floats = torch.empty(1 + details, num_rows, device=logits.device, dtype=torch.float32)
+    result = TokenConfidence(token_ids, floats[0], floats[1] if details else None)
     if num_rows == 0:
         return result
     launch = launch_table.CONFIDENCE[logits.element_size()]
@@ -236,9 +170,9 @@ def confidence_argmax(
         num_splits = _num_splits(num_rows, -(-num_valid_tokens // launch.block_n))
     states, split_tokens = floats, floats  # neither is touched without splits
     if num_splits > 1:
-        planes = torch.empty(5, num_splits, num_rows, device=logits.device, dtype=torch.float32)
-        states, split_tokens = planes[:4], planes[4].view(torch.int32)
-    outputs = (token_ids, probabilities, entropies, margins, states, split_tokens)
+        planes = torch.empty(4, num_splits, num_rows, device=logits.device, dtype=torch.float32)
+        states, split_tokens = planes[:3], planes[3].view(torch.int32)
+    outputs = (token_ids, floats[0], floats[-1], states, split_tokens)
     forbidden = _on_device(tuple(forbidden_ids), logits.device)
     _confidence_kernel[num_rows, num_splits](
         *outputs,
@@ -247,7 +181,7 @@ def confidence_argmax(
         num_rows,
         forbidden.numel(),
         num_valid_tokens,
-        fallback_id,
+        fallback,
         num_columns,
         *logits.stride(),
         LEAST_FLOAT=LEAST,
@@ -260,7 +194,7 @@ def confidence_argmax(
         _merge_kernel[(num_rows,)](
             *outputs,
             num_rows,
-            fallback_id,
+            fallback,
             DETAILS=details,
             NUM_SPLITS=num_splits,
             num_warps=1,

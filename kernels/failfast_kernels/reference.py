@@ -31,7 +31,6 @@ class TokenConfidence(NamedTuple):
     token_ids: torch.Tensor  # [num_rows] int64
     probabilities: torch.Tensor  # [num_rows] float32, softmax probability of `token_ids`
     entropies: torch.Tensor | None = None  # [num_rows] float32, nats; None: not asked for
-    margins: torch.Tensor | None = None  # [num_rows] float32, probability minus the runner-up's
 
 
 class PaddedGroup(NamedTuple):
@@ -68,71 +67,40 @@ def plan_padding(
     Returns:
         One `PaddedGroup` per range of row counts; sequences without rows are in none.
     """
-    query_lens = query_start_loc.diff()
-    if query_lens.numel() == 0:
-        return []
-    groups: list[PaddedGroup] = []
-    low, high, longest = 0, GROUP_BASE, int(query_lens.max())
-    while low < longest:
-        if longest <= high and low == 0:
-            members = torch.nonzero(query_lens > 0).squeeze(1)
-        else:
-            members = torch.nonzero((query_lens > low) & (query_lens <= high)).squeeze(1)
-        if members.numel():
-            groups.append(
-                _pad_group(
-                    block_table[members],
-                    committed_lens[members],
-                    query_start_loc[members],
-                    query_lens[members],
-                    page_size,
-                    group_size,
-                    dtype,
-                    diffusion_block_size,
-                )
-            )
-        low, high = high, high * GROUP_RATIO
-    return groups
-
-
-def _pad_group(
-    block_table: torch.Tensor,
-    committed_lens: torch.Tensor,
-    first_rows: torch.Tensor,
-    query_lens: torch.Tensor,
-    page_size: int,
-    group_size: int,
-    dtype: torch.dtype,
-    diffusion_block_size: int,
-) -> PaddedGroup:
-    device = block_table.device
-    max_rows = int(query_lens.max())
-    num_blocks = committed_lens // diffusion_block_size  # [num_seqs]
-    max_blocks = int(num_blocks.max())
-
-    offsets = torch.arange(max_rows, device=device)
-    valid_rows = offsets < query_lens[:, None]
-    rows = first_rows[:, None] + torch.where(valid_rows, offsets, 0)
-
+    device, query_lens = block_table.device, query_start_loc.diff()
     blocks_per_page = page_size // diffusion_block_size
-    blocks = torch.arange(max_blocks, device=device)
-    fresh = blocks < num_blocks[:, None]
-    pages = block_table[:, blocks // blocks_per_page].long()
-    pages = torch.where(fresh, pages, 0)
+    groups: list[PaddedGroup] = []
+    low, high, longest = 0, GROUP_BASE, max(query_lens.tolist(), default=0)
+    while low < longest:
+        members = torch.nonzero((query_lens > low) & (query_lens <= high))  # [num_seqs, 1]
+        low, high = high, high * GROUP_RATIO
+        if not members.numel():
+            continue
+        offsets = torch.arange(int(query_lens[members].max()), device=device)
+        valid_rows = offsets < query_lens[members]
+        rows = query_start_loc[members] + torch.where(valid_rows, offsets, 0)
 
-    own = offsets // diffusion_block_size
-    sees_own = (own[None, :] <= own[:, None]) & valid_rows[:, None, :]  # [num_seqs, q, k]
-    sees_prefix = fresh.repeat_interleave(diffusion_block_size, 1)[:, None, :]
-    sees = torch.cat([sees_prefix.expand(-1, max_rows, -1), sees_own], dim=-1)
-    mask = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill_(~sees, -torch.inf)
-    return PaddedGroup(
-        rows=rows,
-        valid_rows=None if bool(valid_rows.all()) else valid_rows,
-        pages=pages,
-        page_offsets=(blocks % blocks_per_page).expand_as(pages),
-        stale_blocks=None if bool(fresh.all()) else ~fresh,
-        mask=mask.repeat(1, group_size, 1)[:, None],
-    )
+        num_blocks = committed_lens[members] // diffusion_block_size
+        blocks = torch.arange(int(num_blocks.max()), device=device)
+        fresh = blocks < num_blocks
+        pages = torch.where(fresh, block_table[members, blocks // blocks_per_page].long(), 0)
+
+        own = offsets // diffusion_block_size
+        sees_own = (own[None, :] <= own[:, None]) & valid_rows[:, None, :]  # [num_seqs, q, k]
+        sees_prefix = fresh.repeat_interleave(diffusion_block_size, 1)[:, None, :]
+        sees = torch.cat([sees_prefix.expand(-1, len(offsets), -1), sees_own], dim=-1)
+        mask = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill_(~sees, -torch.inf)
+        groups.append(
+            PaddedGroup(
+                rows=rows,
+                valid_rows=None if bool(valid_rows.all()) else valid_rows,
+                pages=pages,
+                page_offsets=(blocks % blocks_per_page).expand_as(pages),
+                stale_blocks=None if bool(fresh.all()) else ~fresh,
+                mask=mask.repeat(1, group_size, 1)[:, None],
+            )
+        )
+    return groups
 
 
 def block_diffusion_attention(
@@ -168,15 +136,8 @@ def block_diffusion_attention(
     num_kv_heads, page_size = kv_cache.shape[1], kv_cache.shape[2]
     group_size = num_heads // num_kv_heads
     if groups is None:
-        groups = plan_padding(
-            block_table,
-            committed_lens,
-            query_start_loc,
-            page_size,
-            group_size,
-            query.dtype,
-            diffusion_block_size,
-        )
+        places = block_table, committed_lens, query_start_loc
+        groups = plan_padding(*places, page_size, group_size, query.dtype, diffusion_block_size)
     blocks = kv_cache.view(
         -1, num_kv_heads, page_size // diffusion_block_size, diffusion_block_size, 2 * head_dim
     )
@@ -197,9 +158,7 @@ def block_diffusion_attention(
         attended = F.scaled_dot_product_attention(
             rows, keys, values, attn_mask=group.mask, scale=scale
         )
-        attended = attended.view(num_seqs, num_kv_heads, group_size, max_rows, head_dim)
-        attended = attended.permute(0, 3, 1, 2, 4)
-        attended = attended.reshape(num_seqs, max_rows, num_heads, head_dim)
+        attended = attended.reshape(num_seqs, num_heads, max_rows, head_dim).transpose(1, 2)
         if group.valid_rows is None:
             output[group.rows] = attended
         else:
@@ -234,11 +193,10 @@ def lowest_allowed_id(num_columns: int, num_valid_tokens: int, forbidden_ids: Se
             f"failfast: num_valid_tokens must be between 1 and the {num_columns} columns of the "
             f"logits; got {num_valid_tokens}."
         )
-    allowed = (i for i in range(num_valid_tokens) if i not in forbidden_ids)
-    lowest = next(allowed, None)
-    if lowest is None:
-        raise ValueError(f"failfast: all {num_valid_tokens} tokens are forbidden; allow one.")
-    return lowest
+    for token_id in range(num_valid_tokens):
+        if token_id not in forbidden_ids:
+            return token_id
+    raise ValueError(f"failfast: all {num_valid_tokens} tokens are forbidden; allow one.")
 
 
 def confidence_argmax(
@@ -255,12 +213,12 @@ def confidence_argmax(
         num_valid_tokens: columns from here on never win and carry no mass (padding, or ids that
             the target does not have).
         forbidden_ids: further columns without mass (MASK).
-        details: also the entropy and the margin to the runner-up.
+        details: also the entropy.
 
     Returns:
         Ties go to the lowest id, as in `torch.argmax`. Probability = 1 / sum(exp(z - max z)).
         A row whose softmax is undefined (a NaN, +inf, or -inf in every allowed column) gets
-        the lowest allowed id and the least confidence: probability 0, entropy inf, margin 0.
+        the lowest allowed id and the least confidence: probability 0, entropy inf.
 
     Raises:
         ValueError: no column may win, or `num_valid_tokens` exceeds the columns.
@@ -271,7 +229,6 @@ def confidence_argmax(
     best = logits.new_full((num_rows,), LEAST, dtype=torch.float32)
     mass = torch.zeros_like(best)  # sum of exp(z - best) so far
     token_ids = torch.full_like(best, fallback_id, dtype=torch.int64)
-    second = torch.full_like(best, LEAST)
     moment = torch.zeros_like(best)  # sum of (z - best) * exp(z - best) so far
     for start in range(0, num_valid_tokens, VOCAB_TILE):
         end = min(start + VOCAB_TILE, num_valid_tokens)
@@ -282,8 +239,6 @@ def confidence_argmax(
         tile_best, tile_ids = tile.max(dim=-1)
         new_best = torch.maximum(best, tile_best)
         if details:
-            others = tile.scatter(1, tile_ids[:, None], -torch.inf).amax(dim=-1)
-            second = torch.maximum(torch.minimum(best, tile_best), torch.maximum(second, others))
             gaps = (tile - new_best[:, None]).clamp(min=LEAST)
             moment = (best - new_best).exp() * (moment + (best - new_best) * mass)
             moment += (gaps * gaps.exp()).sum(dim=-1)
@@ -293,8 +248,5 @@ def confidence_argmax(
     defined = mass > 0  # false for NaN
     token_ids = torch.where(defined, token_ids, fallback_id)
     probabilities = torch.where(defined, mass.reciprocal(), 0.0)
-    if not details:
-        return TokenConfidence(token_ids, probabilities)
-    entropies = torch.where(defined, mass.log() - moment / mass, torch.inf)
-    margins = torch.where(defined, (1.0 - (second - best).exp()) / mass, 0.0)
-    return TokenConfidence(token_ids, probabilities, entropies, margins)
+    entropies = torch.where(defined, mass.log() - moment / mass, torch.inf) if details else None
+    return TokenConfidence(token_ids, probabilities, entropies)
