@@ -9,45 +9,40 @@ import sys
 from typing import Any
 
 from failfast_vllm.config import parse
+from failfast_vllm.integration import hooks
 from failfast_vllm.integration.engine_hooks import install_metrics
-from failfast_vllm.integration.hooks import hooks_of, install, logger, stage_problem, wrap
-from failfast_vllm.integration.versions import version_problem
-
-ENGINE_MODULE = "vllm.v1.engine.core"
-# a process that has one of these may be handed a pickled config
-WORKER_MODULE = "vllm.v1.worker.worker_base"
-FRONT_END_MODULE = "vllm.v1.engine.input_processor"
 
 
 def register() -> None:
     """Entry point of the group `vllm.general_plugins`. Idempotent; never raises."""
-    problem = version_problem() or stage_problem("configuration")
+    problem = hooks.version_problem() or hooks.stage_problem("configuration")
     if problem:
-        logger.warning("failfast is off: %s", problem)
+        hooks.logger.warning("failfast is off: %s", problem)
         _refuse(problem)
         return
-    install("configuration")
-    if WORKER_MODULE in sys.modules:
-        install("worker")
-    if FRONT_END_MODULE in sys.modules and not stage_problem("requests"):
-        install("requests")
-    if ENGINE_MODULE in sys.modules:  # an engine's process, or a front end
+    hooks.install("configuration")
+    # a process that has one of these modules may be handed a pickled config
+    if "vllm.v1.worker.worker_base" in sys.modules:
+        hooks.install("worker")
+    if "vllm.v1.engine.input_processor" in sys.modules and not hooks.stage_problem("requests"):
+        hooks.install("requests")
+    if "vllm.v1.engine.core" in sys.modules:  # an engine's process, or a front end
         install_metrics()
-        if not stage_problem("engine"):
-            install("engine")
+        if not hooks.stage_problem("engine"):
+            hooks.install("engine")
 
 
 def _refuse(problem: str) -> None:
     """Let this vLLM serve everything but failfast."""
     from vllm.engine.arg_utils import EngineArgs
 
-    def refuse(original: Any, self: Any, *rest: Any, **more: Any) -> Any:
+    def refuse(original: Any, self: Any) -> Any:
         if parse(self.speculative_config) is not None:
             raise ValueError(f"failfast: this vLLM cannot run it: {problem}")
-        return original(self, *rest, **more)
+        return original()
 
-    creation, arguments = hooks_of("configuration")[:2]
+    creation, arguments = hooks.hooks_of("configuration")[:2]
     if hasattr(EngineArgs, "create_speculative_config"):
-        wrap(creation, refuse)
+        hooks.wrap(creation._replace(body=refuse))
     if hasattr(EngineArgs, "add_cli_args"):  # so that the bare word meets the refusal
-        wrap(arguments, arguments.body)
+        hooks.wrap(arguments)

@@ -4,7 +4,6 @@ vLLM sees a draft model whose drafts are made on the CPU and differ in length. W
 needs to know travels in `additional_config["failfast"]`.
 """
 
-import contextlib
 import copy
 import functools
 import os
@@ -14,24 +13,23 @@ from typing import Any
 from failfast_vllm import config as user_config
 from failfast_vllm.config import BLOCK_SIZE, METHOD, FailFastConfig
 from failfast_vllm.drafters import checks
-from failfast_vllm.drafters.families import Family, family_of
-from failfast_vllm.integration.engine_args import Asked, check_engine_args
+from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE, Family, family_of
 from failfast_vllm.integration.engine_hooks import install_metrics
 from failfast_vllm.integration.hooks import asked_for, hook, install, logger
 from failfast_vllm.integration.worker import register_model
 
 VOCABULARIES = ("tokenizer.json", "vocab.json")
 ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
+SPECULATIVE_CONFIG = "vllm.config.speculative:SpeculativeConfig"
+
+Problem = tuple[str, Any, str]  # what is wrong, the offending value, the remedy
+
+_warn_once = functools.cache(logger.warning)
 
 
 @hook("configuration", f"{ENGINE_ARGS}.create_speculative_config")
 def create_speculative_config(
-    original: Any,
-    self: Any,
-    target_model_config: Any,
-    target_parallel_config: Any,
-    *rest: Any,
-    **more: Any,
+    original: Any, self: Any, target_model_config: Any, target_parallel_config: Any
 ) -> Any:
     """Checks the user's keys, then asks vLLM for a draft model with ragged CPU drafts.
 
@@ -39,35 +37,44 @@ def create_speculative_config(
     """
     given = user_config.parse(self.speculative_config)
     if given is None:
-        return original(self, target_model_config, target_parallel_config, *rest, **more)
+        return original()
     knobs = FailFastConfig.from_user(given)
-    check_engine_args(Asked(self, target_model_config, knobs.num_speculative_tokens, given))
-    drafter, published = _find_drafter(self, target_model_config, given)
+    cap = knobs.num_speculative_tokens
+    for what, got, remedy in _problems(self, target_model_config, given, cap):
+        raise ValueError(f"failfast: {what}; got {got!r}. {remedy}")
+    drafter, published = _find_drafter(self.load_format, target_model_config, given)
     register_model()
     install("worker")
     install("requests")
     install_metrics()
     install("engine")
+    asking, guarded = copy.copy(self), copy.copy(target_model_config)
+    asking.speculative_config = {
+        **{key: given[key] for key in user_config.PASSED_ON if key in given},
+        "draft_tensor_parallel_size": 1,  # until its heads are known
+        "method": "draft_model",
+        "model": drafter,
+        "num_speculative_tokens": cap,
+        "disable_padded_drafter_batch": True,
+    }
     # the drafter's config takes the target's flag; remote code is never run for a drafter
-    guarded = copy.copy(target_model_config)
     guarded.trust_remote_code = False
-    with _as_draft_model(self, drafter, knobs, given):
-        speculative = original(self, guarded, target_parallel_config, *rest, **more)
+    speculative = original.func(asking, guarded, target_parallel_config)
     speculative.target_model_config = target_model_config
     assert speculative.method == "draft_model", speculative.method
-    facts = _fit_drafter(self, speculative, drafter, published, knobs, given)
+    facts = _fit_drafter(speculative, published, knobs, given, self.enable_eplb)
     self.async_scheduling = False  # lengths per sequence need the synchronous scheduler
     self.additional_config = {**(self.additional_config or {}), METHOD: facts}
     return speculative
 
 
 @hook("configuration", f"{ENGINE_ARGS}.add_cli_args")
-def add_cli_args(original: Any, parser: Any, *rest: Any, **more: Any) -> Any:
+def add_cli_args(original: Any, parser: Any) -> Any:
     """Makes `--speculative-config` take the bare word `failfast` next to vLLM's JSON.
 
     Goes when: vLLM lets plugins register speculative methods.
     """
-    parser = original(parser, *rest, **more)
+    parser = original()
     action = parser._option_string_actions.get("--speculative-config")
     if action is not None and action.type is not None:
         from_json = action.type
@@ -82,19 +89,13 @@ def add_cli_args(original: Any, parser: Any, *rest: Any, **more: Any) -> Any:
 
 @hook("configuration", f"{ENGINE_ARGS}._set_default_max_num_seqs_and_batched_tokens_args")
 def make_room_for_lora(
-    original: Any,
-    self: Any,
-    usage_context: Any,
-    model_config: Any,
-    parallel_config: Any,
-    *rest: Any,
-    **more: Any,
+    original: Any, self: Any, usage_context: Any, model_config: Any, parallel_config: Any
 ) -> None:
     """Says which flags make vLLM's LoRA buffers hold a full draft of every sequence.
 
     Goes when: vLLM sizes these buffers by the longest drafts.
     """
-    original(self, usage_context, model_config, parallel_config, *rest, **more)
+    original()
     if not self.enable_lora or METHOD not in (self.additional_config or {}):
         return
     per_seq = 1 + self.additional_config[METHOD]["num_speculative_tokens"]
@@ -107,119 +108,129 @@ def make_room_for_lora(
         )
 
 
-@hook(
-    "configuration",
-    "vllm.config.speculative:SpeculativeConfig.verify_equal_vocab_size_if_draft_model",
-)
-def allow_other_padding(original: Any, self: Any, *rest: Any, **more: Any) -> None:
+@hook("configuration", f"{SPECULATIVE_CONFIG}.verify_equal_vocab_size_if_draft_model")
+def allow_other_padding(original: Any, self: Any) -> None:
     """Lets padded vocab sizes differ (Qwen2.5: 151,936 up to 3B, 152,064 from 7B on).
 
     Goes when: vLLM compares vocabularies without their padding.
     """
     drafter = self.draft_model_config
     if drafter is None or not family_of(drafter.architectures):
-        original(self, *rest, **more)
+        original()
 
 
 @hook("configuration", "vllm.config.vllm:VllmConfig._limit_max_model_len_to_draft", since=(0, 33))
-def keep_max_model_len(original: Any, self: Any, *rest: Any, **more: Any) -> None:
+def keep_max_model_len(original: Any, self: Any) -> None:
     """Lets a target that is longer than its drafter keep its length; ours stops at its own.
 
     Goes when: vLLM's V2 drafters skip a long sequence, too.
     """
     if not asked_for(self):
-        original(self, *rest, **more)
+        original()
+
+
+def _problems(
+    args: Any, target: Any, given: dict[str, Any], num_speculative_tokens: int
+) -> Iterator[Problem]:
+    """What vLLM's arguments, or its ModelConfig of the target, ask for that cannot work."""
+    for flag in ("spec_method", "spec_model", "spec_tokens"):
+        if (value := getattr(args, flag, None)) is not None:
+            what = f"--{flag.replace('_', '-')} does not go with --speculative-config"
+            yield what, value, "Put the key into the JSON of --speculative-config."
+    num_ranks = given.get("draft_tensor_parallel_size", 1)
+    if num_ranks not in (1, args.tensor_parallel_size):
+        what = "'draft_tensor_parallel_size' must be 1 or the target's tensor_parallel_size"
+        yield f"{what} ({args.tensor_parallel_size})", num_ranks, "Leave it out."
+    for kind in ("pipeline", "decode_context", "prefill_context"):
+        if (num_ranks := getattr(args, f"{kind}_parallel_size")) > 1:
+            what = f"{kind.replace('_', '-')} parallelism is not supported"
+            yield what, num_ranks, "Use --tensor-parallel-size instead."
+    multiple = f"a multiple of {MAX_DIFFUSION_BLOCK_SIZE}"
+    if args.block_size and args.block_size % MAX_DIFFUSION_BLOCK_SIZE:
+        remedy = f"Leave --block-size out or use {multiple}."
+        yield f"the KV page must be {multiple} tokens", args.block_size, remedy
+    if args.async_scheduling:
+        what = "asynchronous scheduling assumes one draft length for all sequences"
+        yield what, True, "Leave --async-scheduling out."
+    fewest, budget = MAX_DIFFUSION_BLOCK_SIZE + num_speculative_tokens, args.max_num_batched_tokens
+    if budget is not None and budget < fewest:
+        sum_of = f"{MAX_DIFFUSION_BLOCK_SIZE} + num_speculative_tokens"
+        what = f"max_num_batched_tokens must be at least {fewest} ({sum_of})"
+        yield what, budget, "Raise it or lower 'num_speculative_tokens'."
+    yield from _target_problems(target)
+
+
+def _target_problems(target: Any) -> Iterator[Problem]:
+    if target.runner_type != "generate":
+        what = "only text generation can be drafted for"
+        yield what, target.runner_type, "Leave the speculative config out."
+    if target.is_encoder_decoder:
+        what = "encoder-decoder targets are not supported: the drafter sees text only"
+        remedy = "Use a decoder-only target, or leave the speculative config out."
+        yield what, target.architecture, remedy
+    no_page = "have no KV page that is shared with the drafter"
+    if target.is_hybrid or target.use_mla:
+        what = f"hybrid (Mamba, linear attention) and MLA targets {no_page}"
+        yield what, target.architecture, "Use a target with full attention."
+    if window := target.get_sliding_window() or target.attention_chunk_size:
+        what = f"targets with sliding-window or chunked attention {no_page}"
+        yield what, window, "Use a target with full attention, or --disable-sliding-window."
 
 
 def _find_drafter(
-    args: Any, target_model_config: Any, given: dict[str, Any]
+    load_format: Any, target_model_config: Any, given: dict[str, Any]
 ) -> tuple[str, dict[str, Any] | None]:
-    """(directory or hub id, its config.json or None); raises ValueError if it cannot be one."""
+    """Refuse before vLLM would offer to run remote code, or fail on a size; raises ValueError.
+
+    Returns:
+        The drafter's directory or hub id, and its config.json: None where the hub cannot be
+        reached, as vLLM says itself.
+    """
     drafter = given.get("model") or checks.choose_drafter(
         target_model_config.model,
         target_model_config.hf_config.model_type,
         target_model_config.get_vocab_size(),
     )
     asked_size = given.get(BLOCK_SIZE)
-    published = checks.check_local_drafter(drafter, args.load_format, asked_size)
+    published = checks.check_local_drafter(drafter, load_format, asked_size)
     if published is None:
-        published = _check_hub_config(drafter, given.get("revision"), asked_size)
+        from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+        published = get_hf_file_to_dict("config.json", drafter, given.get("revision"))
+        if not isinstance(published, dict):
+            return drafter, None
+        checks.check_drafter_config(drafter, published, asked_size)
     return drafter, published
 
 
-def _check_hub_config(
-    drafter: str, revision: str | None, asked_size: int | None
-) -> dict[str, Any] | None:
-    """Refuse before vLLM would offer to run remote code, or fail on a size; raises ValueError.
-
-    Returns:
-        The config.json, or None where the hub cannot be reached: vLLM says so itself.
-    """
-    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
-
-    fields = get_hf_file_to_dict("config.json", drafter, revision)
-    if not isinstance(fields, dict):
-        return None
-    checks.check_drafter_config(drafter, fields, asked_size)
-    return fields
-
-
-@contextlib.contextmanager
-def _as_draft_model(
-    args: Any, drafter: str, knobs: FailFastConfig, given: dict[str, Any]
-) -> Iterator[None]:
-    """Meanwhile the engine arguments ask for vLLM's own method."""
-    passed_on = {key: given[key] for key in user_config.PASSED_ON if key in given}
-    passed_on["draft_tensor_parallel_size"] = 1  # until its heads are known
-    asked = args.speculative_config
-    args.speculative_config = {
-        **passed_on,
-        "method": "draft_model",
-        "model": drafter,
-        "num_speculative_tokens": knobs.num_speculative_tokens,
-        "disable_padded_drafter_batch": True,
-    }
-    try:
-        yield
-    finally:
-        args.speculative_config = asked
-
-
 def _fit_drafter(
-    args: Any,
     speculative: Any,
-    drafter: str,
     published: dict[str, Any] | None,
     knobs: FailFastConfig,
     given: dict[str, Any],
+    enable_eplb: bool,
 ) -> dict[str, Any]:
     """Check the drafter that vLLM has found, and spread it; raises ValueError.
 
     Returns:
         What the worker must know: the knobs, and facts about blocks and tokens.
     """
-    hf_config = speculative.draft_model_config.hf_config.to_dict()
+    drafter, hf_config = speculative.model, speculative.draft_model_config.hf_config.to_dict()
     asked_size = given.get(BLOCK_SIZE)
     family = checks.check_drafter_config(drafter, hf_config, asked_size)
     block = checks.find_block_size(drafter, family, published or hf_config, asked_size)
     if block.doubt:
         _warn_once(f"failfast: {drafter!r} drafts in blocks of {block.size}: {block.doubt}")
-    check_balancing(family, drafter, args.enable_eplb)
-    _spread_drafter(speculative, drafter, hf_config, given)
+    check_balancing(family, drafter, enable_eplb)
+    _spread_drafter(speculative, hf_config, given)
     # cut like a dense MLP: ranks that hold different experts would wait for each other
     speculative.draft_parallel_config.enable_expert_parallel = False
-    target, revision = speculative.target_model_config, given.get("revision")
     return {
         **knobs.for_block_size(block.size, given).to_dict(),
         "diffusion_block_size": block.size,
         "logit_shift": family.logit_shift,
-        **_token_facts(target, drafter, revision, family, hf_config),
+        **_token_facts(speculative, family, hf_config),
     }
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def check_balancing(family: Family, drafter: str, enable_eplb: bool) -> None:
@@ -231,9 +242,7 @@ def check_balancing(family: Family, drafter: str, enable_eplb: bool) -> None:
         )
 
 
-def _spread_drafter(
-    speculative: Any, drafter: str, hf_config: dict[str, Any], given: dict[str, Any]
-) -> None:
+def _spread_drafter(speculative: Any, hf_config: dict[str, Any], given: dict[str, Any]) -> None:
     """Shard the drafter over the target's ranks, or let each of them hold the whole of it."""
     num_ranks = speculative.target_parallel_config.tensor_parallel_size
     if given.get("draft_tensor_parallel_size", num_ranks) == 1:
@@ -246,7 +255,7 @@ def _spread_drafter(
         )
     elif "draft_tensor_parallel_size" in given:
         raise ValueError(
-            f"failfast: {num_ranks} ranks cannot share the drafter {drafter!r}; "
+            f"failfast: {num_ranks} ranks cannot share the drafter {speculative.model!r}; "
             f"got {undivided}. Set 'draft_tensor_parallel_size' to 1."
         )
     else:
@@ -257,19 +266,14 @@ def _spread_drafter(
         )
 
 
-def _token_facts(
-    target_model_config: Any,
-    drafter: str,
-    revision: str | None,
-    family: Family,
-    drafter_hf_config: dict[str, Any],
-) -> dict[str, int]:
+def _token_facts(speculative: Any, family: Family, hf_config: dict[str, Any]) -> dict[str, int]:
     """MASK, and how many ids may be drafted; refuses a drafter with another tokenizer."""
     from transformers import AutoTokenizer
 
-    shared = min(target_model_config.get_vocab_size(), int(drafter_hf_config["vocab_size"]))
-    if target_model_config.skip_tokenizer_init:  # the user vouches for the ids
-        mask = checks.mask_token_id(family, drafter_hf_config, {})
+    drafter, target = speculative.model, speculative.target_model_config
+    shared = min(target.get_vocab_size(), int(hf_config["vocab_size"]))
+    if target.skip_tokenizer_init:  # the user vouches for the ids
+        mask = checks.mask_token_id(family, hf_config, {})
         return {"mask_token_id": mask, "num_draftable_tokens": shared}
     from vllm.tokenizers.registry import cached_tokenizer_from_config
 
@@ -277,8 +281,8 @@ def _token_facts(
         files = [os.path.join(drafter, name) for name in VOCABULARIES]
         if os.path.isdir(drafter) and not any(map(os.path.isfile, files)):
             raise OSError(f"it has no {' or '.join(VOCABULARIES)}")  # else an empty one is made
-        drafter_tokenizer = AutoTokenizer.from_pretrained(
-            drafter, revision=revision, trust_remote_code=False
+        tokenizer = AutoTokenizer.from_pretrained(
+            drafter, revision=speculative.revision, trust_remote_code=False
         )
     except Exception as error:  # of a damaged file the libraries raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -286,11 +290,7 @@ def _token_facts(
             f"failfast: cannot load the tokenizer of the drafter {drafter!r} ({reason}); "
             f"give a complete {family.name} checkpoint."
         ) from None
-    target_vocab = cached_tokenizer_from_config(target_model_config).get_vocab()
-    drafter_vocab = drafter_tokenizer.get_vocab()
-    mask = checks.mask_token_id(family, drafter_hf_config, drafter_vocab)
-    checks.check_tokenizers(target_model_config.model, target_vocab, drafter, drafter_vocab, mask)
-    return {
-        "mask_token_id": mask,
-        "num_draftable_tokens": min(shared, max(target_vocab.values()) + 1),
-    }
+    theirs, ours = cached_tokenizer_from_config(target).get_vocab(), tokenizer.get_vocab()
+    mask = checks.mask_token_id(family, hf_config, ours)
+    checks.check_tokenizers(target.model, theirs, drafter, ours, mask)
+    return {"mask_token_id": mask, "num_draftable_tokens": min(shared, max(theirs.values()) + 1)}

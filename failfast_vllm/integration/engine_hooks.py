@@ -5,6 +5,7 @@ from typing import Any
 from failfast_vllm.integration.hooks import asked_for, hook, install, logger, stage_problem
 
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory"
 
 
 def install_metrics() -> None:
@@ -17,7 +18,7 @@ def install_metrics() -> None:
 
 
 @hook("metrics", f"{SCHEDULER}.update_draft_token_ids")
-def collect_counts(original: Any, self: Any, draft_token_ids: Any, *rest: Any, **more: Any) -> Any:
+def collect_counts(original: Any, self: Any, draft_token_ids: Any) -> Any:
     """Adds up the counts that a worker sends with its drafts.
 
     Goes when: vLLM carries statistics of the drafter from workers to the API server.
@@ -26,13 +27,11 @@ def collect_counts(original: Any, self: Any, draft_token_ids: Any, *rest: Any, *
     if counts and self.log_stats:  # else nobody would ever fetch them
         waiting = getattr(self, "failfast_counts", None) or [0] * len(counts)
         self.failfast_counts = [a + b for a, b in zip(waiting, counts, strict=True)]
-    return original(self, draft_token_ids, *rest, **more)
+    return original()
 
 
 @hook("metrics", f"{SCHEDULER}.make_stats")
-def send_counts(
-    original: Any, self: Any, spec_decoding_stats: Any = None, *rest: Any, **more: Any
-) -> Any:
+def send_counts(original: Any, self: Any, spec_decoding_stats: Any = None) -> Any:
     """Sends these counts to the API server along with vLLM's own statistics.
 
     Goes when: vLLM carries statistics of the drafter from workers to the API server.
@@ -40,34 +39,28 @@ def send_counts(
     if spec_decoding_stats is not None and getattr(self, "failfast_counts", None):
         spec_decoding_stats.num_draft_tokens_per_pos.extend(self.failfast_counts)
         self.failfast_counts = []
-    return original(self, spec_decoding_stats, *rest, **more)
+    return original()
 
 
 @hook("metrics", "vllm.v1.engine.async_llm:AsyncLLM.__init__")
 def add_stat_logger(
-    original: Any,
-    self: Any,
-    vllm_config: Any,
-    executor_class: Any,
-    log_stats: bool,
-    *rest: Any,
-    **more: Any,
+    original: Any, self: Any, vllm_config: Any, executor_class: Any, log_stats: bool
 ) -> None:
     """Adds our stat logger to an engine that was asked for failfast.
 
     Goes when: a stat logger loaded by entry point no longer switches statistics on by itself.
     """
-    if asked_for(vllm_config) and log_stats and len(rest) < 5:
-        from failfast_vllm.integration.metrics import FailFastStatLogger
+    if not asked_for(vllm_config) or not log_stats or len(original.args) > 8:
+        original()
+        return
+    from failfast_vllm.integration.metrics import FailFastStatLogger
 
-        more["stat_loggers"] = [*(more.get("stat_loggers") or ()), FailFastStatLogger]
-    original(self, vllm_config, executor_class, log_stats, *rest, **more)
+    theirs = original.keywords.get("stat_loggers") or ()
+    original(stat_loggers=[*theirs, FailFastStatLogger])
 
 
 @hook("engine", f"{SCHEDULER}.__init__")
-def pad_no_new_requests(
-    original: Any, self: Any, vllm_config: Any, *rest: Any, **more: Any
-) -> None:
+def pad_no_new_requests(original: Any, self: Any, vllm_config: Any) -> None:
     """Keeps the scheduler from scheduling placeholders for drafts that nobody has made.
 
     vLLM pads a new request with one token left to compute by as many placeholders as a draft may
@@ -75,30 +68,25 @@ def pad_no_new_requests(
 
     Goes when: vLLM pads no request that has no draft.
     """
-    original(self, vllm_config, *rest, **more)
+    original()
     if asked_for(vllm_config):
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self.dynamic_sd_lookup = [self.num_spec_tokens] * (max_num_seqs + 1)
 
 
-@hook(
-    "engine",
-    "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.create_connector",
-)
-def connect_the_target(
-    original: Any, config: Any, role: Any, kv_cache_config: Any, *rest: Any, **more: Any
-) -> Any:
+@hook("engine", f"{CONNECTORS}.create_connector")
+def connect_the_target(original: Any, config: Any, role: Any, kv_cache_config: Any) -> Any:
     """Lets KV connectors move the target's layers only.
 
     Goes when: vLLM can leave a drafter's layers out of transfers.
     """
     if not asked_for(config):
-        return original(config, role, kv_cache_config, *rest, **more)
+        return original()
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
     from failfast_vllm.integration import kv_transfer
 
-    connector = original(config, role, kv_transfer.targets_only(kv_cache_config), *rest, **more)
+    connector = original.func(config, role, kv_transfer.targets_only(kv_cache_config))
     if role is KVConnectorRole.WORKER:
         kv_transfer.hide_drafter(connector)
     return connector

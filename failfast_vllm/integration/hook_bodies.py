@@ -8,6 +8,7 @@ stores the bodies of the vLLM that is installed, once the tests pass on it.
 """
 
 import ast
+import contextlib
 import hashlib
 import inspect
 import json
@@ -15,10 +16,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from failfast_vllm.integration import hooks, versions
-from failfast_vllm.integration.hooks import Hook
+from failfast_vllm.integration import hooks
 
-STORE = Path(__file__).with_suffix(".json")  # {vLLM version: {hook: digest}}
+STORE = Path(__file__).with_suffix(".json")
+Bodies = dict[str, str]  # digests by hook
 
 
 def digest_of(source: str) -> str:
@@ -47,29 +48,27 @@ def _is_idle(node: Any) -> bool:
     return isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
-def installed() -> dict[str, str]:
-    """{hook: digest} of the vLLM that is installed, without what it lacks or hides."""
+def installed() -> Bodies:
+    """Of the vLLM that is installed, without the functions that it lacks or hides."""
     found = {}
     for hook in filter(hooks.is_due, hooks.all_hooks()):
-        try:
+        with contextlib.suppress(ImportError, AttributeError, OSError, TypeError):
             found[hook.name] = digest_of(inspect.getsource(hooks.original_of(hook)))
-        except (ImportError, AttributeError, OSError, TypeError):
-            continue  # no such function, or none with a source
     return found
 
 
-def known() -> dict[str, dict[str, str]]:
+def known() -> dict[str, Bodies]:
     """What is stored of the versions that differ from the installed one in their last number."""
-    ours = versions.minor(versions.vllm_version())
-    return {version: of for version, of in _stored().items() if versions.minor(version) == ours}
+    ours = hooks.minor(hooks.vllm_version())
+    return {version: of for version, of in _stored().items() if hooks.minor(version) == ours}
 
 
-def _stored() -> dict[str, dict[str, str]]:
-    stored: dict[str, dict[str, str]] = json.loads(STORE.read_text(encoding="utf-8"))
+def _stored() -> dict[str, Bodies]:
+    stored: dict[str, Bodies] = json.loads(STORE.read_text(encoding="utf-8"))
     return stored
 
 
-def change(hook: Hook, bodies: dict[str, str]) -> str:
+def change(hook: hooks.Hook, bodies: Bodies) -> str:
     """How a hook's body in `installed()` differs from what we know, or an empty string."""
     tested = known()
     if not hooks.is_due(hook) or not tested:  # an unsupported version, which is said elsewhere
@@ -81,7 +80,7 @@ def change(hook: Hook, bodies: dict[str, str]) -> str:
 
 def store() -> None:
     """Add the installed version to the file, or replace it there."""
-    bodies = {**_stored(), versions.vllm_version().partition("+")[0]: installed()}
+    bodies = {**_stored(), hooks.vllm_version().partition("+")[0]: installed()}
     STORE.write_text(json.dumps(bodies, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

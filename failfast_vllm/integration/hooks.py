@@ -1,10 +1,10 @@
 """Hooks: functions of vLLM that failfast wraps, stage by stage.
 
-A hook is a body registered with `@hook`. Its signature is the probe: the parameters between
-`original` and `*rest`/`**more` must be the first ones of vLLM's function. Its docstring says why
-the hook exists and, after "Goes when:", what makes it superfluous. Bodies call `original` unless
-failfast was asked for. A function that changes between versions has one body per version, told
-apart by `since`.
+A hook is a body registered with `@hook`. Its signature is the probe: the parameters after
+`original` must be the first ones of vLLM's function, and are all that the body gets. Its docstring
+says why the hook exists and, after "Goes when:", what makes it superfluous. `original()` is the
+call as it was made (`original.func` is vLLM's function): bodies make it unless failfast was asked
+for. A function that changes between versions has one body per version, told apart by `since`.
 
 Modules with bodies import vLLM and torch in functions only, so that all hooks can be listed
 anywhere; they are imported when their stage is installed or listed.
@@ -12,13 +12,18 @@ anywhere; they are imported when their stage is installed or listed.
 
 import functools
 import importlib
+import importlib.metadata
 import inspect
 import logging
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from failfast_vllm.config import METHOD
-from failfast_vllm.integration import versions
+
+SUPPORTED_VLLM = ((0, 32), (0, 33))
+OLDEST = SUPPORTED_VLLM[0]
+INSTALL = "install a version of 'vllm>=0.32,<0.34'."
 
 logger = logging.getLogger("vllm.failfast")  # vLLM's handlers and format
 
@@ -42,7 +47,7 @@ class Hook(NamedTuple):
     target: str  # "module:Owner.function", or "module:function"
     stage: str
     body: Body
-    since: tuple[int, int] = versions.SUPPORTED_VLLM[0]  # older versions do not need it
+    since: tuple[int, int] = OLDEST  # older versions do not need it
 
     @property
     def module(self) -> str:
@@ -60,17 +65,14 @@ class Hook(NamedTuple):
     @property
     def parameters(self) -> tuple[str, ...]:
         """The first parameters that vLLM's function must have."""
-        found = inspect.signature(self.body).parameters.values()
-        return tuple(p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
+        return tuple(inspect.signature(self.body).parameters)[1:]
 
 
 _registered: dict[str, list[Hook]] = {stage: [] for stage in STAGES}
 
 
-def hook(
-    stage: str, target: str, since: tuple[int, int] = versions.SUPPORTED_VLLM[0]
-) -> Callable[[Body], Body]:
-    """Register a body `(original, *parameters, *rest, **more)` for a function of vLLM."""
+def hook(stage: str, target: str, since: tuple[int, int] = OLDEST) -> Callable[[Body], Body]:
+    """Register a body `(original, *parameters)` for a function of vLLM."""
 
     def register(body: Body) -> Body:
         _registered[stage].append(Hook(target, stage, body, since))
@@ -99,9 +101,34 @@ def all_hooks() -> tuple[Hook, ...]:
     return tuple(found for stage in STAGES for found in hooks_of(stage))
 
 
+def vllm_version() -> str:
+    """Of the vLLM that is installed."""
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        import vllm
+
+        version: str = vllm.__version__
+        return version
+
+
+def minor(version: str) -> tuple[int, int] | None:
+    """`0.33.0+cpu` -> (0, 33); None where there are no such numbers."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def version_problem() -> str | None:
+    """Why this vLLM version is not supported, or None."""
+    version = vllm_version()
+    if minor(version) in SUPPORTED_VLLM:
+        return None
+    return f"vLLM {version} is not supported; {INSTALL}"
+
+
 def is_due(found: Hook) -> bool:
     """Whether this vLLM is new enough to need the hook."""
-    version = versions.minor(versions.vllm_version())
+    version = minor(vllm_version())
     return version is None or version >= found.since
 
 
@@ -129,7 +156,7 @@ def hook_problem(found: Hook) -> str | None:
 def stage_problem(stage: str) -> str | None:
     """What of a stage's functions this vLLM lacks or has changed, or None."""
     problem = next(filter(None, map(hook_problem, hooks_of(stage))), None)
-    return f"{problem}; {versions.INSTALL}" if problem else None
+    return f"{problem}; {INSTALL}" if problem else None
 
 
 def install(stage: str) -> None:
@@ -138,19 +165,22 @@ def install(stage: str) -> None:
     if problem:
         raise RuntimeError(f"failfast cannot run: {problem}")
     for found in filter(is_due, hooks_of(stage)):
-        wrap(found, found.body)
+        wrap(found)
 
 
-def wrap(found: Hook, body: Body) -> None:
-    """Replace a hook's function by `body`, unless that has been done in this process."""
+def wrap(found: Hook) -> None:
+    """Replace vLLM's function by a hook's body, unless that has been done in this process."""
     owner, function = _place(found)
     original = getattr(owner, function)  # of a class method it is bound already
     if getattr(original, "_failfast", False):
         return
+    names = found.parameters
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return body(original, *args, **kwargs)
+        named = {name: value for name, value in kwargs.items() if name in names}
+        call = functools.partial(original, *args, **kwargs)
+        return found.body(call, *args[: len(names)], **named)
 
     wrapper._failfast = True  # type: ignore[attr-defined]
     is_static = isinstance(inspect.getattr_static(owner, function), staticmethod | classmethod)

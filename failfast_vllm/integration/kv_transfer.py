@@ -18,7 +18,7 @@ def is_drafters(layer_name: str) -> bool:
 
 def targets_only(config: KVCacheConfig) -> KVCacheConfig:
     """The KV cache as it would be laid out in the same memory without the drafter's layers."""
-    groups = []
+    groups, tensors = [], []
     for group in config.kv_cache_groups:
         names, spec = [n for n in group.layer_names if not is_drafters(n)], group.kv_cache_spec
         if isinstance(spec, UniformTypeKVCacheSpecs):
@@ -27,7 +27,6 @@ def targets_only(config: KVCacheConfig) -> KVCacheConfig:
             alike = all(other == first for other in others)
             spec = first if alike else replace(spec, kv_cache_specs=specs)
         groups.append(replace(group, layer_names=names, kv_cache_spec=spec))
-    tensors = []
     for tensor in config.kv_cache_tensors:
         if not any(map(is_drafters, tensor.layers)):
             tensors.append(tensor)
@@ -42,23 +41,20 @@ def targets_only(config: KVCacheConfig) -> KVCacheConfig:
 def hide_drafter(connector: Any) -> None:
     """Keep the drafter's layers from a worker's connector."""
     register, load = connector.register_kv_caches, connector.start_load_kv
-    wait, save = connector.wait_for_layer_load, connector.save_kv_layer
 
-    def register_kv_caches(kv_caches: dict[str, Any]) -> None:
-        register({name: cache for name, cache in kv_caches.items() if not is_drafters(name)})
+    def targets(layers: dict[str, Any]) -> dict[str, Any]:
+        return {name: layer for name, layer in layers.items() if not is_drafters(name)}
 
     def start_load_kv(forward_context: Any, **kwargs: Any) -> None:
-        layers = forward_context.no_compile_layers
-        layers = {name: layer for name, layer in layers.items() if not is_drafters(name)}
+        layers = targets(forward_context.no_compile_layers)
         load(replace(forward_context, no_compile_layers=layers), **kwargs)
 
-    def wait_for_layer_load(layer_name: str) -> None:
-        if not is_drafters(layer_name):
-            wait(layer_name)
+    def unless_drafters(function: Any) -> Any:
+        return lambda layer_name, *args, **kwargs: (
+            None if is_drafters(layer_name) else function(layer_name, *args, **kwargs)
+        )
 
-    def save_kv_layer(layer_name: str, *args: Any, **kwargs: Any) -> None:
-        if not is_drafters(layer_name):
-            save(layer_name, *args, **kwargs)
-
-    connector.register_kv_caches, connector.start_load_kv = register_kv_caches, start_load_kv
-    connector.wait_for_layer_load, connector.save_kv_layer = wait_for_layer_load, save_kv_layer
+    connector.register_kv_caches = lambda kv_caches: register(targets(kv_caches))
+    connector.start_load_kv = start_load_kv
+    for name in ("wait_for_layer_load", "save_kv_layer"):
+        setattr(connector, name, unless_drafters(getattr(connector, name)))

@@ -47,13 +47,12 @@ def check(params: Any, num_speculative_tokens: int, confidence_threshold: float)
             near = difflib.get_close_matches(key, KEYS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(KEYS)}."
             raise ValueError(f"failfast: unknown key {key!r} in a request; {hint}")
-    bounds = (
+    for key, kind, types, low, high in (
         (MAX_LEN, "an integer", int, 0, num_speculative_tokens),
         (CONFIDENCE_THRESHOLD, "a probability", int | float, confidence_threshold, 1.0),
-    )
-    for key, kind, types, low, high in bounds:
+    ):
         value = given.get(key, low)
-        if isinstance(value, bool) or not isinstance(value, types) or not low <= value <= high:
+        if not _is(value, types) or not low <= value <= high:
             raise ValueError(
                 f"failfast: {key!r} must be {kind} from {low} to {high} on this server; "
                 f"got {value!r}."
@@ -66,16 +65,10 @@ def asked(
     eos_token_ids: frozenset[int],
     num_speculative_tokens: int,
 ) -> Asked:
-    """Read the parameters of a step's requests.
+    """Read vLLM's SamplingParams of a step's requests, and `emitted`, their tokens of the step.
 
     Not every front end checks them (`check`), so a value that is out of range is brought into it,
     and one of another kind is ignored: a request must not end the engine of all others.
-
-    Args:
-        params: [num_reqs] vLLM's SamplingParams.
-        emitted: [num_reqs] tokens of this step, with those behind a stop token.
-        eos_token_ids: the target's.
-        num_speculative_tokens: most tokens per draft in this step.
     """
     num_reqs = len(params)
     found = Asked(
@@ -92,13 +85,17 @@ def asked(
         found.ended[i] = not stops.isdisjoint(token_ids)
         if param.extra_args:
             max_len = param.extra_args.get(MAX_LEN)
-            if isinstance(max_len, int) and not isinstance(max_len, bool):
+            if _is(max_len, int):
                 found.max_draft_lens[i] = min(max(max_len, 0), num_speculative_tokens)
             threshold = param.extra_args.get(CONFIDENCE_THRESHOLD)
-            is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-            if is_number and threshold == threshold:  # no NaN
+            if _is(threshold, int | float) and threshold == threshold:  # no NaN
                 found.min_confidences[i] = min(max(threshold, 0.0), 1.0)
     return found
+
+
+def _is(value: Any, types: Any) -> bool:
+    """Whether it is of a type; `bool` is no number."""
+    return isinstance(value, types) and not isinstance(value, bool)
 
 
 @functools.cache
@@ -112,9 +109,7 @@ def _request_error() -> type[Exception]:
 
 
 @hook("requests", "vllm.v1.engine.input_processor:InputProcessor._validate_params")
-def check_request(
-    original: Any, self: Any, params: Any, supported_tasks: Any, *rest: Any, **more: Any
-) -> Any:
+def check_request(original: Any, self: Any, params: Any, supported_tasks: Any) -> Any:
     """Checks a request's own limits before it is admitted: they are the client's error.
 
     Goes when: vLLM lets plugins check a request's `extra_args`.
@@ -125,17 +120,15 @@ def check_request(
             check(params, knobs["num_speculative_tokens"], knobs.get("confidence_threshold", 0.0))
         except ValueError as error:
             raise _request_error()(str(error)) from None
-    return original(self, params, supported_tasks, *rest, **more)
+    return original()
 
 
 @hook("requests", "vllm.sampling_params:SamplingParams._validate_spec_decode")
-def admit_undrafted(
-    original: Any, self: Any, speculative_config: Any, *rest: Any, **more: Any
-) -> None:
+def admit_undrafted(original: Any, self: Any, speculative_config: Any) -> None:
     """Serves requests with `min_p` or `logit_bias` without drafts, which vLLM would refuse.
 
     Goes when: vLLM admits them beside a drafter.
     """
     drafter = getattr(speculative_config, "draft_model_config", None)
     if drafter is None or not family_of(drafter.architectures):
-        original(self, speculative_config, *rest, **more)
+        original()

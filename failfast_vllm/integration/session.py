@@ -1,30 +1,33 @@
-"""One step of drafting, for the adapters of both model runners."""
+"""One step of drafting, and what the adapters of both model runners have in common."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from vllm.config import VllmConfig
 from vllm.v1.outputs import DraftTokenIds
 
+from failfast_vllm.drafters.hosted import max_positions
 from failfast_vllm.drafting.drafter import Drafter
 from failfast_vllm.drafting.ledger import Ledger
-from failfast_vllm.drafting.records import Drafts, DraftStep, Lengths, Round
+from failfast_vllm.drafting.records import Drafts, DraftStep, Flags, Lengths, Round
 from failfast_vllm.integration.requests import asked
+from failfast_vllm.integration.startup import TimedDraftModel, make_drafter, stop_token_ids
 from failfast_vllm.observe.counters import DraftStats
 
 
-class Outcome(NamedTuple):
-    """What the target made of the last drafts."""
+class View:
+    """An adapter's reading of its runner, once a step's tokens are booked: all of [num_reqs]."""
 
-    emitted: Sequence[Sequence[int]]  # [num_reqs], accepted tokens and the bonus; none: not sampled
-    known_lens: Lengths  # [num_reqs], prompt and accepted tokens
-
-
-class State(NamedTuple):
-    """What the next drafts are made from; arrays of [num_reqs]."""
-
+    req_ids: Sequence[str]
+    num_tokens: int  # that the target has computed in the step
+    # what came of the last drafts
+    num_verified: Sequence[int]  # draft tokens that the target has verified
+    emitted: Sequence[Sequence[int]]  # accepted tokens and the bonus; none: not sampled
+    known_lens: Lengths  # prompt and accepted tokens
+    # what the next are made from
     token_ids: torch.Tensor  # these three as in `DraftStep`
     slots: Lengths
     block_table: torch.Tensor
@@ -32,45 +35,27 @@ class State(NamedTuple):
     computed_lens: Lengths  # tokens whose KV the target has, as far as the drafter can follow
     room: Lengths  # most tokens of a draft before the request's end; negative: it has ended
     params: Sequence[Any]  # vLLM's SamplingParams
-    num_speculative_tokens: int
+    num_speculative_tokens: int  # most tokens of a draft
 
-
-class View(Protocol):
-    """An adapter's reading of its runner, once a step's tokens are booked."""
-
-    req_ids: Sequence[str]
-    num_tokens: int  # that the target has computed in the step
-
-    @property
-    def num_verified(self) -> Sequence[int]:
-        """[num_reqs] draft tokens that the target has verified."""
-        ...
-
-    def outcome(self) -> Outcome:
+    def read_outcome(self) -> None:
         """Read what came of the last drafts: on V2 the copy from the device."""
-        ...
 
-    def state(self, sampled: npt.NDArray[np.bool_]) -> State:
-        """Read the rest; [num_reqs] `sampled` says for which requests tokens were emitted."""
-        ...
+    def read_state(self, sampled: Flags) -> None:
+        """Read the rest; `sampled` says for which requests tokens were emitted."""
 
     def hand_out(self, drafts: Drafts) -> list[list[int]]:
         """Give drafts to the runner; returns what the scheduler is told of each."""
-        ...
+        return drafts.to_lists()
 
 
+@dataclass
 class Session:
-    """The way of a step: what the last drafts brought, who learns from it, the next drafts.
+    """The way of a step: what the last drafts brought, who learns from it, the next drafts."""
 
-    Args:
-        eos_token_ids: the target's.
-    """
-
-    def __init__(self, drafter: Drafter, stats: DraftStats, eos_token_ids: frozenset[int]) -> None:
-        self.drafter = drafter
-        self.stats = stats
-        self.eos_token_ids = eos_token_ids
-        self.ledger = Ledger()
+    drafter: Drafter
+    stats: DraftStats
+    eos_token_ids: frozenset[int]  # the target's
+    ledger: Ledger = field(default_factory=Ledger)
 
     def step(self, view: View) -> DraftTokenIds:
         """Draft for the requests of a step; returns what the scheduler is told."""
@@ -89,12 +74,12 @@ class Session:
         rests = not planner.step_began(req_ids, view.num_tokens)
         if rests and not stats.wants_plain:
             return []
-        outcome = view.outcome()
+        view.read_outcome()
         rounds = self.ledger.settle(
             req_ids,
             view.num_verified,
-            outcome.emitted,
-            outcome.known_lens.tolist(),
+            view.emitted,
+            view.known_lens.tolist(),
             step=stats.num_steps,
             plain=stats.wants_plain,
         )
@@ -102,7 +87,7 @@ class Session:
         if rests:
             return []
         self.learn([r for r in rounds if r.num_verified])
-        drafts = self.drafter.propose(self._gather(view, *outcome))
+        drafts = self.drafter.propose(self._gather(view))
         lists = view.hand_out(drafts)
         self.ledger.open(req_ids, drafts, drafts.to_lists() if stats.wants_token_ids else ())
         stats.step_ended(drafts)
@@ -111,42 +96,32 @@ class Session:
 
     def learn(self, rounds: Sequence[Round]) -> None:
         """Tell those who learn from verified drafts, always in this order."""
-        policy = self.drafter.policy
+        drafter, policy = self.drafter, self.drafter.policy
         calibrations = () if policy.calibration is None else (policy.calibration,)
-        for observer in (
-            self.stats.counts,
-            *calibrations,
-            policy,
-            self.drafter.reuse,
-            self.drafter.planner,
-        ):
-            observer.observe(rounds)
+        for learner in (self.stats.counts, *calibrations, policy, drafter.reuse, drafter.planner):
+            learner.observe(rounds)
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended."""
-        self.ledger.forget(req_ids)
-        self.stats.forget(req_ids)
-        self.drafter.policy.forget(req_ids)
-        self.drafter.reuse.forget(req_ids)
-        self.drafter.tokens.forget(req_ids)
+        drafter = self.drafter
+        for memory in (self.ledger, self.stats, drafter.policy, drafter.reuse, drafter.tokens):
+            memory.forget(req_ids)
 
-    def _gather(
-        self, view: View, emitted: Sequence[Sequence[int]], known_lens: Lengths
-    ) -> DraftStep:
+    def _gather(self, view: View) -> DraftStep:
         """What a step asks of the drafter."""
-        drafter, sampled = self.drafter, np.array([bool(ids) for ids in emitted], dtype=bool)
-        state = view.state(sampled)
-        wanted = asked(state.params, emitted, self.eos_token_ids, state.num_speculative_tokens)
-        max_draft_lens = np.minimum(wanted.max_draft_lens, np.maximum(state.room, 0))
-        ended = sampled & (wanted.ended | (state.room < 0))
-        size, committed = drafter.geometry.diffusion_block_size, state.committed_lens
-        final = np.maximum(state.computed_lens // size * size, committed)
+        drafter, sampled = self.drafter, np.array([bool(ids) for ids in view.emitted], dtype=bool)
+        view.read_state(sampled)
+        wanted = asked(view.params, view.emitted, self.eos_token_ids, view.num_speculative_tokens)
+        max_draft_lens = np.minimum(wanted.max_draft_lens, np.maximum(view.room, 0))
+        ended = sampled & (wanted.ended | (view.room < 0))
+        size, committed = drafter.geometry.diffusion_block_size, view.committed_lens
+        final = np.maximum(view.computed_lens // size * size, committed)
         return DraftStep(
             req_ids=view.req_ids,
-            token_ids=state.token_ids,
-            slots=state.slots,
-            block_table=state.block_table,
-            known_lens=np.where(sampled, known_lens, final),
+            token_ids=view.token_ids,
+            slots=view.slots,
+            block_table=view.block_table,
+            known_lens=np.where(sampled, view.known_lens, final),
             committed_lens=committed,
             final_lens=np.where(ended, committed, final),
             max_draft_lens=np.where(sampled & ~ended, max_draft_lens, 0),
@@ -154,6 +129,85 @@ class Session:
             stops_at_eos=wanted.stops_at_eos,
             min_confidences=wanted.min_confidences,
         )
+
+
+class Adapter:
+    """Mixed into one of vLLM's proposers: opens a session, and drafts when it is asked to."""
+
+    vllm_config: VllmConfig
+    device: torch.device
+    model: torch.nn.Module
+    session: Session | None = None  # set by `open_session`
+    postponed: Callable[[], View] | None = None  # the step that `take_drafts` drafts for
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.eos_token_ids = frozenset(stop_token_ids(self.vllm_config.model_config))
+        self.stats = DraftStats()
+        # a KV connector fills pages that our commits know nothing of: what it brings is not trusted
+        self.foreign_kv = self.vllm_config.kv_transfer_config is not None
+
+    def open_session(
+        self, layer_names: Iterable[str], kv_block_size: int, num_pages: int, table_width: int
+    ) -> None:
+        """Build the drafter; its KV cache is laid out.
+
+        Args:
+            kv_block_size: tokens of a page, as the kernels count them.
+            num_pages: of as many tokens.
+            table_width: columns of the block tables.
+        """
+        model = TimedDraftModel(self.model, self.vllm_config, layer_names, table_width, self.device)
+        model.stats = self.stats
+        drafter = make_drafter(model, kv_block_size, num_pages)
+        self.session = Session(drafter, self.stats, self.eos_token_ids)
+
+    @property
+    def drafter(self) -> Drafter:
+        assert self.session is not None
+        return self.session.drafter
+
+    @property
+    def position_limit(self) -> int:
+        """Not kept: vLLM may lower the target's limit to what its KV cache holds (auto-fit)."""
+        return max_positions(self.vllm_config)
+
+    def take_drafts(self) -> DraftTokenIds | None:
+        """What the scheduler is told of the postponed step; None where there is none."""
+        view, self.postponed = self.postponed, None
+        if view is None:
+            return None
+        assert self.session is not None
+        return self.session.step(view())
+
+    def clear_new_pages(self, scheduler_output: Any, group: int, page_size: int) -> None:
+        """Note that nothing is committed to the pages that this step's requests have got."""
+        pages = new_pages(scheduler_output, group, page_size, trusts_hits=not self.foreign_kv)
+        self.drafter.blocks.clear(pages, page_size)
+
+
+def new_pages(scheduler_output: Any, group: int, page_size: int, *, trusts_hits: bool) -> list[int]:
+    """The KV pages that this step's requests did not have before.
+
+    Args:
+        group: the KV cache group of the drafter.
+        page_size: tokens of a page, as the scheduler counts them.
+        trusts_hits: False where something else than our commits may have filled a prefix hit.
+    """
+    pages: list[int] = []
+
+    def add(block_ids: Any, num_hit: int) -> None:
+        pages.extend(block_ids[group][num_hit // page_size if trusts_hits else 0 :])
+
+    for request in scheduler_output.scheduled_new_reqs:
+        add(request.block_ids, request.num_computed_tokens)
+    cached = scheduler_output.scheduled_cached_reqs
+    for req_id, block_ids, num_computed in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        if block_ids is not None:
+            add(block_ids, num_computed if req_id in cached.resumed_req_ids else 0)
+    return pages
 
 
 def adapter_of(runner: Any) -> Any:

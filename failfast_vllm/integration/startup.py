@@ -1,152 +1,129 @@
 """What is built once, before an engine serves."""
 
-from collections.abc import Iterable
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.config.utils import replace
+from vllm.distributed import get_tp_group
 
 from failfast_kernels import TokenConfidence
 from failfast_vllm.config import METHOD
 from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE
-from failfast_vllm.drafters.hosted import HostedDraftModel
+from failfast_vllm.drafters.hosted import HostedDraftModel, row_class
+from failfast_vllm.drafters.parallel import keep_apart
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
 from failfast_vllm.drafting.drafter import Drafter
-from failfast_vllm.drafting.interfaces import Planner, Reuse, TokenChooser
+from failfast_vllm.drafting.interfaces import Planner, Policy, Reuse, TokenChooser
 from failfast_vllm.drafting.ledger import Ledger
 from failfast_vllm.drafting.path_search import PathSearch
 from failfast_vllm.drafting.records import Candidates, DraftBatch
 from failfast_vllm.drafting.reuse import RejectedDrafts
 from failfast_vllm.drafting.workspace import Geometry
-from failfast_vllm.integration.measure import measure_costs
-from failfast_vllm.integration.session import adapter_of
 from failfast_vllm.observe.counters import DraftStats
 from failfast_vllm.observe.trace import TraceWriter
-from failfast_vllm.planning.costs import Costs
+from failfast_vllm.planning.costs import Costs, CostTable
 from failfast_vllm.planning.planner import LoadPlanner
 from failfast_vllm.policies.table import make_policy
+
+MAX_TURNS, MIN_TURNS, TURNS_SECONDS = 10, 3, 12.0  # of timing the models
+SLOW_MS = 500.0  # wider passes than one that takes longer are extrapolated
+WARM_UP_MS = 8000.0  # of that for each model, on a CPU; a busy one has it seem longer
+MAX_WARM_ROWS = 128  # of the target: with the drafter's they fit into oneDNN's cache of 1024
 
 
 class TimedDraftModel(HostedDraftModel):
     """The draft model, which counts the time that drafting spends in it."""
 
-    def __init__(
-        self,
-        model: Any,
-        vllm_config: VllmConfig,
-        layer_names: Iterable[str],
-        table_width: int,
-        device: torch.device,
-        stats: DraftStats,
-    ) -> None:
-        super().__init__(model, vllm_config, layer_names, table_width, device)
-        self.stats = stats
+    stats: DraftStats
 
     def forward(self, batch: DraftBatch) -> torch.Tensor:
         with self.stats.in_model():
             return super().forward(batch)
 
-    def confidence(self, hidden_states: torch.Tensor, *, details: bool = False) -> TokenConfidence:
+    def confidence(self, *rows: Any, **more: Any) -> TokenConfidence:
         with self.stats.in_model():
-            return super().confidence(hidden_states, details=details)
+            return super().confidence(*rows, **more)
 
-    def candidates(
-        self, hidden_states: torch.Tensor, *, details: bool = False
-    ) -> tuple[TokenConfidence, Candidates]:
+    def candidates(self, *rows: Any, **more: Any) -> tuple[TokenConfidence, Candidates]:
         with self.stats.in_model():
-            return super().candidates(hidden_states, details=details)
+            return super().candidates(*rows, **more)
 
 
-def make_drafter(
-    model: Any,
-    vllm_config: VllmConfig,
-    layer_names: Iterable[str],
-    stats: DraftStats,
-    kv_block_size: int,
-    num_pages: int,
-    table_width: int,
-    device: torch.device,
-) -> Drafter:
+def make_drafter(model: HostedDraftModel, kv_block_size: int, num_pages: int) -> Drafter:
     """Build the drafter once the KV cache is laid out; raises ValueError on an unfit page size."""
     if kv_block_size % MAX_DIFFUSION_BLOCK_SIZE:
         raise ValueError(
             f"failfast: the KV page must be a multiple of {MAX_DIFFUSION_BLOCK_SIZE} tokens; "
             f"got {kv_block_size}. Leave --block-size out."
         )
-    knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
+    vllm_config, device = model.vllm_config, model.device
+    knobs = vllm_config.additional_config[METHOD]
+    policy, tokens, reuse = _learners(knobs)
+    stop_ids = stop_token_ids(vllm_config.model_config)
     return Drafter(
-        TimedDraftModel(model, vllm_config, layer_names, table_width, device, stats),
-        make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"]),
+        model,
+        policy,
         Planner(knobs["draft_increment"]),
-        _geometry(vllm_config, kv_block_size, device),
-        CommittedBlocks(num_pages, kv_block_size, knobs["diffusion_block_size"], device),
-        stop_token_ids=torch.tensor(
-            stop_token_ids(vllm_config.model_config), dtype=torch.int64, device=device
+        Geometry(
+            vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
+            mask_token_id=knobs["mask_token_id"],
+            kv_block_size=kv_block_size,
+            max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
+            device=device,
+            diffusion_block_size=knobs["diffusion_block_size"],
+            logit_shift=knobs["logit_shift"],
         ),
+        CommittedBlocks(num_pages, kv_block_size, knobs["diffusion_block_size"], device),
+        stop_token_ids=torch.tensor(stop_ids, dtype=torch.int64, device=device),
         max_draft_len=knobs["num_speculative_tokens"],
         max_draft_budget=knobs["draft_budget"],
-        tokens=_make_tokens(knobs),
-        reuse=_make_reuse(knobs),
+        tokens=tokens,
+        reuse=reuse,
     )
 
 
-def _geometry(vllm_config: VllmConfig, kv_block_size: int, device: torch.device) -> Geometry:
-    assert vllm_config.speculative_config is not None
-    knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
-    return Geometry(
-        vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
-        mask_token_id=knobs["mask_token_id"],
-        kv_block_size=kv_block_size,
-        max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
-        device=device,
-        diffusion_block_size=knobs["diffusion_block_size"],
-        logit_shift=knobs["logit_shift"],
+def _learners(knobs: dict[str, Any]) -> tuple[Policy, TokenChooser, Reuse]:
+    """What learns while the engine serves, as new."""
+    return (
+        make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"]),
+        PathSearch() if knobs["path_search"] else TokenChooser(),
+        RejectedDrafts() if knobs["reuse_rejected"] else Reuse(),
     )
 
 
-def _make_tokens(knobs: dict[str, Any]) -> TokenChooser:
-    return PathSearch() if knobs["path_search"] else TokenChooser()
-
-
-def _make_reuse(knobs: dict[str, Any]) -> Reuse:
-    return RejectedDrafts() if knobs["reuse_rejected"] else Reuse()
-
-
-def start_serving(runner: Any) -> None:
+def start_serving(adapter: Any, runner: Any) -> None:
     """End a worker's start-up: measure the models, and forget what vLLM's warm-up drafted."""
-    adapter = adapter_of(runner)
-    vllm_config, session, stats = adapter.vllm_config, adapter.session, adapter.stats
-    drafter = session.drafter
+    vllm_config, drafter, stats = adapter.vllm_config, adapter.drafter, adapter.stats
     knobs = vllm_config.additional_config[METHOD]
     if knobs["load_aware"]:
-        costs = measure_costs(adapter.target_step(runner), drafter.model, vllm_config)
-        drafter.planner = make_planner(costs, vllm_config)
+        target_step = functools.partial(adapter.target_step, runner)
+        drafter.planner = _planner(measure_costs(target_step, drafter.model, vllm_config), knobs)
     stats.reset()
     if stats.trace is None:  # may be open: some start-ups end twice
         stats.trace = _trace_writer(vllm_config, drafter.geometry.kv_block_size)
-    drafter.policy = make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"])
-    drafter.tokens, drafter.reuse = _make_tokens(knobs), _make_reuse(knobs)
+    drafter.policy, drafter.tokens, drafter.reuse = _learners(knobs)
     drafter.blocks.bits.zero_()
-    session.ledger = Ledger()
+    adapter.session.ledger = Ledger()
 
 
 def _trace_writer(vllm_config: VllmConfig, kv_block_size: int) -> TraceWriter | None:
     """Where rounds are written down, if asked for and this is the first rank of all."""
-    knobs = dict(vllm_config.additional_config[METHOD])  # type: ignore[index]
+    knobs = dict(vllm_config.additional_config[METHOD])
     path, with_ids = knobs.pop("trace"), knobs.pop("trace_ids")
     ranks = vllm_config.parallel_config
     if path is None or ranks.rank or ranks.data_parallel_index:
         return None
-    assert vllm_config.speculative_config is not None
-    models = {
-        "target": vllm_config.model_config.model,
-        "drafter": vllm_config.speculative_config.draft_model_config.model,
-    }
+    target, drafter = vllm_config.model_config, vllm_config.speculative_config.draft_model_config
+    models = {"target": target.model, "drafter": drafter.model}
     header = {
         **{role: Path(name).name if Path(name).is_dir() else name for role, name in models.items()},
-        "dtype": str(vllm_config.model_config.dtype).removeprefix("torch."),
+        "dtype": str(target.dtype).removeprefix("torch."),
         "max_num_seqs": vllm_config.scheduler_config.max_num_seqs,
         "kv_block_size": kv_block_size,
         **knobs,
@@ -154,12 +131,97 @@ def _trace_writer(vllm_config: VllmConfig, kv_block_size: int) -> TraceWriter | 
     return TraceWriter(path, header, with_ids)
 
 
-def make_planner(costs: Costs, vllm_config: VllmConfig) -> LoadPlanner:
-    """Build the load planner; every rank gets the times of the first, now and while serving."""
-    from vllm.distributed import get_tp_group
+@torch.inference_mode()
+def measure_costs(
+    target_step: Callable[[int], torch.Tensor],
+    drafter: HostedDraftModel,
+    vllm_config: VllmConfig,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Costs:
+    """Time steps of the target and passes of the drafter, in a few seconds; on all ranks alike.
 
-    knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]
+    A step takes more than its forward pass: the planner learns the rest.
+
+    Args:
+        target_step: runs the target over a number of tokens and returns logits of them.
+    """
+    knobs = vllm_config.additional_config[METHOD]
+    scheduler, ranks = vllm_config.scheduler_config, vllm_config.parallel_config
+    widest = min(scheduler.max_num_seqs + knobs["draft_budget"], scheduler.max_num_batched_tokens)
+    in_lockstep = max(ranks.data_parallel_size, ranks.tensor_parallel_size) > 1
+    sizes = [2**i for i in range(widest.bit_length())]
+    target = _Timed(target_step, clock)
+    draft = _Timed(lambda size: _draft_pass(drafter, size), clock)
+    # a CPU compiles kernels per row count
+    classes = sorted({row_class(size) for size in range(1, widest + 1)})
+    warm_sizes = list(range(1, min(widest, MAX_WARM_ROWS) + 1)), classes
+    for model, warm in zip((target, draft), warm_sizes, strict=True):
+        sizes = model.first_times(sizes, until_slow=not in_lockstep)
+        if drafter.device.type == "cpu" and not in_lockstep:
+            model.warm_up(warm, sizes)
+    ends = clock() + TURNS_SECONDS
+    # in turns: a second that another process takes is not all of one model or size
+    for turn in range(1, MAX_TURNS):
+        if turn >= MIN_TURNS and clock() > ends and not in_lockstep:
+            break
+        for size in sizes:
+            target.time(size)
+            draft.time(size)
+    return Costs(draft.table(sizes), target.table(sizes))
+
+
+@dataclass
+class _Timed:
+    """A model, and the shortest time that each number of rows took it."""
+
+    run: Callable[[int], torch.Tensor]
+    clock: Callable[[], float]  # seconds
+    best: dict[int, float] = field(default_factory=dict)  # milliseconds by rows
+
+    def milliseconds(self, size: int) -> float:
+        began = self.clock()
+        self.run(size).amax().item()  # waits for the device
+        return (self.clock() - began) * 1e3
+
+    def time(self, size: int) -> float:
+        self.best[size] = min(self.best.get(size, float("inf")), self.milliseconds(size))
+        return self.best[size]
+
+    def first_times(self, sizes: list[int], *, until_slow: bool) -> list[int]:
+        """Time each size; returns those that are worth more of it."""
+        for i, size in enumerate(sizes):
+            self.time(size)  # warms up
+            if self.time(size) > SLOW_MS and until_slow:
+                return sizes[: i + 1]
+        return sizes
+
+    def warm_up(self, warm_sizes: list[int], sizes: list[int]) -> None:
+        """Run as many of `warm_sizes` as there is time for, by the times of `sizes`."""
+        num = int((self.table(sizes)(warm_sizes).cumsum() < WARM_UP_MS).sum())
+        # widest first: else the kernels of each size take a part of what the size before has
+        # freed, and glibc searches all the gaps in between whenever a step allocates
+        for size in reversed(warm_sizes[:num]):
+            self.milliseconds(size)
+
+    def table(self, sizes: list[int]) -> CostTable:
+        return CostTable(sizes, [self.best[size] for size in sizes])
+
+
+def _draft_pass(drafter: HostedDraftModel, size: int) -> torch.Tensor:
+    """Sequences in the middle of a live block, each with an increment of masks."""
+    rows_each = drafter.diffusion_block_size // 2 + drafter.draft_increment
+    num_seqs = max(1, size // rows_each)
+    hidden_states = drafter.forward(drafter.idle_pass(num_seqs, size))
+    masks = hidden_states[: num_seqs * drafter.draft_increment]
+    return drafter.confidence(masks).probabilities
+
+
+def _planner(costs: Costs, knobs: dict[str, Any]) -> LoadPlanner:
+    """Every rank gets the times of the first, now and while serving."""
     group = get_tp_group()
+    cap, increment = knobs["num_speculative_tokens"], knobs["draft_increment"]
+    if group.world_size == 1:
+        return LoadPlanner(costs, cap, increment, learns=True)
 
     def of_first_rank(times: list[float]) -> list[float]:
         shared = torch.tensor(times, dtype=torch.float64)
@@ -167,15 +229,8 @@ def make_planner(costs: Costs, vllm_config: VllmConfig) -> LoadPlanner:
         agreed: list[float] = shared.tolist()
         return agreed
 
-    several = group.world_size > 1
-    planner = LoadPlanner(
-        group.broadcast_object(costs) if several else costs,
-        knobs["num_speculative_tokens"],
-        knobs["draft_increment"],
-        learns=True,
-    )
-    if several:
-        planner.agree = of_first_rank
+    planner = LoadPlanner(group.broadcast_object(costs), cap, increment, learns=True)
+    planner.agree = of_first_rank
     return planner
 
 
@@ -184,16 +239,15 @@ def stop_token_ids(model_config: Any) -> list[int]:
 
     A multimodal target may have them in the config of its language model only.
     """
+    configs = (model_config.hf_config, model_config.hf_text_config)
     found = [model_config.try_get_generation_config().get("eos_token_id")]
-    for config in (model_config.hf_config, model_config.hf_text_config):
-        found.append(getattr(config, "eos_token_id", None))
+    found += [getattr(config, "eos_token_id", None) for config in configs]
     eos: Any = next((ids for ids in found if ids is not None), [])
     return [int(i) for i in (eos if isinstance(eos, list) else [eos])]
 
 
-def safetensors_only(draft_vllm_config: VllmConfig) -> VllmConfig:
+def drafters_config(config: VllmConfig, target_config: VllmConfig) -> VllmConfig:
     """Drafter weights are never unpickled, whatever the target's load format."""
-    if draft_vllm_config.load_config.load_format == "dummy":
-        return draft_vllm_config
-    load_config = replace(draft_vllm_config.load_config, load_format="safetensors")
-    return replace(draft_vllm_config, load_config=load_config)
+    if config.load_config.load_format != "dummy":
+        config = replace(config, load_config=replace(config.load_config, load_format="safetensors"))
+    return keep_apart(config, target_config)

@@ -1,32 +1,29 @@
 """The drafter on vLLM's V1 model runner: an adapter that owns no algorithm.
 
 vLLM builds it where it would build its own `DraftModelProposer`, so loading, KV allocation and
-memory profiling are vLLM's. Once per engine step, after the accepted tokens are booked, the runner
-offers the step to `postpone`. Once its tokens have gone out, vLLM's engine asks for drafts:
-`take_drafts`.
+memory profiling are vLLM's. The runner offers each step to `postpone`, after the accepted tokens
+are booked. Once they have gone out, vLLM's engine asks for drafts: `take_drafts`.
 """
 
-from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from failfast_vllm.drafters.hosted import profile_pass
-from failfast_vllm.drafters.parallel import drafter_group, keep_apart
-from failfast_vllm.drafting.records import UNKNOWN, Drafts, to_device
-from failfast_vllm.integration.adapter import Adapter
-from failfast_vllm.integration.session import Outcome, State
-from failfast_vllm.integration.startup import safetensors_only
+from failfast_vllm.drafters.parallel import drafter_group
+from failfast_vllm.drafting.records import UNKNOWN, Flags, to_device
+from failfast_vllm.integration.session import Adapter, View
+from failfast_vllm.integration.startup import drafters_config
 
 MIN_P_EPSILON = 1e-5  # below it vLLM takes min_p for 0
 
 
-class _View:
+class _View(View):
     """`session.View` of an engine step; the runner's own state stays as it is until the next."""
 
     def __init__(
@@ -36,62 +33,44 @@ class _View:
         sampled_token_ids: list[list[int]],  # [num_reqs][0 or more]
         common_attn_metadata: Any,
     ) -> None:
-        self.adapter = adapter
+        self.adapter, self.batch = adapter, adapter.runner.input_batch
         self.scheduler_output = scheduler_output
         self.emitted = sampled_token_ids
-        self.num_reqs = len(sampled_token_ids)
-        self.metadata = common_attn_metadata
-        self.batch = adapter.runner.input_batch
-        self.req_ids: Sequence[str] = self.batch.req_ids[: self.num_reqs]
-        self.num_tokens: int = scheduler_output.total_num_scheduled_tokens
+        self.num_reqs, self.metadata = len(sampled_token_ids), common_attn_metadata
+        self.req_ids = self.batch.req_ids[: self.num_reqs]
+        self.num_tokens = scheduler_output.total_num_scheduled_tokens
 
-    @property
-    def num_verified(self) -> Sequence[int]:
+    def read_outcome(self) -> None:
         verified = self.scheduler_output.scheduled_spec_decode_tokens
-        return [len(verified.get(req_id, ())) for req_id in self.req_ids]
-
-    def outcome(self) -> Outcome:
+        self.num_verified = [len(verified.get(r, ())) for r in self.req_ids]
         self.known_lens = self.batch.num_tokens_no_spec[: self.num_reqs].astype(np.int64)
-        return Outcome(self.emitted, self.known_lens)
 
-    def state(self, sampled: npt.NDArray[np.bool_]) -> State:
+    def read_state(self, sampled: Flags) -> None:
         known, limit = self.known_lens, self.adapter.position_limit
-        table = self.metadata.block_table_tensor[: self.num_reqs]
+        self.num_speculative_tokens = self.scheduler_output.num_spec_tokens_to_schedule
+        self.block_table = self.metadata.block_table_tensor[: self.num_reqs]
         before = self.batch.num_computed_tokens_cpu[: self.num_reqs]  # this step
         at_most = to_device(np.minimum(before, limit), self.adapter.device)
-        committed = self.adapter.committed_lens(table, at_most).cpu().numpy()
+        committed = self.adapter.drafter.blocks.committed_lens(self.block_table, at_most)
+        self.committed_lens = committed.cpu().numpy()
         scheduled = self.scheduler_output.num_scheduled_tokens
         computed = before.astype(np.int64) + np.array([scheduled[r] for r in self.req_ids])
-        computed = np.where(sampled, known - 1, computed)
+        self.computed_lens = np.minimum(np.where(sampled, known - 1, computed), limit)
         requests = [self.adapter.runner.requests[req_id] for req_id in self.req_ids]
-        room = [
-            min(
-                _most_drafted(request.sampling_params, length - request.num_prompt_tokens, limit),
-                limit - length - 1,
-            )
-            for request, length in zip(requests, known.tolist(), strict=True)
+        self.params = [request.sampling_params for request in requests]
+        num_output = known - np.array([request.num_prompt_tokens for request in requests])
+        most = [
+            _most_drafted(params, length, limit)
+            for params, length in zip(self.params, num_output.tolist(), strict=True)
         ]
-        return State(
-            token_ids=self._token_ids(int(known.max(initial=0))),
-            slots=np.arange(self.num_reqs),
-            block_table=table,
-            committed_lens=committed,
-            computed_lens=np.minimum(computed, limit),
-            room=np.array(room, dtype=np.int64),
-            params=[request.sampling_params for request in requests],
-            num_speculative_tokens=self.scheduler_output.num_spec_tokens_to_schedule,
-        )
-
-    def _token_ids(self, width: int) -> torch.Tensor:
-        """[num_reqs, width] known tokens, UNKNOWN where there is an embedding instead."""
+        self.room = np.minimum(np.array(most, dtype=np.int64), limit - known - 1)
+        self.slots = np.arange(self.num_reqs)
+        width = int(known.max(initial=0))
         tokens = torch.from_numpy(self.batch.token_ids_cpu[: self.num_reqs, :width])
         if self.batch.req_prompt_embeds:  # behind them are ids of whoever had the row before
             is_id = torch.from_numpy(self.batch.is_token_ids[: self.num_reqs, :width])
             tokens = tokens.where(is_id, UNKNOWN)
-        return tokens.to(self.adapter.device)
-
-    def hand_out(self, drafts: Drafts) -> list[list[int]]:
-        return drafts.to_lists()
+        self.token_ids = tokens.to(self.adapter.device)
 
 
 class FailFastProposer(Adapter, DraftModelProposer):
@@ -100,7 +79,6 @@ class FailFastProposer(Adapter, DraftModelProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
         self.runner = runner
-        self.set_up()
 
     def _raise_if_padded_drafter_batch_disabled(self) -> None:
         """Ragged drafts on the CPU are the point of this proposer."""
@@ -109,11 +87,10 @@ class FailFastProposer(Adapter, DraftModelProposer):
         """The padding of the vocabulary may differ; ids are checked against the tokenizers."""
 
     def _raise_if_draft_tp_mismatch(self) -> None:
-        """A drafter that every rank holds whole is built and run in `ranks.drafter_group`."""
+        """A drafter that every rank holds whole is built and run in `drafter_group`."""
 
     def _create_draft_vllm_config(self) -> VllmConfig:
-        draft_config = safetensors_only(super()._create_draft_vllm_config())
-        return keep_apart(draft_config, self.vllm_config)
+        return drafters_config(super()._create_draft_vllm_config(), self.vllm_config)
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """A drafter of text takes nothing from its target: vLLM would look for an image token."""
@@ -129,7 +106,7 @@ class FailFastProposer(Adapter, DraftModelProposer):
 
         Only the first, before there is a KV cache, needs a pass: ours wait for no other rank.
         """
-        if self.drafter is None:
+        if self.session is None:
             profile_pass(self.model, self.vllm_config, num_tokens, self.device)
 
     def initialize_attn_backend(
@@ -137,39 +114,28 @@ class FailFastProposer(Adapter, DraftModelProposer):
     ) -> None:
         """Called by the runner once the KV cache is laid out."""
         super().initialize_attn_backend(kv_cache_config, kernel_block_sizes)
-        kv_block_size = (
-            kernel_block_sizes[self.kv_cache_gid] if kernel_block_sizes else self.block_size
-        )
-        self.open_session(
-            self._draft_attn_layer_names,
-            kv_block_size,
-            kv_cache_config.num_blocks * (self.block_size // kv_block_size),
-            -(-self.position_limit // kv_block_size),
-        )
+        size = kernel_block_sizes[self.kv_cache_gid] if kernel_block_sizes else self.block_size
+        num_pages = kv_cache_config.num_blocks * (self.block_size // size)
+        table_width = -(-self.position_limit // size)
+        self.open_session(self._draft_attn_layer_names, size, num_pages, table_width)
 
     def postpone(
         self, scheduler_output: Any, sampled_token_ids: list[list[int]], common_attn_metadata: Any
     ) -> list[list[int]]:
         """The runner has booked a step's tokens, which nobody has seen yet: no drafts so far."""
         emitted = [list(ids) for ids in sampled_token_ids]  # a scheduler in this process cuts them
-        self.postponed = scheduler_output, emitted, common_attn_metadata
+        step = scheduler_output, emitted, common_attn_metadata
+        self.postponed = functools.partial(_View, self, *step)
         return [[]] * len(emitted)
 
-    def view(self, *step: Any) -> _View:
-        return _View(self, *step)
-
-    def target_step(self, runner: Any) -> Callable[[int], torch.Tensor]:
-        """A step of the target, without attention, over a number of tokens."""
-
-        def step(num_tokens: int) -> torch.Tensor:
-            positions = torch.arange(num_tokens, device=self.device) % self.position_limit
-            ids = torch.zeros_like(positions).int()
-            with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
-                hidden_states = runner.model(input_ids=ids, positions=positions)
-                logits: torch.Tensor = runner.model.compute_logits(hidden_states)
-            return logits
-
-        return step
+    def target_step(self, runner: Any, num_tokens: int) -> torch.Tensor:
+        """Logits of a step of the target, without attention."""
+        positions = torch.arange(num_tokens, device=self.device) % self.position_limit
+        ids = torch.zeros_like(positions).int()
+        with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
+            hidden_states = runner.model(input_ids=ids, positions=positions)
+            logits: torch.Tensor = runner.model.compute_logits(hidden_states)
+        return logits
 
     def begin(self, scheduler_output: Any) -> None:
         """Called by the runner before each step, also in steps without any request."""

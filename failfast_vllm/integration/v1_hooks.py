@@ -17,13 +17,7 @@ def _proposer(runner: Any) -> Any:
 
 @hook("v1", "vllm.v1.spec_decode.draft_model:DraftModelProposer.__init__")
 def become_ours(
-    original: Any,
-    self: Any,
-    vllm_config: Any,
-    device: Any,
-    runner: Any = None,
-    *rest: Any,
-    **more: Any,
+    original: Any, self: Any, vllm_config: Any, device: Any, runner: Any = None
 ) -> None:
     """Builds our proposer where vLLM would build its own.
 
@@ -35,22 +29,18 @@ def become_ours(
         from failfast_vllm.integration.v1 import FailFastProposer
 
         self.__class__ = FailFastProposer  # nothing is set yet
-        self.__init__(vllm_config, device, runner, *rest, **more)
+        self.__init__(vllm_config, device, runner)
         return
-    original(self, vllm_config, device, runner, *rest, **more)
+    original()
 
 
 @hook("v1", f"{RUNNER}:GPUModelRunner._input_fits_in_drafter")
-def fit_each_sequence(
-    original: Any, self: Any, common_attn_metadata: Any, *rest: Any, **more: Any
-) -> Any:
+def fit_each_sequence(original: Any, self: Any, common_attn_metadata: Any) -> Any:
     """Ends drafts at the drafter's last position per sequence, not for the whole batch.
 
     Goes when: vLLM checks each sequence by itself.
     """
-    if _proposer(self) is not None:
-        return common_attn_metadata is not None
-    return original(self, common_attn_metadata, *rest, **more)
+    return original() if _proposer(self) is None else common_attn_metadata is not None
 
 
 @hook("v1", f"{RUNNER}:GPUModelRunner.propose_draft_token_ids")
@@ -66,63 +56,44 @@ def keep_the_step(
     spec_decode_metadata: Any,
     common_attn_metadata: Any,
     slot_mappings: Any,
-    *rest: Any,
-    **more: Any,
 ) -> Any:
     """Keeps the step until its drafts are asked for, after its tokens have gone out.
 
     Goes when: vLLM sends a step's tokens to the clients before it drafts.
     """
     proposer = _proposer(self)
-    if proposer is not None:
-        return proposer.postpone(scheduler_output, sampled_token_ids, common_attn_metadata)
-    return original(
-        self,
-        scheduler_output,
-        sampled_token_ids,
-        sampling_metadata,
-        hidden_states,
-        sample_hidden_states,
-        aux_hidden_states,
-        spec_decode_metadata,
-        common_attn_metadata,
-        slot_mappings,
-        *rest,
-        **more,
-    )
+    if proposer is None:
+        return original()
+    return proposer.postpone(scheduler_output, sampled_token_ids, common_attn_metadata)
 
 
 @hook("v1", f"{RUNNER}:GPUModelRunner._update_states")
-def follow_requests(
-    original: Any, self: Any, scheduler_output: Any, *rest: Any, **more: Any
-) -> Any:
+def follow_requests(original: Any, self: Any, scheduler_output: Any) -> Any:
     """Tells policies which requests have ended, and the drafter which pages are new.
 
     Goes when: vLLM tells a proposer what the scheduler has decided.
     """
     proposer = _proposer(self)
     if proposer is None:
-        return original(self, scheduler_output, *rest, **more)
+        return original()
     proposer.begin(scheduler_output)
-    corrections = original(self, scheduler_output, *rest, **more)
+    corrections = original()
     proposer.drop_stale_budgets()
     return corrections
 
 
 @hook("v1", f"{RUNNER}:GPUModelRunner.take_draft_token_ids")
-def take_drafts(original: Any, self: Any, *rest: Any, **more: Any) -> Any:
+def take_drafts(original: Any, self: Any) -> Any:
     """Drafts, now that the step's tokens have gone out; the counts go along.
 
     Goes when: vLLM sends a step's tokens to the clients before it drafts.
     """
     proposer = _proposer(self)
-    return original(self, *rest, **more) if proposer is None else proposer.take_drafts()
+    return original() if proposer is None else proposer.take_drafts()
 
 
 @hook("v1", f"{RUNNER}:GPUModelRunner._sample")
-def sample_without_drafts(
-    original: Any, self: Any, logits: Any, spec_decode_metadata: Any, *rest: Any, **more: Any
-) -> Any:
+def sample_without_drafts(original: Any, self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
     """Samples a step without drafts, which vLLM would verify.
 
     vLLM verifies in every step of an engine that may speculate, with or without drafts. Without
@@ -138,7 +109,7 @@ def sample_without_drafts(
             sampling_metadata=self.input_batch.sampling_metadata,
             predict_bonus_token=True,
         )
-    return original(self, logits, spec_decode_metadata, *rest, **more)
+    return original()
 
 
 @hook("v1", "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens")
@@ -149,22 +120,24 @@ def spread_parameters(
     num_tokens: int,
     replace_from: int = 0,
     replace_to: int = 0,
-    *rest: Any,
-    **more: Any,
 ) -> Any:
     """Replaces, without Triton only, a function whose stand-in returns unset memory.
+
+    It spreads temperature, top-k and top-p of each request over its draft tokens with a kernel
+    whose C++ stand-in (vLLM 0.32) writes into a temporary copy, so the sampler divides the logits
+    by unset memory: those of greedy requests in the same batch, too.
 
     Goes when: that stand-in writes into its output, not into a copy.
     """
     from vllm.triton_utils import HAS_TRITON
 
     if HAS_TRITON:
-        return original(x, cu_num_tokens, num_tokens, replace_from, replace_to, *rest, **more)
-    from failfast_vllm.integration import cpu_sampling
+        return original()
+    import torch
 
-    return cpu_sampling.expand_batch_to_tokens(
-        x, cu_num_tokens, num_tokens, replace_from, replace_to
-    )
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    expanded = x.repeat_interleave(counts, output_size=num_tokens)
+    return expanded.masked_fill(expanded == replace_from, replace_to)
 
 
 @hook("v1", f"{RUNNER}:build_logitsprocs")
@@ -175,25 +148,15 @@ def keep_logits_processors(
     is_pin_memory: bool,
     is_pooling_model: bool,
     custom_logitsprocs: Any = (),
-    *rest: Any,
-    **more: Any,
 ) -> Any:
     """Keeps the processors of `min_p` and `logit_bias`, which undrafted requests can have.
 
     Goes when: vLLM keeps them beside a drafter.
     """
-    if asked_for(vllm_config) and not custom_logitsprocs:
-        from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
+    if not asked_for(vllm_config) or custom_logitsprocs:
+        return original()
+    from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
 
-        return LogitsProcessors(
-            make(vllm_config, device, is_pin_memory) for make in BUILTIN_LOGITS_PROCESSORS
-        )
-    return original(
-        vllm_config,
-        device,
-        is_pin_memory,
-        is_pooling_model,
-        custom_logitsprocs,
-        *rest,
-        **more,
+    return LogitsProcessors(
+        make(vllm_config, device, is_pin_memory) for make in BUILTIN_LOGITS_PROCESSORS
     )

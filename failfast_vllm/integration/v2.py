@@ -1,37 +1,37 @@
 """The drafter on vLLM's V2 model runner: an adapter that owns no algorithm.
 
-vLLM builds it in `init_speculator`. Once per engine step, after the accepted tokens are booked on
-the device, the runner offers the step to `propose`. Once its tokens have gone out, vLLM's engine
-asks for drafts: `take_drafts`. vLLM's own report has one length for all requests; ours has each
-request's.
+vLLM builds it in `init_speculator`, and offers it each step in `propose`, after the accepted tokens
+are booked on the device. Once they have gone out, vLLM's engine asks for drafts: `take_drafts`.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.cudagraph_pool import capture_pool
 from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.config.utils import replace
 from vllm.distributed.parallel_state import graph_capture
 from vllm.model_executor.model_loader import get_model
 from vllm.platforms import current_platform
+from vllm.v1.worker.gpu.attn_utils import get_varlen_cudagraph_unsupported_backend
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from failfast_vllm.drafters.cuda_graphs import cuda_graph
 from failfast_vllm.drafters.hosted import HostedDraftModel, profile_pass
-from failfast_vllm.drafters.parallel import drafter_group, keep_apart
-from failfast_vllm.drafting.records import UNKNOWN, Drafts, Lengths, to_device
-from failfast_vllm.integration.adapter import Adapter
-from failfast_vllm.integration.session import Outcome, State
-from failfast_vllm.integration.startup import safetensors_only
+from failfast_vllm.drafters.parallel import drafter_group
+from failfast_vllm.drafting.records import UNKNOWN, Drafts, Flags, to_device
+from failfast_vllm.integration.hooks import logger
+from failfast_vllm.integration.session import Adapter, View
+from failfast_vllm.integration.startup import drafters_config
 
 
-class _View:
+class _View(View):
     """`session.View` of an engine step; the runner's own state stays as it is until the next."""
 
     def __init__(
@@ -45,19 +45,19 @@ class _View:
         self.num_reqs: int = input_batch.num_reqs
         self.num_sampled = num_sampled[: self.num_reqs]
         self.num_speculative_tokens = num_speculative_tokens
-        self.req_ids: Sequence[str] = input_batch.req_ids
-        self.num_tokens: int = input_batch.num_tokens
-        verified = input_batch.num_draft_tokens_per_req
-        self.num_verified = [0] * self.num_reqs if verified is None else verified.tolist()
+        self.req_ids = input_batch.req_ids
+        self.num_tokens = input_batch.num_tokens
 
-    def outcome(self) -> Outcome:
+    def read_outcome(self) -> None:
         """Copy the verdict from the device: lengths, and the last tokens of each request."""
         rows, limit = self.batch.idx_mapping, self.adapter.position_limit
+        verified = self.batch.num_draft_tokens_per_req
+        self.num_verified = [0] * self.num_reqs if verified is None else verified.tolist()
         tables = self.adapter.block_tables.input_block_tables
         self.block_table = tables[self.adapter.kv_group][: self.num_reqs]
         known = self.states.total_len.gpu[rows].long()
         computed = self.states.num_computed_tokens.gpu[rows].long().clamp(max=limit)
-        committed = self.adapter.committed_lens(self.block_table, computed)
+        committed = self.adapter.drafter.blocks.committed_lens(self.block_table, computed)
         table = self.states.all_token_ids.gpu
         most = 1 + max(self.num_verified, default=0)
         columns = known[:, None] + torch.arange(-most, 0, device=self.adapter.device)
@@ -65,38 +65,26 @@ class _View:
         lens = torch.stack((known, committed, computed, self.num_sampled.long()), dim=1)
         on_host = torch.cat((lens, last_ids.long()), dim=1).cpu().numpy()  # the copy back
         self.known_lens, self.committed_lens, self.computed_lens, num_emitted = on_host[:, :4].T
-        emitted = [
+        self.emitted = [
             ids[most - length :]
             for ids, length in zip(on_host[:, 4:].tolist(), num_emitted.tolist(), strict=True)
         ]
-        return Outcome(emitted, self.known_lens)
 
-    def state(self, sampled: npt.NDArray[np.bool_]) -> State:
+    def read_state(self, sampled: Flags) -> None:
         known, slots = self.known_lens, self.batch.idx_mapping_np
-        token_ids, rows = self._token_ids(int(known.max(initial=0)))
         request_end = self.states.max_seq_len[slots]  # prompt + max_tokens
-        return State(
-            token_ids=token_ids,
-            slots=rows,
-            block_table=self.block_table,
-            committed_lens=self.committed_lens,
-            computed_lens=self.computed_lens,
-            room=np.minimum(request_end, self.adapter.position_limit) - known - 1,
-            params=[self.adapter.params[slot] for slot in slots],
-            num_speculative_tokens=self.num_speculative_tokens,
-        )
-
-    def _token_ids(self, width: int) -> tuple[torch.Tensor, Lengths]:
-        """Tokens up to the longest request's end, and each request's row among them."""
-        table, embedded = self.states.all_token_ids.gpu, self.adapter.embedded
+        self.room = np.minimum(request_end, self.adapter.position_limit) - known - 1
+        self.params = [self.adapter.params[slot] for slot in slots]
+        self.token_ids, self.slots = self.states.all_token_ids.gpu, slots.astype(np.int64)
+        embedded = self.adapter.embedded
         if embedded.keys().isdisjoint(self.req_ids):
-            return table, self.batch.idx_mapping_np.astype(np.int64)
-        token_ids = table[self.batch.idx_mapping, :width]  # a copy: in the table vLLM reads 0
+            return
+        self.slots = np.arange(self.num_reqs)  # in a copy: in the table vLLM reads 0
+        self.token_ids = self.token_ids[self.batch.idx_mapping, : int(known.max())]
         for row, req_id in enumerate(self.req_ids):
             if req_id in embedded:
                 hidden = embedded[req_id]
-                token_ids[row, : len(hidden)].masked_fill_(hidden, UNKNOWN)
-        return token_ids, np.arange(self.num_reqs)
+                self.token_ids[row, : len(hidden)].masked_fill_(hidden, UNKNOWN)
 
     def hand_out(self, drafts: Drafts) -> list[list[int]]:
         """The ids stay on the device, where the runner finds them; a grammar sees them, too."""
@@ -116,20 +104,17 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any) -> None:
         super().__init__(vllm_config, device)
         self.req_states = req_states
-        self.set_up()
         self.params: list[Any] = [None] * self.max_num_reqs  # SamplingParams by state slot
         self.embedded: dict[str, torch.Tensor] = {}  # request -> [prompt_len] bool: no id there
 
-    def load_draft_model(
-        self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
-    ) -> torch.nn.Module:
+    def load_draft_model(self, *of_target: Any) -> torch.nn.Module:
         draft_config = replace(
             self.vllm_config,
             model_config=self.draft_model_config,
             quant_config=None,
             parallel_config=replace(self.speculative_config.draft_parallel_config),
         )
-        draft_config = keep_apart(safetensors_only(draft_config), self.vllm_config)
+        draft_config = drafters_config(draft_config, self.vllm_config)
         with drafter_group(self.vllm_config), set_model_tag("draft_model"):
             model: torch.nn.Module = get_model(vllm_config=draft_config, prefix="draft_model")
         return model
@@ -143,21 +128,16 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
         """
         self.session = None  # graphs over the first cache go before the second comes
         super().set_attn(model_state, kv_cache_config, block_tables, *of_target)
-        groups = [
-            i
-            for i, group in enumerate(kv_cache_config.kv_cache_groups)
-            if self.draft_attn_layer_names & set(group.layer_names)
-        ]
-        assert len(groups) == 1, "one KV page shape for target and drafter, checked at start-up"
-        self.kv_group = groups[0]
-        self.page_size = kv_cache_config.kv_cache_groups[self.kv_group].kv_cache_spec.block_size
-        num_pages_per_block = self.page_size // block_tables.block_sizes[self.kv_group]
-        self.open_session(
-            self.draft_attn_layer_names,
-            block_tables.block_sizes[self.kv_group],
-            kv_cache_config.num_blocks * num_pages_per_block,
-            block_tables.input_block_tables[self.kv_group].shape[1],
-        )
+        groups = kv_cache_config.kv_cache_groups
+        names = self.draft_attn_layer_names
+        ours = [i for i, group in enumerate(groups) if names & set(group.layer_names)]
+        assert len(ours) == 1, "one KV page shape for target and drafter, checked at start-up"
+        self.kv_group = ours[0]
+        self.page_size = groups[self.kv_group].kv_cache_spec.block_size
+        size = block_tables.block_sizes[self.kv_group]
+        num_pages = kv_cache_config.num_blocks * (self.page_size // size)
+        table_width = block_tables.input_block_tables[self.kv_group].shape[1]
+        self.open_session(names, size, num_pages, table_width)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Nothing to set up: `capture` makes its own graphs."""
@@ -167,7 +147,6 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
         """Called by the runner where it captures its own graphs; ours share their memory pool."""
         if self.speculative_config.enforce_eager:
             return
-        assert self.drafter is not None
         hosted = self.drafter.model
         assert isinstance(hosted, HostedDraftModel)
         # read now: while vLLM profiles the memory of graphs, the pool is another one
@@ -212,24 +191,17 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
             if is_profile:
                 profile_pass(self.model, self.vllm_config, input_batch.num_tokens, self.device)
         else:
-            if num_speculative_tokens is None:
-                num_speculative_tokens = self.num_speculative_steps
-            self.postponed = input_batch, num_sampled, num_speculative_tokens
+            most = num_speculative_tokens
+            most = self.num_speculative_steps if most is None else most
+            self.postponed = functools.partial(_View, self, input_batch, num_sampled, most)
         no_drafts: torch.Tensor = self.draft_tokens[: input_batch.num_reqs].fill_(0)
         return no_drafts
 
-    def view(self, *step: Any) -> _View:
-        return _View(self, *step)
-
-    def target_step(self, runner: Any) -> Callable[[int], torch.Tensor]:
-        """A step of the target over a number of tokens, as vLLM runs it: in a graph if one fits."""
-
-        def step(num_tokens: int) -> torch.Tensor:
-            hidden_states, _ = runner._dummy_run(num_tokens, skip_eplb=True)
-            logits: torch.Tensor = runner.model.compute_logits(hidden_states[:num_tokens])
-            return logits
-
-        return step
+    def target_step(self, runner: Any, num_tokens: int) -> torch.Tensor:
+        """Logits of a step of the target, as vLLM runs it: in a graph if one fits."""
+        hidden_states, _ = runner._dummy_run(num_tokens, skip_eplb=True)
+        logits: torch.Tensor = runner.model.compute_logits(hidden_states[:num_tokens])
+        return logits
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended; also called in steps without any other."""
@@ -237,3 +209,56 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
             self.embedded.pop(req_id, None)
         if self.session is not None:
             self.session.forget(req_ids)
+
+
+def widen_target_graphs(runner: Any) -> None:
+    """Plan FULL graphs for the target's steps with drafts of any lengths; none is captured yet.
+
+    vLLM captures decode graphs for 1 + K tokens of every request, which ragged drafts almost never
+    have: each of our steps, and each without drafts, would run in pieces. Its adaptive verification
+    has graphs for any mix of 1 to 1 + K tokens per request; we ask for the same, and for graphs of
+    one token per request besides, for steps without drafts. **No GPU has captured them.**
+    """
+    graphs = runner.cudagraph_manager
+    mode = graphs.cudagraph_mode
+    if not mode.separate_routine() or mode.decode_mode() != CUDAGraphMode.FULL:
+        return  # no graphs, graphs of pieces, or graphs that fit any batch
+    groups = runner.kv_cache_config.kv_cache_groups
+    target_layers = {name for group in groups for name in group.layer_names}
+    target_layers -= runner.speculator.draft_attn_layer_names
+    refusing = get_varlen_cudagraph_unsupported_backend(
+        runner.attn_groups, runner.vllm_config, runner.decode_query_len, target_layers
+    )
+    if refusing is None:
+        graphs.varlen_decode = True
+        graphs._candidates, graphs._capture_descs = {}, {}
+        graphs._init_candidates()
+    else:
+        logger.warning(
+            "failfast: steps with drafts run without full CUDA graphs, which %s does not replay "
+            "for drafts of different lengths; choose another --attention-backend, "
+            "FLASH_ATTN on Hopper or TRITON_ATTN.",
+            refusing[0],
+        )
+    _add_plain_graphs(graphs)
+
+
+def _add_plain_graphs(graphs: Any) -> None:
+    """Graphs of one token per request; steps without drafts prefer them to wider ones."""
+    sizes = graphs.compilation_config.cudagraph_capture_sizes or []
+    sizes = sorted(size for size in sizes if size <= graphs.max_num_reqs)
+    for loras in graphs.lora_capture_cases:
+        smaller = 0
+        for size in sizes:
+            plain = BatchExecutionDescriptor(
+                cg_mode=CUDAGraphMode.FULL,
+                num_tokens=size,
+                num_reqs=size,
+                uniform_token_count=1,
+                num_active_loras=loras,
+            )
+            graphs._capture_descs.setdefault(CUDAGraphMode.FULL, []).append(plain)
+            for num_tokens in range(smaller, size + 1):
+                graphs._candidates.setdefault((num_tokens, loras), []).insert(0, plain)
+            smaller = size + 1
+    graphs._capture_descs.get(CUDAGraphMode.FULL, []).sort(key=lambda desc: -desc.num_tokens)

@@ -78,7 +78,7 @@ def _version_checks() -> list[Check]:
             checks.append(Check(name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
             checks.append(Check(name, "", "not installed", remedy))
-    from failfast_vllm.integration.versions import version_problem
+    from failfast_vllm.integration.hooks import version_problem
 
     with contextlib.suppress(ImportError):  # no vLLM at all: reported above
         problem = version_problem()

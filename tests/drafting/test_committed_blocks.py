@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
-from failfast_vllm.integration.adapter import new_pages
+from failfast_vllm.integration.session import new_pages
 
 PAGE, BLOCK, NUM_PAGES = 8, 4, 24
 PER_PAGE = PAGE // BLOCK

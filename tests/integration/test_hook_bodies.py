@@ -5,7 +5,7 @@ import json
 import pytest
 from vllm.v1.engine.input_processor import InputProcessor
 
-from failfast_vllm.integration import hook_bodies, hooks, versions
+from failfast_vllm.integration import hook_bodies, hooks
 from failfast_vllm.tools import cli, doctor
 
 BODY = """
@@ -42,14 +42,14 @@ def test_a_patch_release_is_compared_with_its_minor_version(monkeypatch):
     bodies = {hook.name: "of 0.32"}
     stored = {"0.32.0": bodies, "0.32.1": {hook.name: "of 0.32.1"}, "0.33.0": {}}
     monkeypatch.setattr(hook_bodies, "_stored", lambda: stored)
-    monkeypatch.setattr(versions, "vllm_version", lambda: "0.32.9+cpu")
+    monkeypatch.setattr(hooks, "vllm_version", lambda: "0.32.9+cpu")
     assert list(hook_bodies.known()) == ["0.32.0", "0.32.1"]
     assert hook_bodies.change(hook, bodies) == ""
     for changed in ({hook.name: "another"}, {}):  # the latter: a function without a source
         assert "not that of vLLM 0.32.0 or 0.32.1," in hook_bodies.change(hook, changed)
     late = hook._replace(since=(0, 33))
     assert hook_bodies.change(late, {}) == ""
-    monkeypatch.setattr(versions, "vllm_version", lambda: "0.99.1")  # refused by another check
+    monkeypatch.setattr(hooks, "vllm_version", lambda: "0.99.1")  # refused by another check
     assert hook_bodies.change(hook, bodies) == ""
 
 
@@ -91,6 +91,6 @@ def test_the_installed_version_is_stored_beside_the_others(tmp_path, monkeypatch
     hook_bodies.STORE.write_text('{"0.1.0": {"a": "b"}}')
     hook_bodies.store()
     stored = json.loads(hook_bodies.STORE.read_text())
-    version = versions.vllm_version().partition("+")[0]
+    version = hooks.vllm_version().partition("+")[0]
     assert stored == {"0.1.0": {"a": "b"}, version: hook_bodies.installed()}
     assert set(stored[version]) == {h.name for h in hooks.all_hooks() if hooks.is_due(h)}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from failfast_vllm.integration import hooks, versions
-from failfast_vllm.integration.hook_table import table, why_and_until
+from failfast_vllm.integration import hooks
 from failfast_vllm.integration.hooks import Hook
 from hook_stages import replace_stage
+from hook_table import table, why_and_until
 
 ARCHITECTURE = Path(__file__).parents[2] / "docs" / "architecture.md"
 
@@ -27,7 +27,7 @@ def test_every_hook_says_why_and_until_when(hook):
 
 
 def test_the_hooks_in_the_documentation_are_these():
-    """To renew it: `python -m failfast_vllm.integration.hook_table`."""
+    """To renew it: `python tests/support/hook_table.py`."""
     text = ARCHITECTURE.read_text(encoding="utf-8")
     assert text[text.index("| function of vLLM |") :] == table()
 
@@ -67,17 +67,17 @@ class Runner:
         return tokens
 
 
-def body(original, self, tokens, *rest, **more):
+def body(original, self, tokens):
     """Doubles the tokens. Twice is enough.
 
     Goes when: they are doubled
     elsewhere.
     """
-    return original(self, tokens * 2, *rest, **more)
+    return original.func(self, tokens * 2, **original.keywords)
 
 
-def static_body(original, tokens, *rest, **more):
-    return original(tokens * 2, *rest, **more)
+def static_body(original, tokens):
+    return original.func(tokens * 2)
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_the_newest_body_that_is_due_counts(hook, monkeypatch, version, expected
         hook("Runner.same", bodies["new"], since=(0, 33)),
     ]
     replace_stage(monkeypatch, "v1", *of_path)
-    monkeypatch.setattr(versions, "vllm_version", lambda: version)
+    monkeypatch.setattr(hooks, "vllm_version", lambda: version)
     (chosen,) = hooks.hooks_of("v1")
     assert chosen.body is bodies[expected]
     assert hooks.is_due(chosen) == needed

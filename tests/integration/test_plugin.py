@@ -17,7 +17,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from engine import TARGET, chat_ids, engine, generate, proposer, shipped_prompts
 from failfast_vllm import plugin
 from failfast_vllm.config import METHOD, MODELS_DIR
-from failfast_vllm.integration import hooks, versions
+from failfast_vllm.integration import hooks
 from hook_stages import replace_stage
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
@@ -180,14 +180,14 @@ def pretend_version(monkeypatch):
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "1.32.0", "dev"])
 def test_unsupported_versions(pretend_version, version):
     pretend_version(version)
-    problem = versions.version_problem()
+    problem = hooks.version_problem()
     assert problem == (f"vLLM {version} is not supported; install a version of 'vllm>=0.32,<0.34'.")
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0rc2", "0.33.4.dev3+gabc"])
 def test_supported_versions(pretend_version, version):
     pretend_version(version)
-    assert versions.version_problem() is None
+    assert hooks.version_problem() is None
 
 
 def test_vllm_without_metadata_names_its_version_itself(monkeypatch):
@@ -198,7 +198,7 @@ def test_vllm_without_metadata_names_its_version_itself(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     monkeypatch.setattr("vllm.__version__", "0.99.1")
-    assert "vLLM 0.99.1 is not supported" in versions.version_problem()
+    assert "vLLM 0.99.1 is not supported" in hooks.version_problem()
 
 
 def hook_another_signature(monkeypatch):

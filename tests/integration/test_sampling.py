@@ -1,11 +1,13 @@
 """Sampling with failfast keeps the target's distribution (chi-square at temperature 1)."""
 
+import functools
+
 import pytest
 import torch
 
 from distribution import draw, free_words, p_value
 from engine import engine, watch
-from failfast_vllm.integration.cpu_sampling import expand_batch_to_tokens as expand
+from failfast_vllm.integration.v1_hooks import spread_parameters
 
 NUM_DRAWS = 20_000
 P_VALUE = 0.01
@@ -20,7 +22,9 @@ def sampling_engine():
     return engine("failfast", max_num_seqs=128, enable_prefix_caching=True, block_size=32, seed=20)
 
 
-def test_parameters_are_spread_over_ragged_drafts():
+def test_parameters_are_spread_over_ragged_drafts(monkeypatch):
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", False)
+    expand = functools.partial(spread_parameters, None)
     ends = torch.tensor([2, 2, 5], dtype=torch.int32)
     temperatures = expand(torch.tensor([0.0, 0.5, 0.7]), ends, 5, replace_from=0, replace_to=1)
     assert temperatures.tolist() == pytest.approx([1.0, 1.0, 0.7, 0.7, 0.7])

@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from failfast_vllm.integration import target_graphs
+from failfast_vllm.integration import v2
 
 K, MAX_NUM_REQS = 60, 256
 SIZES = [1, 2, 4, *range(8, 513, 8)]
@@ -73,14 +73,14 @@ PLAIN_FULL = {
 
 
 def test_vllm_alone_runs_our_steps_in_pieces():
-    """The reason for `target_graphs`; when this fails, it can go."""
+    """The reason for `widen_target_graphs`; when this fails, it can go."""
     assert dispatched(planned("FULL_AND_PIECEWISE")) == PIECES
 
 
 @pytest.mark.parametrize("loras", [0, 1, 2])
 def test_drafts_of_any_lengths_get_full_graphs(loras):
     runner = planned("FULL_AND_PIECEWISE", (0, 2))
-    target_graphs.widen(runner)
+    v2.widen_target_graphs(runner)
     drafted = {"one draft": ("FULL", 16), "64 ragged drafts": ("FULL", 480)}
     assert dispatched(runner, loras) == PIECES | PLAIN_FULL | drafted
     graphs = runner.cudagraph_manager
@@ -95,12 +95,10 @@ def test_drafts_of_any_lengths_get_full_graphs(loras):
 def test_a_backend_that_cannot_says_so_once(monkeypatch):
     """FlashAttention 2 replays one length only: steps without drafts have their graphs."""
     warnings = []
-    monkeypatch.setattr(target_graphs.logger, "warning", lambda *a: warnings.append(a[0] % a[1:]))
-    monkeypatch.setattr(
-        target_graphs, "get_varlen_cudagraph_unsupported_backend", lambda *args: ("FA2", None)
-    )
+    monkeypatch.setattr(v2.logger, "warning", lambda *a: warnings.append(a[0] % a[1:]))
+    monkeypatch.setattr(v2, "get_varlen_cudagraph_unsupported_backend", lambda *args: ("FA2", None))
     runner = planned("FULL_AND_PIECEWISE")
-    target_graphs.widen(runner)
+    v2.widen_target_graphs(runner)
     assert dispatched(runner) == PIECES | PLAIN_FULL
     (warning,) = warnings
     assert "FA2" in warning
@@ -111,5 +109,5 @@ def test_a_backend_that_cannot_says_so_once(monkeypatch):
 def test_other_modes_stay_as_vllm_plans_them(mode):
     runner = planned(mode)
     before = dispatched(runner)
-    target_graphs.widen(runner)
+    v2.widen_target_graphs(runner)
     assert dispatched(runner) == before

@@ -403,8 +403,7 @@ def test_a_step_without_drafts_reports_nothing():
     speculator = object.__new__(FailFastSpeculator)
     drafter = types.SimpleNamespace(planner=resting)
     speculator.session = Session(drafter, DraftStats(), frozenset())
-    speculator.postponed = ()
-    speculator.view = lambda: types.SimpleNamespace(req_ids=["a"], num_tokens=1)
+    speculator.postponed = lambda: types.SimpleNamespace(req_ids=["a"], num_tokens=1)
     drafts = speculator.take_drafts()
     assert (drafts.req_ids, drafts.draft_token_ids, drafts.failfast_counts) == ([], [], [])
     assert speculator.take_drafts() is None

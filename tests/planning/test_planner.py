@@ -10,7 +10,7 @@ import torch
 
 from cost_tables import cost_tables
 from failfast_vllm.drafting.records import Round
-from failfast_vllm.integration.measure import measure_costs
+from failfast_vllm.integration.startup import measure_costs
 from failfast_vllm.planning.acceptance import AcceptanceByPosition
 from failfast_vllm.planning.costs import Costs, CostTable
 from failfast_vllm.planning.guard import REST_STEPS

@@ -1,22 +1,19 @@
-"""All hooks as a Markdown table: what docs/architecture.md shows. In a checkout
+"""All hooks as a Markdown table: what docs/architecture.md shows.
 
-    python -m failfast_vllm.integration.hook_table
-
-prints it.
+`python tests/support/hook_table.py` prints it.
 """
 
-from failfast_vllm.integration.hooks import Hook, all_hooks
-from failfast_vllm.integration.versions import SUPPORTED_VLLM
+from failfast_vllm.integration.hooks import SUPPORTED_VLLM, all_hooks
 
 
-def why_and_until(hook: Hook) -> tuple[str, str]:
+def why_and_until(hook):
     """The first sentence of a body's docstring, and what makes the hook superfluous."""
     text = " ".join((hook.body.__doc__ or "").split())
     reason, _, condition = text.partition(" Goes when: ")
     return reason.partition(". ")[0].rstrip("."), condition.rstrip(".")
 
 
-def table() -> str:
+def table():
     """One row per hook, in the order in which their stages are installed."""
     rows = ["| function of vLLM | stage | why | goes when |", "|---|---|---|---|"]
     for hook in all_hooks():
