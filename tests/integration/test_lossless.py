@@ -5,7 +5,7 @@ import pytest
 from engine import (
     around_the_drafters_end,
     assert_drafts_end_there,
-    core,
+    count_preemptions,
     engine,
     generate,
     greedy_params,
@@ -84,14 +84,7 @@ def test_prompts_split_by_a_small_token_budget(plain):
 def test_forced_preemption(plain):
     prompts, params, expected = plain
     with engine("failfast", num_gpu_blocks_override=36, block_size=64) as llm:
-        scheduler, preempted = core(llm).scheduler, []
-        preempt = scheduler._preempt_request
-
-        def counting_preempt(request, *args, **kwargs):
-            preempted.append(request.request_id)
-            return preempt(request, *args, **kwargs)
-
-        scheduler._preempt_request = counting_preempt
+        preempted = count_preemptions(llm)
         few = [i for i, prompt in enumerate(prompts) if len(prompt) < 1600]
         with watch(llm) as record:
             answers = generate(llm, [prompts[i] for i in few], [params[i] for i in few])

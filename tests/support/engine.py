@@ -156,6 +156,19 @@ def whole_pages_and_a_token(tokenizer, page, count):
     return [text[37 * i : 37 * i + (1 + i % 2) * page + 1] for i in range(count)]
 
 
+def count_preemptions(llm):
+    """The ids of requests that the scheduler preempts from now on."""
+    scheduler, preempted = core(llm).scheduler, []
+    preempt = scheduler._preempt_request
+
+    def counting_preempt(request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = counting_preempt
+    return preempted
+
+
 def num_draft_tokens(llm):
     """As `/metrics` has it, over all engines of this process."""
     metrics = {metric.name: metric for metric in llm.get_metrics()}
