@@ -24,6 +24,7 @@ INSIDE_VLLM_TOO = {
     f"failfast_vllm/drafters/{n}.py" for n in ("model", "attention", "hosted", "parallel")
 }
 PATHS = sorted((ROOT / "failfast_vllm").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels" / "failfast_kernels").glob("*.py"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in PATHS]
 
 
@@ -82,6 +83,25 @@ def test_aliases_are_seen(tmp_path):
 
 
 def test_kernels_import_nobody_of_ours():
-    for path in (ROOT / "kernels" / "failfast_kernels").glob("*.py"):
+    for path in KERNELS:
         roots = {module.split(".")[0] for module in imported(path)}
         assert not roots & {"vllm", "failfast_vllm", "transformers"}, path
+
+
+LONG = {  # functions over 40 lines: mostly signature and docstring, or the arguments of a launch
+    "plan_padding",
+    "block_diffusion_attention",
+    "confidence_argmax",
+    "make_plan",
+    "closed_loop",
+    "_search",
+}
+
+
+@pytest.mark.parametrize("path", [*PATHS, *KERNELS], ids=lambda path: path.stem)
+def test_files_and_functions_are_short(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and not node.name.endswith("_kernel"):
+            assert node.end_lineno - node.lineno < (90 if node.name in LONG else 40), node.name

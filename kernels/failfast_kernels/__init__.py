@@ -50,5 +50,5 @@ def _at_home(specification: Callable[P, R], module: str) -> Callable[P, R]:
 
 
 block_diffusion_attention = _at_home(reference.block_diffusion_attention, "block_attention")
-commit_kv = _at_home(reference.commit_kv, "block_attention")
+commit_kv = _at_home(reference.commit_kv, "kv_commit")
 confidence_argmax = _at_home(reference.confidence_argmax, "confidence")

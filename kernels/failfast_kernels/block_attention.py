@@ -1,19 +1,15 @@
-"""Block-diffusion attention and KV commits in Triton; `reference` says what they compute.
+"""Block-diffusion attention in Triton; `reference` says what they compute.
 
-One program of the attention owns BLOCK_M packed rows of one sequence and one KV head: packed row
-p is query row p // GROUP_SIZE with head p % GROUP_SIZE of the KV head's group, so ten rows of six
-heads fill a tile of 64 and each key is read once for all of them. It walks over the committed
-prefix page by page, then over the pass's own keys up to the end of its last row's block, with an
-online softmax (Milakov and Gimelshein, arXiv 1805.02867).
+One program owns BLOCK_M packed rows of one sequence and one KV head: packed row p is query row
+p // GROUP_SIZE with head p % GROUP_SIZE of the KV head's group, so each key is read once for all
+heads. It walks over the committed prefix page by page, then over the pass's own keys up to the end
+of its last row's block, with an online softmax (Milakov and Gimelshein, arXiv 1805.02867).
 
-The number of tiles of a sequence is known on the device only. Sequence s starts at tile
-`query_start_loc[s] * GROUP_SIZE // BLOCK_M + s`, which leaves every sequence enough tiles and
-bounds their sum by shapes alone, so the launch needs no copy to the host. Programs without rows
-return at once. Rows after the last sequence's (the padding of a captured graph) are treated as one
-more sequence, whose output is zero.
-
-Where few programs would face long prefixes, NUM_SPLITS of them share the prefix (the first also
-takes the pass's own keys), and `_merge_kernel` adds their results up.
+Only the device knows the number of tiles of a sequence. Sequence s starts at tile
+`query_start_loc[s] * GROUP_SIZE // BLOCK_M + s`, which leaves each enough tiles and bounds their
+sum by shapes alone, so the launch needs no copy to the host. Rows after the last sequence's (the
+padding of a captured graph) are one more sequence, whose output is zero. Where few programs would
+face long prefixes, NUM_SPLITS of them share one, and `_merge_kernel` adds their results up.
 
 Never materialised: the gathered prefix, the mask, the scores. Addresses are computed in int64.
 """
@@ -26,6 +22,7 @@ import triton
 import triton.language as tl
 
 from failfast_kernels import launch_table
+from failfast_kernels.kv_commit import commit_kv
 from failfast_kernels.launch_table import ATTENTION
 from failfast_kernels.reference import PaddedGroup
 
@@ -402,58 +399,3 @@ def _num_splits(num_programs: int, max_prefix_len: int) -> int:
         return 1
     enough = (s for s in SPLITS if s * num_programs >= launch_table.TARGET_PROGRAMS)
     return next(enough, SPLITS[-1])
-
-
-@triton.jit(do_not_specialize=["page_size"], do_not_specialize_on_alignment=["slot_mapping"])
-def _commit_kernel(  # type: ignore[no-untyped-def]
-    key,  # [num_rows, num_kv_heads, HEAD_DIM]
-    value,
-    kv_cache,  # [num_pages, num_kv_heads, page_size, 2 * HEAD_DIM]
-    slot_mapping,  # [num_rows]
-    page_size,
-    stride_k_row,
-    stride_k_head,
-    stride_k_dim,
-    stride_v_row,
-    stride_v_head,
-    stride_v_dim,
-    stride_page,
-    stride_page_head,
-    stride_page_slot,
-    stride_page_dim,
-    HEAD_DIM: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    slot = tl.load(slot_mapping + row).to(tl.int64)
-    if slot < 0:
-        return
-    dims = tl.arange(0, HEAD_DIM)
-    k = tl.load(key + row * stride_k_row + head * stride_k_head + dims * stride_k_dim)
-    v = tl.load(value + row * stride_v_row + head * stride_v_head + dims * stride_v_dim)
-    cache = kv_cache + slot // page_size * stride_page + head * stride_page_head
-    cache += slot % page_size * stride_page_slot
-    tl.store(cache + dims * stride_page_dim, k)
-    tl.store(cache + (HEAD_DIM + dims) * stride_page_dim, v)
-
-
-def commit_kv(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
-    """See `reference.commit_kv`."""
-    num_rows, num_kv_heads, head_dim = key.shape
-    assert key.dtype == value.dtype == kv_cache.dtype
-    if num_rows == 0:
-        return
-    _commit_kernel[num_rows, num_kv_heads](
-        key,
-        value,
-        kv_cache,
-        slot_mapping,
-        kv_cache.shape[2],
-        *key.stride(),
-        *value.stride(),
-        *kv_cache.stride(),
-        HEAD_DIM=head_dim,
-        num_warps=1,
-    )

@@ -126,11 +126,11 @@ def test_serving_meets_no_kernel_that_start_up_has_not_compiled(monkeypatch):
     """
     from vllm import SamplingParams
 
-    from failfast_kernels import block_attention, confidence, launch_table
+    from failfast_kernels import block_attention, confidence, kv_commit, launch_table
 
     monkeypatch.setattr(launch_table, "MIN_SPLIT_KEYS", 16)  # short prefixes are split, too
     compiled = set()
-    for module in (block_attention, confidence):
+    for module in (block_attention, confidence, kv_commit):
         for name, kernel in list(vars(module).items()):
             if type(kernel).__name__ == "InterpretedFunction" and name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Watched(kernel, compiled))
