@@ -10,7 +10,6 @@ Only the device knows the number of tiles of a sequence. Sequence s starts at ti
 sum by shapes alone, so the launch needs no copy to the host. Rows after the last sequence's (the
 padding of a captured graph) are one more sequence, whose output is zero. Where few programs would
 face long prefixes, NUM_SPLITS of them share one, and `_merge_kernel` adds their results up.
-
 Never materialised: the gathered prefix, the mask, the scores. Addresses are computed in int64.
 """
 
