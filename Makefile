@@ -30,9 +30,12 @@ check test test-next: export PYTHONSAFEPATH = 1
 demo: .venv/.ready
 	.venv/bin/failfast demo
 
+# Whole files to two workers, in the order of tests/conftest.py.
+SPREAD := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: check
-	$(PY) -m pytest --numprocesses 2 --dist loadfile
-	TRITON_INTERPRET=1 $(PY) -m pytest --numprocesses 2 --dist loadfile tests/interpreted
+	$(PY) -m pytest $(SPREAD)
+	TRITON_INTERPRET=1 $(PY) -m pytest $(SPREAD) tests/interpreted
 
 # What meets vLLM's configuration, front end, scheduler and runners. Left out: what is the same on any
 # vLLM (the algorithm, kernels, plans, traces), and several ranks, which take too long.
@@ -41,8 +44,8 @@ NEXT_TESTS := tests/test_imports.py tests/drafters/test_parity.py tests/observe/
 	config lossless features http sampling drafter_state))
 
 test-next: .venv-next/.ready
-	$(NEXT) -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(NEXT_TESTS)
-	TRITON_INTERPRET=1 $(NEXT) -m pytest --numprocesses 2 --dist loadfile tests/interpreted
+	$(NEXT) -m pytest $(SPREAD) -m "not slow" $(NEXT_TESTS)
+	TRITON_INTERPRET=1 $(NEXT) -m pytest $(SPREAD) tests/interpreted
 
 check: .venv/.ready
 	$(PY) -m ruff check

@@ -1,6 +1,7 @@
 """Engine environment for the whole suite: one process, small cache, no hub."""
 
 import os
+from collections import Counter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; a second thread only waits for a core
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -12,3 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # these change how vLLM starts: a process of their own
 if "TRITON_INTERPRET" not in os.environ:
     collect_ignore = ["interpreted"]
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: with two workers one would wait for the last of them."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
