@@ -115,10 +115,10 @@ def serve(pipe: Any, config: dict[str, Any] | None, settings: dict[str, Any], co
                 "tokens_per_second": round(tokens / run.seconds, 1),
                 "drafted": int(run.sums["drafted"]),
                 "accepted": int(run.sums["accepted"]),
-                "unanswered": sum(not answer for answer in run.answers),
+                "unanswered": sum(not served.num_tokens for served in run.served),
                 **memory(),
             }
-            pipe.send((record, run.answers))
+            pipe.send((record, [served.token_ids for served in run.served]))
             stopped = time.perf_counter()
 
 
