@@ -30,6 +30,7 @@ NUM_CLIENTS = 32
 START_SECONDS = 120  # a quarter of it on an idle machine
 SETTLE_SECONDS = 15  # the engine notices a lost client between two steps
 REQUEST_SECONDS = 60
+MANY = 300  # tokens: others still stream when the first piece of one arrives
 LONG = 1500  # tokens: a client that leaves after two pieces cannot have had them all
 
 
@@ -469,7 +470,7 @@ async def terminate_under_load(server, questions):
         stream = await client.completions.create(
             model=NAME,
             prompt=question.prompt_ids,
-            max_tokens=LONG,
+            max_tokens=MANY,
             temperature=0,
             stream=True,
             extra_body={"ignore_eos": True},
