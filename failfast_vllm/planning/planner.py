@@ -146,13 +146,7 @@ class LoadPlanner(Planner):
         self._unlearned = []
 
     def first(self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths) -> Lengths:
-        """Returns the increments of the first pass, [num_seqs]; all 0 where drafting does not pay.
-
-        Args:
-            wanted: [num_seqs] most tokens that each may draft.
-            live_rows: [num_seqs] known tokens that a pass encodes again.
-            commit_rows: [num_seqs] tokens whose blocks a pass would commit.
-        """
+        """Increments of the first pass, as in `Planner`; all 0 where drafting does not pay."""
         drafting = wanted > 0
         if not drafting.any():
             return np.zeros_like(wanted)
@@ -209,15 +203,7 @@ class LoadPlanner(Planner):
         draft_lens: Lengths,
         confidences: npt.NDArray[np.floating],
     ) -> Lengths:
-        """Returns the increments of the next pass, [num_seqs]; 0 = that draft is complete.
-
-        Args:
-            wanted: [num_seqs] most tokens that each may still draft; 0 where the policy stopped.
-            live_rows: [num_seqs] known and drafted tokens that a pass encodes again.
-            first_lens: [num_seqs] tokens of the first pass.
-            draft_lens: [num_seqs] tokens drafted so far.
-            confidences: [num_seqs, longest] of the tokens drafted so far.
-        """
+        """Increments of the next pass, as in `Planner`: those whose expected tokens pay."""
         increments = np.minimum(wanted, self.draft_increment)
         going = np.flatnonzero(increments)
         if not going.size:
@@ -240,13 +226,7 @@ class LoadPlanner(Planner):
     def keep(
         self, draft_lens: Lengths, num_confidences: Lengths, confidences: npt.NDArray[np.floating]
     ) -> Lengths:
-        """Returns how much of each draft is worth verifying, [num_seqs].
-
-        Args:
-            draft_lens: [num_seqs] tokens drafted.
-            num_confidences: [num_seqs] of them with a confidence; the others count as sure.
-            confidences: [num_seqs, at least the longest draft].
-        """
+        """How much of each draft is worth verifying, as in `Planner`."""
         longest = int(draft_lens.max(initial=0))
         if not longest:
             return draft_lens
