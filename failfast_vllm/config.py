@@ -30,7 +30,7 @@ class FailFastConfig:
     draft_increment: int
     policy: str
     draft_budget: int  # tokens drafted in one step, over all sequences
-    reuse_rejected: bool  # experimental: lengthen doubtful drafts by what was rejected before
+    copies: bool  # draft copies of a sequence's own text where they are expected to pay
     path_search: bool  # experimental: choose among the candidates of a pass by earlier text
     load_aware: bool  # draft only where it is expected to raise throughput
     trace: str | None  # the file that rounds are written to
@@ -50,9 +50,14 @@ class FailFastConfig:
         increment = cap if rule.one_pass else min(10, cap)
         increment = read_integer(given, "draft_increment", increment, 1, cap)
         budget = read_integer(given, "draft_budget", 512, 1, MAX_DRAFT_BUDGET)
-        reuse = read_flag(given, "reuse_rejected", False)
         path_search = read_flag(given, "path_search", False)
         load_aware = read_flag(given, "load_aware", True)
+        copies = read_flag(given, "copies", load_aware)
+        if copies and not load_aware:
+            raise ValueError(
+                "failfast: what to copy is decided by measured times; got 'copies' true and "
+                "'load_aware' false. Remove one of them."
+            )
         if rule.needs_planner and not load_aware:
             raise ValueError(
                 f"failfast: the policy {policy!r} is made of measured times; "
@@ -63,7 +68,7 @@ class FailFastConfig:
             draft_increment=increment,
             policy=policy,
             draft_budget=budget,
-            reuse_rejected=reuse,
+            copies=copies,
             path_search=path_search,
             load_aware=load_aware,
             parameters=policy_parameters(policy, given, cap),

@@ -18,11 +18,11 @@ import torch
 from failfast_vllm.drafting import records
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
 from failfast_vllm.drafting.interfaces import (
+    CopyLane,
     DraftModel,
     DraftSoFar,
     Planner,
     Policy,
-    Reuse,
     TokenChooser,
 )
 from failfast_vllm.drafting.records import DraftBatch, Drafts, DraftStep, Lengths, share
@@ -43,7 +43,7 @@ class Drafter:
     max_draft_len: int  # most tokens of a draft; steps may ask for less
     max_draft_budget: int  # tokens that one step may draft over all sequences
     tokens: TokenChooser = field(default_factory=TokenChooser)
-    reuse: Reuse = field(default_factory=Reuse)
+    copies: CopyLane = field(default_factory=CopyLane)
     clock: Callable[[], float] = time.perf_counter  # seconds; passes are timed with it
 
     def draft_budget(self, num_seqs: int) -> int:
@@ -71,32 +71,35 @@ class Drafter:
         """Decide for whom to draft, and how far in the first pass."""
         step = replace(step, max_draft_lens=self.policy.begin(step.req_ids, step.max_draft_lens))
         live, commits = step.known_lens - step.final_lens, step.final_lens - step.committed_lens
-        first = share(self.planner.first(step.max_draft_lens, live, commits), step.draft_budget)
+        copies, wanted = self.copies.find(step), step.max_draft_lens
+        first, copied = self.planner.first(wanted, live, commits, copies.match_lens)
+        first = share(first, step.draft_budget)
+        copied = share(copied, step.draft_budget - int(first.sum()))
         if self.planner.postpones_commits:
-            step = step.drafting_only(first > 0)
-        self.reuse.begin(step.req_ids)
-        return Workspace(step, first, self.geometry, has_entropies=self.policy.needs_entropy)
+            step = step.passing_only(first > 0, copied)
+        work = Workspace(step, first, self.geometry, has_entropies=self.policy.needs_entropy)
+        work.copy(copies, copied)
+        return work
 
     def _forward(self, batch: DraftBatch) -> torch.Tensor:
         if batch.slot_mapping is not None:
             self.blocks.mark(batch.slot_mapping)
         return self.model.forward(batch)
 
-    def _pass(self, work: Workspace, seqs: Lengths, max_reused: int) -> None:
-        """One pass over `seqs`; a draft may get `max_reused` tokens on top of its increment."""
+    def _pass(self, work: Workspace, seqs: Lengths, max_copied: int) -> None:
+        """One pass over `seqs`; a draft may get `max_copied` tokens on top of its increment."""
         began = self.clock()
         first_rows, batch = work.rows(seqs, work.starts, work.ends)
         hidden_states = self._forward(batch)
         grows = work.increments[seqs] > 0
         if not grows.any():
             return
-        masks = work.masks(seqs[grows], first_rows[grows], max_reused)
+        masks = work.masks(seqs[grows], first_rows[grows], max_copied)
         rows = hidden_states[masks.rows.flatten()]
         found = self.tokens.choose(self.model, rows, work, masks, details=self.policy.needs_entropy)
         signals = work.fill(masks, found)
         judged = self._judge(work, masks, found.token_ids.view_as(masks.rows), signals)
-        num_reused = self.reuse.append(work.canvas, masks, judged)
-        work.settle(masks, found.probabilities.view_as(masks.rows), judged, num_reused)
+        work.settle(masks, found.probabilities.view_as(masks.rows), judged)
         # the pass has ended: its verdict is on the host
         self.planner.pass_took(batch.input_ids.numel(), (self.clock() - began) * 1e3)
 
@@ -129,10 +132,10 @@ class Drafter:
     def _finish(self, work: Workspace, asked_lens: Lengths) -> Drafts:
         """Keep what is worth verifying."""
         work.stop_reasons = self._stop_reasons(work, asked_lens)
-        lens = self.planner.keep(work.lens, work.num_confidences, work.confidences)
+        per_seq = work.lens, work.num_confidences, work.confidences, work.match_lens
+        lens = self.planner.keep(*per_seq)
         work.stop_reasons[lens < work.lens] = records.LOAD
         work.lens, work.token_ids = lens, work.drafted(lens)
-        self.reuse.remember(work.step.req_ids, work.token_ids)
         return work
 
     def _stop_reasons(self, work: Workspace, asked_lens: Lengths) -> Lengths:
@@ -142,4 +145,5 @@ class Drafter:
         reasons = np.where(work.willing, refused, self.policy.ends_by)
         own_limit = np.where(asked_lens < self.max_draft_len, records.REQUEST, records.CAP)
         reasons = np.where(work.lens >= work.step.max_draft_lens, own_limit, reasons)
+        reasons = np.where(work.lens > work.num_confidences, records.COPY, reasons)
         return np.where(work.ends_at_stop, records.EOS, reasons)

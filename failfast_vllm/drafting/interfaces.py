@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from failfast_vllm.drafting.records import BUDGET, DOUBT, Lengths
+from failfast_vllm.drafting.records import BUDGET, DOUBT, Copies, Lengths
 
 if TYPE_CHECKING:
     import torch
 
     from failfast_kernels import TokenConfidence
     from failfast_vllm.drafting.records import Candidates, DraftBatch, DraftStep, Round
-    from failfast_vllm.drafting.workspace import Judged, Masks, Workspace
+    from failfast_vllm.drafting.workspace import Masks, Workspace
 
     Confidences = npt.NDArray[np.floating]
 
@@ -106,15 +106,18 @@ class Planner(Observer):
         """The target has just verified `num_tokens` tokens: whether to consider drafting."""
         return True
 
-    def first(self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths) -> Lengths:
-        """Increments of the first pass, [num_seqs]; 0 = no draft.
+    def first(
+        self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths, match_lens: Lengths
+    ) -> tuple[Lengths, Lengths]:
+        """Increments of the first pass, [num_seqs], and tokens to copy instead, [num_seqs].
 
         Args:
             wanted: [num_seqs] most tokens that each may draft.
             live_rows: [num_seqs] known tokens that a pass encodes again.
             commit_rows: [num_seqs] tokens whose blocks a pass would commit.
+            match_lens: [num_seqs] see `Copies`.
         """
-        return np.minimum(wanted, self.draft_increment)
+        return np.minimum(wanted, self.draft_increment), np.zeros_like(wanted)
 
     def pass_took(self, num_rows: int, ms: float) -> None:
         """A draft pass, from planning its rows to its tokens."""
@@ -139,14 +142,19 @@ class Planner(Observer):
         return np.minimum(wanted, self.draft_increment)
 
     def keep(
-        self, draft_lens: Lengths, num_confidences: Lengths, confidences: Confidences
+        self,
+        draft_lens: Lengths,
+        num_confidences: Lengths,
+        confidences: Confidences,
+        match_lens: Lengths,
     ) -> Lengths:
         """How much of each draft is worth verifying, [num_seqs].
 
         Args:
             draft_lens: [num_seqs] tokens drafted.
-            num_confidences: [num_seqs] of them with a confidence; the others count as sure.
+            num_confidences: [num_seqs] of them with a confidence; the others are copied.
             confidences: [num_seqs, at least the longest draft].
+            match_lens: [num_seqs] see `Drafts`.
         """
         return draft_lens
 
@@ -181,18 +189,10 @@ class TokenChooser(Observer):
         return model.confidence(hidden_states, details=details)
 
 
-class Reuse(Observer):
-    """Lengthens drafts that end in doubt without a pass; the default does not."""
+class CopyLane:
+    """Finds text to draft without a pass; the default finds none."""
 
-    def begin(self, req_ids: Sequence[str]) -> None:
-        """Prepare a step; called once, before its first increment."""
-
-    def append(self, canvas: torch.Tensor, masks: Masks, judged: Judged) -> torch.Tensor:
-        """Append tokens in `canvas` to drafts that neither go on nor have stopped.
-
-        Returns how many, [n] int64; a draft has at most `masks.caps` tokens then.
-        """
-        return judged.ends.new_zeros(judged.ends.shape)
-
-    def remember(self, req_ids: Sequence[str], token_ids: torch.Tensor) -> None:
-        """Keep a step's drafts, [num_seqs, longest], until they are verified."""
+    def find(self, step: DraftStep) -> Copies:
+        """What each sequence may copy after its known tokens."""
+        nothing = step.token_ids.new_empty((len(step.slots), 0)).long()
+        return Copies(np.zeros(len(step.slots), dtype=np.int64), nothing)

@@ -52,14 +52,15 @@ class Ledger(PerRequest[Round | None]):
             drafts.lens,
             drafts.first_lens,
             drafts.num_confidences,
+            drafts.match_lens,
             drafts.ends_at_stop,
             drafts.num_passes,
             drafts.seq_rows,
         )
-        for i, (length, first, num_judged, stops, passes, rows) in enumerate(
+        for i, (length, first, num_judged, match_len, stops, passes, rows) in enumerate(
             zip(*(values.tolist() for values in per_seq), strict=True)
         ):
-            if not rows:  # else also without a draft: a round says what its passes took
+            if not (rows or length):  # a round without a draft says what its passes took
                 self._values.pop(req_ids[i], None)
                 continue
             self[req_ids[i]] = Round(
@@ -67,6 +68,7 @@ class Ledger(PerRequest[Round | None]):
                 num_drafted=length,
                 num_first=first,
                 confidences=drafts.confidences[i, :num_judged],
+                match_len=match_len,
                 ends_at_stop=stops and length >= num_judged,
                 num_passes=passes,
                 num_rows=rows,

@@ -19,11 +19,13 @@ Lengths = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 UNKNOWN = -1  # instead of a token id: before the first token, or given as an embedding
+NO_TOKEN = -2  # where there is nothing to copy
 
 # What ended a draft. doubt: the policy. cap: num_speculative_tokens. load: the planner. budget:
 # draft_budget. eos: it drafted a stop token. request: its own limit, max_tokens or the context.
-STOP_REASONS = ("doubt", "cap", "load", "budget", "eos", "request")
-DOUBT, CAP, LOAD, BUDGET, EOS, REQUEST = range(len(STOP_REASONS))
+# copy: its last tokens are copied.
+STOP_REASONS = ("doubt", "cap", "load", "budget", "eos", "request", "copy")
+DOUBT, CAP, LOAD, BUDGET, EOS, REQUEST, COPY = range(len(STOP_REASONS))
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,13 @@ class DraftStep:
     stops_at_eos: Flags  # the draft ends after a stop token
     min_confidences: npt.NDArray[np.float32]  # an increment with a token below it is the last
 
-    def drafting_only(self, drafts: Flags) -> DraftStep:
-        """The step in which sequences without a draft need no rows: their commits wait."""
+    def passing_only(self, passes: Flags, copied: Lengths) -> DraftStep:
+        """The step in which sequences without a draft pass need no rows: their commits wait."""
         return replace(
             self,
-            known_lens=np.where(drafts, self.known_lens, self.committed_lens),
-            final_lens=np.where(drafts, self.final_lens, self.committed_lens),
-            max_draft_lens=np.where(drafts, self.max_draft_lens, 0),
+            known_lens=np.where(passes, self.known_lens, self.committed_lens),
+            final_lens=np.where(passes, self.final_lens, self.committed_lens),
+            max_draft_lens=np.where(passes, self.max_draft_lens, copied),
         )
 
 
@@ -63,6 +65,13 @@ class DraftBatch(NamedTuple):
     committed_lens: torch.Tensor  # [num_seqs] int64, position of each sequence's first row
     slot_mapping: torch.Tensor | None  # [num_rows] int64, -1 = not committed; None: none is
     block_table: torch.Tensor  # [num_seqs, max_pages] int
+
+
+class Copies(NamedTuple):
+    """What each sequence of a step may copy."""
+
+    match_lens: Lengths  # [num_seqs] tokens that stood before it in both places; 0 = no copy
+    token_ids: torch.Tensor  # [num_seqs, longest draft] int64, NO_TOKEN where there is none
 
 
 class Candidates(NamedTuple):
@@ -82,8 +91,9 @@ class Drafts:
     num_forwards: int
     num_rows: int  # over all forwards
     confidences: npt.NDArray[np.float32]  # [num_seqs, cap], of `num_confidences` tokens each
-    # [num_seqs], less than `lens` where rejected tokens were reused, more where the draft was cut
+    # [num_seqs] tokens of passes: less than `lens` if the others are copied, more if it was cut
     num_confidences: Lengths
+    match_lens: Lengths  # [num_seqs] tokens that matched before the first that is copied
     ends_at_stop: Flags  # [num_seqs], a pass drafted a stop token
     stop_reasons: Lengths  # [num_seqs] index into STOP_REASONS; meaningless where there is no draft
     seq_rows: Lengths  # [num_seqs], of `num_rows`
@@ -106,8 +116,9 @@ class Round:
     num_first: int = 0  # tokens that its first pass was to draft; a policy may have cut it
     num_verified: int = 0  # less than `num_drafted` if the scheduler cut the draft
     num_accepted: int = 0
-    # of what passes drafted, also if it was not worth verifying; fewer with reused tokens
+    # of what passes drafted, also if it was not worth verifying; the tokens after it are copied
     confidences: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    match_len: int = 0  # tokens that matched before the first that is copied
     ends_at_stop: bool = False  # the draft's last token is a stop token
     num_passes: int = 0  # draft passes that the draft took
     num_rows: int = 0  # of this sequence in them
@@ -126,6 +137,11 @@ class Round:
     def verified_confidences(self) -> npt.NDArray[np.float32]:
         """Of the tokens that the target verified."""
         return self.confidences[: self.num_verified]
+
+    @property
+    def num_copied(self) -> int:
+        """Tokens that the target verified and no pass drafted."""
+        return max(0, self.num_verified - len(self.confidences))
 
     @property
     def judged_confidences(self) -> npt.NDArray[np.float32]:

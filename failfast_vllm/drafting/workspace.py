@@ -19,7 +19,15 @@ import torch
 
 from failfast_kernels import TokenConfidence
 from failfast_vllm.drafting import records
-from failfast_vllm.drafting.records import UNKNOWN, DraftBatch, Drafts, DraftStep, Flags, Lengths
+from failfast_vllm.drafting.records import (
+    UNKNOWN,
+    Copies,
+    DraftBatch,
+    Drafts,
+    DraftStep,
+    Flags,
+    Lengths,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Masks(NamedTuple):
     may_stop: torch.Tensor  # [n, longest] 1 where a stop token ends the draft
     lens: torch.Tensor  # [n] tokens drafted, these included
     first_columns: torch.Tensor  # [n] of the draft in the canvas
-    caps: torch.Tensor  # [n] most tokens of the draft after this increment, reused ones included
+    caps: torch.Tensor  # [n] most tokens of the draft after this increment, copied ones included
 
 
 class Judged(NamedTuple):
@@ -104,6 +112,24 @@ class Workspace(Drafts):
         tokens = step.token_ids[slots, (committed + columns).clamp(max=step.token_ids.shape[1] - 1)]
         foreign = (tokens >= geometry.vocab_size) | (tokens == UNKNOWN)
         return tokens.long().masked_fill_(foreign | (columns >= known), geometry.mask_token_id)
+
+    def copy(self, copies: Copies, lens: Lengths) -> None:
+        """Draft [num_seqs] `lens` tokens of `copies` for sequences without a first pass.
+
+        Drafts of passes that agree with theirs are lengthened by them.
+        """
+        self.copies = copies
+        if not lens.any():
+            return
+        self.lens = lens
+        places, last = np.arange(lens.max()), self.canvas.shape[1] - 1
+        # the last column takes what is not copied
+        columns = np.where(places < lens[:, None], self.first_columns[:, None] + places, last)
+        self.canvas.scatter_(1, self.to_device(columns), copies.token_ids[:, : len(places)])
+
+    @property
+    def match_lens(self) -> Lengths:  # type: ignore[override]
+        return self.copies.match_lens + self.num_confidences
 
     def grow(self, increments: Lengths) -> None:
         """Plan the next pass: [num_seqs] masks of each; 0 = that draft is complete."""
@@ -190,12 +216,12 @@ class Workspace(Drafts):
         self.seq_rows[seqs] += lens
         return query_start_loc[:-1], batch
 
-    def masks(self, seqs: Lengths, first_rows: Lengths, max_reused: int) -> Masks:
+    def masks(self, seqs: Lengths, first_rows: Lengths, max_copied: int) -> Masks:
         """The masks of `seqs` in the pass that is planned.
 
         Args:
             first_rows: [n] first row of each in the pass.
-            max_reused: see `Masks.caps`.
+            max_copied: see `Masks.caps`.
         """
         step, lens, increments = self.step, self.lens[seqs], self.increments[seqs]
         offsets = np.arange(increments.max())
@@ -212,7 +238,7 @@ class Workspace(Drafts):
         plan[4] = valid & step.stops_at_eos[seqs, None]
         plan[5] = new_lens[:, None]
         plan[6] = self.first_columns[seqs, None]
-        plan[7] = np.minimum(step.max_draft_lens[seqs], new_lens + max_reused)[:, None]
+        plan[7] = np.minimum(step.max_draft_lens[seqs], new_lens + max_copied)[:, None]
         *per_mask, new, first_columns, caps = self.to_device(plan)
         per_draft = (plane[:, 0] for plane in (new, first_columns, caps))
         return Masks(seqs, valid, places, *per_mask, *per_draft)
@@ -231,24 +257,38 @@ class Workspace(Drafts):
         longest = int((self.lens + self.increments)[masks.seqs].max())
         return self.signals[:, masks.owners[:, 0], :longest]
 
-    def settle(
-        self, masks: Masks, sure: torch.Tensor, judged: Judged, reused: torch.Tensor
-    ) -> None:
+    def _append_copies(self, masks: Masks, judged: Judged) -> torch.Tensor:
+        """Lengthen drafts that agree with what their sequence may copy; [n] int64, by how much."""
+        if not self.copies.match_lens[masks.seqs].any():
+            return torch.zeros_like(judged.ends)
+        seqs, last = masks.owners[:, 0], self.canvas.shape[1] - 1
+        copies = self.copies.token_ids[seqs]
+        places = torch.arange(copies.shape[1], device=copies.device)
+        columns = (masks.first_columns[:, None] + places).clamp(max=last)
+        drafts, ends = self.canvas[seqs[:, None], columns], judged.ends[:, None]
+        agrees = ((drafts == copies) | (places >= ends)).all(dim=1) & ~judged.stopped
+        num_copied = torch.where(agrees, masks.caps - judged.ends, 0)
+        copied = (places >= ends) & (places < ends + num_copied[:, None])
+        self.canvas[seqs[:, None], torch.where(copied, columns, last)] = copies
+        return num_copied
+
+    def settle(self, masks: Masks, sure: torch.Tensor, judged: Judged) -> None:
         """Note on the host what an increment has brought: the only copy back of an increment.
 
         Args:
             sure: [n, longest] confidence of each mask.
-            reused: [n] int64 tokens appended to each draft without a pass.
         """
+        copied = self._append_copies(masks, judged)
         ends, goes_on, stopped = judged
+        goes_on = goes_on & (copied == 0)
         # float32 holds the lengths exactly
-        verdicts = torch.stack((ends, reused, goes_on, stopped), dim=1)
+        verdicts = torch.stack((ends, copied, goes_on, stopped), dim=1)
         report = torch.cat((verdicts, sure), dim=1).cpu().numpy()
-        seqs, (num_judged, num_reused) = masks.seqs, report[:, :2].astype(np.int64).T
+        seqs, (num_judged, num_copied) = masks.seqs, report[:, :2].astype(np.int64).T
         self.confidences[seqs[:, None], masks.places] = report[:, 4:]
         self.num_confidences[seqs] = num_judged
         self.ends_at_stop[seqs] = ends_here = report[:, 3] > 0
-        self.lens[seqs] = num_judged + num_reused
+        self.lens[seqs] = num_judged + num_copied
         self.num_passes[seqs] += 1
         has_room = self.lens[seqs] < self.step.max_draft_lens[seqs]
         self.willing[seqs] = (report[:, 2] > 0) & ~ends_here & has_room

@@ -98,13 +98,13 @@ class Session:
         """Tell those who learn from verified drafts, always in this order."""
         drafter, policy = self.drafter, self.drafter.policy
         calibrations = () if policy.calibration is None else (policy.calibration,)
-        for learner in (self.stats.counts, *calibrations, policy, drafter.reuse, drafter.planner):
+        for learner in (self.stats.counts, *calibrations, policy, drafter.planner):
             learner.observe(rounds)
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended."""
         drafter = self.drafter
-        for memory in (self.ledger, self.stats, drafter.policy, drafter.reuse, drafter.tokens):
+        for memory in (self.ledger, self.stats, drafter.policy, drafter.tokens):
             memory.forget(req_ids)
 
     def _gather(self, view: View) -> DraftStep:

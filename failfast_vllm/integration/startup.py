@@ -18,12 +18,12 @@ from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.drafters.hosted import HostedDraftModel, row_class
 from failfast_vllm.drafters.parallel import keep_apart
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
+from failfast_vllm.drafting.copying import OwnText
 from failfast_vllm.drafting.drafter import Drafter
-from failfast_vllm.drafting.interfaces import Planner, Policy, Reuse, TokenChooser
+from failfast_vllm.drafting.interfaces import CopyLane, Planner, Policy, TokenChooser
 from failfast_vllm.drafting.ledger import Ledger
 from failfast_vllm.drafting.path_search import PathSearch
 from failfast_vllm.drafting.records import Candidates, DraftBatch
-from failfast_vllm.drafting.reuse import RejectedDrafts
 from failfast_vllm.drafting.workspace import Geometry
 from failfast_vllm.observe.counters import DraftStats
 from failfast_vllm.observe.trace import TraceWriter
@@ -64,7 +64,8 @@ def make_drafter(model: HostedDraftModel, kv_block_size: int, num_pages: int) ->
         )
     vllm_config, device = model.vllm_config, model.device
     knobs = vllm_config.additional_config[METHOD]
-    policy, tokens, reuse = _learners(knobs)
+    policy, tokens = _learners(knobs)
+    target_vocab_size = vllm_config.model_config.get_vocab_size()
     stop_ids = stop_token_ids(vllm_config.model_config)
     return Drafter(
         model,
@@ -84,16 +85,15 @@ def make_drafter(model: HostedDraftModel, kv_block_size: int, num_pages: int) ->
         max_draft_len=knobs["num_speculative_tokens"],
         max_draft_budget=knobs["draft_budget"],
         tokens=tokens,
-        reuse=reuse,
+        copies=OwnText(target_vocab_size, device) if knobs["copies"] else CopyLane(),
     )
 
 
-def _learners(knobs: dict[str, Any]) -> tuple[Policy, TokenChooser, Reuse]:
+def _learners(knobs: dict[str, Any]) -> tuple[Policy, TokenChooser]:
     """What learns while the engine serves, as new."""
     return (
         make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"]),
         PathSearch() if knobs["path_search"] else TokenChooser(),
-        RejectedDrafts() if knobs["reuse_rejected"] else Reuse(),
     )
 
 
@@ -107,7 +107,7 @@ def start_serving(adapter: Any, runner: Any) -> None:
     stats.reset()
     if stats.trace is None:  # may be open: some start-ups end twice
         stats.trace = _trace_writer(vllm_config, drafter.geometry.kv_block_size)
-    drafter.policy, drafter.tokens, drafter.reuse = _learners(knobs)
+    drafter.policy, drafter.tokens = _learners(knobs)
     drafter.blocks.bits.zero_()
     adapter.session.ledger = Ledger()
 
@@ -220,8 +220,10 @@ def _planner(costs: Costs, knobs: dict[str, Any]) -> LoadPlanner:
     """Every rank gets the times of the first, now and while serving."""
     group = get_tp_group()
     cap, increment = knobs["num_speculative_tokens"], knobs["draft_increment"]
+    make = functools.partial(LoadPlanner, max_len=cap, draft_increment=increment, learns=True)
+    make = functools.partial(make, copies=knobs["copies"])
     if group.world_size == 1:
-        return LoadPlanner(costs, cap, increment, learns=True)
+        return make(costs)
 
     def of_first_rank(times: list[float]) -> list[float]:
         shared = torch.tensor(times, dtype=torch.float64)
@@ -229,9 +231,7 @@ def _planner(costs: Costs, knobs: dict[str, Any]) -> LoadPlanner:
         agreed: list[float] = shared.tolist()
         return agreed
 
-    planner = LoadPlanner(group.broadcast_object(costs), cap, increment, learns=True)
-    planner.agree = of_first_rank
-    return planner
+    return make(group.broadcast_object(costs), agree=of_first_rank)
 
 
 def stop_token_ids(model_config: Any) -> list[int]:

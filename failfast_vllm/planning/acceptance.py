@@ -41,31 +41,44 @@ DECAY = 0.995  # per observed round: a memory of about 200 rounds
 
 
 class Calibration(Observer):
-    """An online map from confidence and position in the draft to the chance of acceptance."""
+    """An online map from confidence and position in the draft to the chance of acceptance.
 
-    def __init__(self, half_life: float = HALF_LIFE) -> None:
-        self.half_life = half_life
-        shape = (len(POSITION_EDGES) + 1, len(CONFIDENCE_EDGES) + 1)
+    Args:
+        half_life: observed tokens after which an observation counts half.
+        edges: a bin of confidences starts at each, and one before the first.
+        priors: chance of each bin until it is tried; None: the middle of the bin.
+    """
+
+    def __init__(
+        self,
+        half_life: float = HALF_LIFE,
+        edges: npt.NDArray[np.float32] = CONFIDENCE_EDGES,
+        priors: Floats | None = None,
+    ) -> None:
+        self.half_life, self.edges = half_life, edges
+        bounds = np.concatenate(([0.0], edges, [1.0]))
+        self.priors = (bounds[1:] + bounds[:-1]) / 2 if priors is None else priors
+        shape = (len(POSITION_EDGES) + 1, len(edges) + 1)
         self.counts = np.zeros(shape)  # observations, faded
         self.accepted = np.zeros(shape)  # of them
         self._table: Floats | None = None
 
     def observe(self, rounds: Iterable[Round]) -> None:
         """Learn from verified drafts, in the order given; O(observed tokens)."""
-        confidences, positions, accepted = [], [], []
-        for r in rounds:
-            num = min(r.num_accepted + 1, r.num_verified, len(r.confidences))
-            confidences.append(r.confidences[:num])
-            positions.append(np.arange(num))
-            accepted.append(np.arange(num) < r.num_accepted)
-        if not confidences:
+        self.learn([(r.judged_confidences, r.num_accepted) for r in rounds])
+
+    def learn(self, judged: Sequence[tuple[npt.NDArray[np.float32], int]]) -> None:
+        """Learn from drafts: the confidences of their judged tokens, and how many were accepted."""
+        if not judged:
             return
-        seen = np.concatenate(confidences)
-        cells = (position_buckets(np.concatenate(positions)), confidence_bins(seen))
+        seen = np.concatenate([confidences for confidences, _ in judged])
+        positions = np.concatenate([np.arange(len(confidences)) for confidences, _ in judged])
+        num_accepted = np.repeat([num for _, num in judged], [len(c) for c, _ in judged])
+        cells = (position_buckets(positions), self.bins(seen))
         fading = 0.5 ** (seen.size / self.half_life)
         for table, values in (
             (self.counts, 1.0),
-            (self.accepted, np.concatenate(accepted).astype(np.float64)),
+            (self.accepted, (positions < num_accepted).astype(np.float64)),
         ):
             table *= fading
             np.add.at(table, cells, values)
@@ -74,10 +87,8 @@ class Calibration(Observer):
     def table(self) -> Floats:
         """[num_position_buckets, num_confidence_bins], non-decreasing along each row."""
         if self._table is None:
-            edges = np.concatenate(([0.0], CONFIDENCE_EDGES, [1.0]))
-            midpoints = (edges[1:] + edges[:-1]) / 2
             counts = self.counts.sum(axis=0)
-            pooled = (PRIOR * midpoints + self.accepted.sum(axis=0)) / (PRIOR + counts)
+            pooled = (PRIOR * self.priors + self.accepted.sum(axis=0)) / (PRIOR + counts)
             weights = PRIOR + self.counts
             self._table = isotonic((PRIOR * pooled + self.accepted) / weights, weights)
         return self._table
@@ -91,8 +102,12 @@ class Calibration(Observer):
             confidences: top-1 probabilities, of any shape.
             positions: index of each token in its draft, from 0; broadcast to `confidences`.
         """
-        found: Floats = self.table()[position_buckets(positions), confidence_bins(confidences)]
+        found: Floats = self.table()[position_buckets(positions), self.bins(confidences)]
         return found
+
+    def bins(self, confidences: npt.NDArray[np.floating]) -> npt.NDArray[np.intp]:
+        """The column of each confidence in `table`."""
+        return np.searchsorted(self.edges, confidences.astype(np.float32), side="right")
 
     def survival(self, confidences: npt.NDArray[np.floating], lens: Lengths) -> Floats:
         """Chance that each token of some drafts and all before it are accepted.
@@ -105,11 +120,6 @@ class Calibration(Observer):
         chances = self.probabilities(confidences, places)
         survival: Floats = np.where(places < lens[:, None], chances, 1.0).cumprod(axis=1)
         return survival
-
-
-def confidence_bins(confidences: npt.NDArray[np.floating]) -> npt.NDArray[np.intp]:
-    """The column of each confidence in `Calibration.table`."""
-    return np.searchsorted(CONFIDENCE_EDGES, confidences.astype(np.float32), side="right")
 
 
 def position_buckets(positions: npt.NDArray[np.integer]) -> npt.NDArray[np.intp]:

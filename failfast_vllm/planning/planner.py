@@ -27,8 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from failfast_vllm.drafting.interfaces import Planner
-from failfast_vllm.drafting.records import LOAD, Lengths, Round
+from failfast_vllm.drafting.records import LOAD, Flags, Lengths, Round
 from failfast_vllm.planning.acceptance import AcceptanceByPosition, Calibration, learn
+from failfast_vllm.planning.copies import CopyAcceptance, choose_copies
 from failfast_vllm.planning.costs import Costs, Floats, StepTimer
 from failfast_vllm.planning.guard import AMORTISED_ROUNDS, TRY_ROUNDS, Guard
 
@@ -49,6 +50,8 @@ class LoadPlanner(Planner):
         learns: whether the costs follow what passes and steps take.
         agree: what this rank has measured, in ms -> what the first rank has. Called on all ranks in
             the same steps.
+        drafts: whether there is a drafter; else all drafts are copied.
+        copies: whether sequences may copy: the planner then looks at every step.
         calibration: of the drafter's confidences.
         clock: the time in seconds.
     """
@@ -61,15 +64,20 @@ class LoadPlanner(Planner):
     draft_increment: int
     learns: bool = False
     agree: Callable[[list[float]], list[float]] = list
+    drafts: bool = True
+    copies: bool = False
     calibration: Calibration = field(default_factory=Calibration)
     clock: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
         self.acceptance = AcceptanceByPosition(self.max_len)  # of the first pass
         self.growth = AcceptanceByPosition(self.max_len)  # after it, where a draft went on
+        self.copied = CopyAcceptance(self.max_len)
         self.guard = Guard()
+        self._looks = True  # at draft passes, in this step
         self._timer = StepTimer(self.clock)
         self._rate = 0.0  # tokens per ms that this step can expect
+        self._ms = 0.0  # of the best step without passes
         self._running: frozenset[str] = frozenset()
         self._num_drafted = 0  # tokens that the next step verifies
         self._unlearned: list[Round] = []
@@ -86,14 +94,15 @@ class LoadPlanner(Planner):
         rows, ms = self._timer.lap()
         # a request that is new may have come to an idle engine
         known = self._running.issuperset(req_ids)
-        looks = self.guard.step_began(len(req_ids), drafted=bool(rows))
-        times_step = known and self.guard.times_step(looks)
+        drafted = bool(rows) or self._num_drafted > 0
+        looks = self._looks = self.guard.step_began(len(req_ids), drafted) and self.drafts
+        times_step = known and (self.copies or self.guard.times_step(looks))
         if self.learns and (rows or times_step):
             self._learn_times(rows, ms, len(req_ids), num_tokens if times_step else 0, known)
         self._num_drafted = 0
-        if not looks:
+        if not (looks or self.copies):
             self.step_ended(req_ids)
-        return looks
+        return looks or self.copies
 
     def _learn_times(
         self, rows: list[int], ms: list[float], num_seqs: int, num_tokens: int, known: bool
@@ -142,58 +151,98 @@ class LoadPlanner(Planner):
         if self._steps_to_learn > 0:
             return
         self._steps_to_learn = LEARNING_STEPS
-        learn(self._unlearned, self.calibration, self.acceptance, self.growth)
+        drafted = [r for r in self._unlearned if r.num_first]
+        if drafted:
+            learn(drafted, self.calibration, self.acceptance, self.growth)
+        self.copied.observe(self._unlearned)
         self._unlearned = []
 
-    def first(self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths) -> Lengths:
-        """Increments of the first pass, as in `Planner`; all 0 where drafting does not pay."""
-        drafting = wanted > 0
-        if not drafting.any():
-            return np.zeros_like(wanted)
+    def first(
+        self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths, match_lens: Lengths
+    ) -> tuple[Lengths, Lengths]:
+        """Increments of the first pass and copies, as in `Planner`; all 0 where none pays."""
+        passes = np.zeros_like(wanted)
+        if not wanted.any():
+            return passes, passes
+        plain_ms = float(self.costs.plain(len(wanted)))
+        copied, gains = self._copies(wanted, match_lens, plain_ms)
+        if self._looks:
+            passes, copied = self._passes(wanted, live_rows, commit_rows, copied, gains, plain_ms)
+        if self.learns and (passes.any() or copied.any()) and self.guard.probes():
+            return np.zeros_like(wanted), np.zeros_like(wanted)
+        return passes, copied
+
+    def _copies(
+        self, wanted: Lengths, match_lens: Lengths, plain_ms: float
+    ) -> tuple[Lengths, Floats]:
+        """The best step without passes: [num_seqs] lengths of copies, and tokens they bring."""
+        num_seqs, ms = len(wanted), plain_ms
+        copied, gains = np.zeros_like(wanted), np.zeros(num_seqs)
+        if match_lens.any():
+            survival = self.copied.survival(match_lens)
+            copied = choose_copies(survival, wanted, self.costs.verify, plain_ms)
+            gains = np.where(np.arange(self.max_len) < copied[:, None], survival, 0.0).sum(axis=1)
+            ms = float(self.costs.verify(num_seqs + copied.sum())) if copied.any() else plain_ms
+        self._rate, self._ms = (num_seqs + float(gains.sum())) / ms, ms
+        return copied, gains
+
+    def _passes(
+        self,
+        wanted: Lengths,
+        live_rows: Lengths,
+        commit_rows: Lengths,
+        copied: Lengths,
+        copy_gains: Floats,
+        plain_ms: float,
+    ) -> tuple[Lengths, Lengths]:
+        """Increments of the first pass, [num_seqs], and what is copied by the other sequences."""
         num_seqs = len(wanted)
-        tokens, ms, backlog_ms = self._expected(
-            num_seqs,
-            wanted[drafting],
-            int(live_rows[drafting].sum()),
-            int(commit_rows[drafting].sum()),
+        tokens, ms, backlog_ms, by_pass = self._expected(
+            wanted, live_rows, commit_rows, copied, copy_gains
         )
-        plain_ms = float(self.costs.plain(num_seqs))
-        ms[0] = plain_ms / (1.0 if self.guard.is_drafting else MARGIN)
+        ms[0] = self._ms / (1.0 if self.guard.is_drafting else MARGIN)
         rates = tokens / ms
         option = 1 + int(rates[1:].argmax())
+        if copied.any() and rates[0] >= rates[option]:
+            return np.zeros_like(wanted), copied  # says nothing about steps without copies
         loss_ms = np.inf  # of a try, from which only a planner that learns has something
         if self.learns:
             lost_ms = ms[option] - tokens[option] / num_seqs * plain_ms
             loss_ms = float(TRY_ROUNDS * lost_ms + backlog_ms[option])
         best = self.guard.decide(int(rates.argmax()), option, loss_ms, num_seqs, self.costs.plain)
         self._rate = float(rates[best])
-        if best and self.learns and self.guard.probes():
-            best = 0
-        return np.where(drafting, np.minimum(best, wanted), 0)
+        passes = np.where(by_pass[best], np.minimum(best, wanted), 0)
+        return passes, np.where(passes > 0, 0, copied)
 
     def _expected(
-        self, num_seqs: int, wanted: Lengths, live_rows: int, commit_rows: int
-    ) -> tuple[Floats, Floats, Floats]:
+        self,
+        wanted: Lengths,
+        live_rows: Lengths,
+        commit_rows: Lengths,
+        copied: Lengths,
+        copy_gains: Floats,
+    ) -> tuple[Floats, Floats, Floats, Flags]:
         """By length of the first pass, from 0: [longest + 1] each.
 
-        Args:
-            wanted: of the sequences that may draft; the others emit a token each.
-            live_rows, commit_rows: summed over these sequences.
-
         Returns:
-            Tokens that the step emits, its ms, and the ms of committing what was skipped, of which
-            the step's ms include a share.
+            Tokens that the step emits, its ms, the ms of committing what was skipped, of which
+            the step's ms include a share, and [longest + 1, num_seqs] who takes the pass.
         """
+        num_seqs = len(wanted)
         options = np.arange(int(wanted.max()) + 1)  # one pass may fill a long draft
-        lens = np.minimum(options[:, None], wanted)  # [options, num_drafting]
-        tokens = num_seqs + self.acceptance.gains(0, lens).sum(axis=1)
-        drafted = lens.sum(axis=1)
-        rows = drafted + live_rows + tokens  # every token that comes out is committed once
+        lens = np.minimum(options[:, None], wanted)  # [options, num_seqs]
+        gains = self.acceptance.gains(0, lens)
+        by_pass = gains > copy_gains  # the others copy
+        tokens = num_seqs + np.where(by_pass, gains, copy_gains).sum(axis=1)
+        in_pass = np.where(by_pass, lens, 0).sum(axis=1)
+        drafted = in_pass + np.where(by_pass, 0, copied).sum(axis=1)
+        # every token that comes out is committed once
+        rows = in_pass + (by_pass * live_rows).sum(axis=1) + tokens
         draft_ms = self.costs.draft(rows)
         ms = draft_ms + self.costs.verify(num_seqs + drafted) + self.costs.overhead_ms
-        backlog_ms = self.costs.draft(rows + commit_rows) - draft_ms
+        backlog_ms = self.costs.draft(rows + (by_pass * commit_rows).sum(axis=1)) - draft_ms
         ms += backlog_ms / AMORTISED_ROUNDS
-        return tokens, ms, backlog_ms
+        return tokens, ms, backlog_ms, by_pass
 
     def following(
         self,
@@ -224,13 +273,21 @@ class LoadPlanner(Planner):
         return increments
 
     def keep(
-        self, draft_lens: Lengths, num_confidences: Lengths, confidences: npt.NDArray[np.floating]
+        self,
+        draft_lens: Lengths,
+        num_confidences: Lengths,
+        confidences: npt.NDArray[np.floating],
+        match_lens: Lengths,
     ) -> Lengths:
         """How much of each draft is worth verifying, as in `Planner`."""
         longest = int(draft_lens.max(initial=0))
         if not longest:
             return draft_lens
         survival = self.calibration.survival(confidences[:, :longest], num_confidences)
+        if (draft_lens > num_confidences).any():
+            copies = self.copied.survival(match_lens)
+            places = np.arange(longest) - num_confidences[:, None]  # in the copy
+            survival *= np.where(places < 0, 1.0, np.take_along_axis(copies, places.clip(0), 1))
         seqs, places = np.nonzero(np.arange(longest) < draft_lens[:, None])
         gains = survival[seqs, places]
         order = np.argsort(-gains, kind="stable")  # of equals the earlier: drafts stay whole

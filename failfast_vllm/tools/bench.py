@@ -90,9 +90,8 @@ def methods(drafter: str | None = None, ar_drafter: str = "") -> dict[str, dict[
         "failfast": {**failfast, "load_aware": FailFastConfig.from_user({}).load_aware},
         "failfast+load_aware": {**failfast, "load_aware": True},
         "failfast-load_aware": failfast,
-        "failfast+reuse": {**failfast, "reuse_rejected": True},
+        "failfast-copies": {**failfast, "copies": False},
         "failfast+path_search": {**failfast, "load_aware": True, "path_search": True},
-        "survival+reuse": {**policies["survival"], "reuse_rejected": True},
         "tapout+thompson": {**policies["tapout"], "bandit": "thompson"},
     }
 

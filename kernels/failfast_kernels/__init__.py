@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from failfast_kernels import reference
+from failfast_kernels import copy_reference, reference
 from failfast_kernels.reference import PaddedGroup, TokenConfidence, plan_padding
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "block_diffusion_attention",
     "commit_kv",
     "confidence_argmax",
+    "copy_match",
     "plan_padding",
     "uses_triton",
 ]
@@ -51,4 +52,5 @@ def _at_home(specification: Callable[P, R], module: str) -> Callable[P, R]:
 
 block_diffusion_attention = _at_home(reference.block_diffusion_attention, "block_attention")
 commit_kv = _at_home(reference.commit_kv, "kv_commit")
+copy_match = _at_home(copy_reference.copy_match, "copy_match")
 confidence_argmax = _at_home(reference.confidence_argmax, "confidence")

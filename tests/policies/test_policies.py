@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from failfast_vllm.drafting.reuse import RejectedDrafts, continuation
 
 from failfast_vllm.drafting import ledger
 from failfast_vllm.drafting.interfaces import DraftSoFar, Reuse
 from failfast_vllm.drafting.ledger import PerRequest
 from failfast_vllm.drafting.records import Round
-from failfast_vllm.drafting.reuse import RejectedDrafts, continuation
 from failfast_vllm.integration.session import Session
 from failfast_vllm.observe.counters import DraftStats
 from failfast_vllm.planning.acceptance import Calibration

@@ -5,10 +5,11 @@ import json
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from failfast_vllm.drafting.reuse import RejectedDrafts
+
 from failfast_vllm.config import METHOD, MODELS_DIR, FailFastConfig
 from failfast_vllm.drafting.interfaces import Planner, Reuse, TokenChooser
 from failfast_vllm.drafting.path_search import PathSearch
-from failfast_vllm.drafting.reuse import RejectedDrafts
 from failfast_vllm.planning.costs import Costs, CostTable
 from failfast_vllm.planning.planner import LoadPlanner
 from failfast_vllm.policies.table import make_policy

@@ -1,0 +1,47 @@
+"""The copy lane: what a sequence may copy from its own text, without a draft pass. Torch.
+
+The longest suffix of the known tokens that stands earlier in the same sequence is looked up; what
+followed it there may follow here:
+
+    known:  a b c d e ... a b c        the suffix a b c stood before
+    copy:                       d e ...
+
+A copy that reaches the end of the known tokens goes on with itself. No other sequence is read, so
+a draft stays a function of its own prefix.
+"""
+
+import numpy as np
+import torch
+
+from failfast_kernels import copy_match
+from failfast_vllm.drafting.interfaces import CopyLane
+from failfast_vllm.drafting.records import NO_TOKEN, Copies, DraftStep, to_device
+
+MIN_MATCH, MAX_MATCH = 1, 16  # tokens that are compared; the planner says what a length is worth
+
+
+class OwnText(CopyLane):
+    """Copies of a sequence's prompt and of what has been generated for it.
+
+    Args:
+        vocab_size: of the target; ids beyond it (places of images) are never drafted.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size, self.device = vocab_size, device
+
+    def find(self, step: DraftStep) -> Copies:
+        wanted = step.max_draft_lens
+        slots, known, most = to_device(np.array((step.slots, step.known_lens, wanted)), self.device)
+        match_lens, starts = copy_match(step.token_ids, slots, known, MIN_MATCH, MAX_MATCH)
+        match_lens = match_lens.masked_fill(most == 0, 0)
+        found = match_lens.cpu().numpy()
+        if not found.any():
+            return Copies(found, starts[:, None])
+        offsets = torch.arange(int(wanted.max()), device=self.device)
+        columns = starts[:, None] + offsets % (known - starts).clamp(min=1)[:, None]
+        columns = columns.clamp(max=step.token_ids.shape[1] - 1)
+        tokens = step.token_ids[slots[:, None], columns].long()
+        foreign = (tokens < 0) | (tokens >= self.vocab_size)
+        tokens = tokens.masked_fill(foreign, 0).masked_fill((match_lens == 0)[:, None], NO_TOKEN)
+        return Copies(found, tokens)

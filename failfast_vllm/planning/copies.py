@@ -1,0 +1,83 @@
+"""How often copied tokens are accepted, and how many are worth verifying. NumPy only."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from failfast_vllm.drafting.records import Lengths, Round
+from failfast_vllm.planning.acceptance import Calibration
+from failfast_vllm.planning.costs import Floats
+
+MATCH_EDGES = np.array([2, 3, 4, 5, 6, 8, 12, 16, 24], dtype=np.float32)  # of match lengths
+# what each of the bins is taken for until it is tried
+MATCH_PRIORS = np.array([0.2, 0.4, 0.55, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95])
+COPY_MARGIN = 1.01  # gain from which copies are verified: times are estimates
+LEAST = 0.02  # chance below which a token is not even considered
+
+
+class CopyAcceptance:
+    """Learns the chance of a copied token from the length of the match and its place in the copy.
+
+    Args:
+        max_len: most tokens of a copy.
+    """
+
+    def __init__(self, max_len: int) -> None:
+        self.calibration = Calibration(edges=MATCH_EDGES, priors=MATCH_PRIORS)
+        self.places = np.arange(max_len)
+        self._survival: Floats | None = None
+
+    def survival(self, match_lens: Lengths) -> Floats:
+        """[num_seqs, max_len] chance that each token of a copy and all before it are accepted.
+
+        Args:
+            match_lens: [num_seqs] tokens that matched before the copy; 0 = no copy.
+        """
+        if self._survival is None:
+            lens = np.concatenate(([0.0], MATCH_EDGES))[:, None]
+            chances = self.calibration.probabilities(lens, self.places)
+            self._survival = np.concatenate((0.0 * chances[:1], chances.cumprod(axis=1)))
+        bins = 1 + np.searchsorted(MATCH_EDGES, match_lens, side="right")
+        found: Floats = self._survival[np.where(match_lens > 0, bins, 0)]
+        return found
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        """Learn from copies that were verified; the target judges none after a rejected token."""
+        judged = []
+        for r in rounds:
+            num_accepted = r.num_accepted - len(r.confidences)  # of the copy
+            if r.num_copied and num_accepted >= 0:
+                num_judged = min(num_accepted + 1, r.num_copied)
+                judged.append((np.full(num_judged, r.match_len, np.float32), num_accepted))
+        if judged:
+            self.calibration.learn(judged)
+            self._survival = None
+
+
+def choose_copies(
+    survival: Floats, wanted: Lengths, verify: Callable[[Lengths], Floats], plain_ms: float
+) -> Lengths:
+    """The copies that maximise the tokens per ms of a step without draft passes.
+
+    Args:
+        survival: [num_seqs, max_len] see `CopyAcceptance.survival`.
+        wanted: [num_seqs] most tokens that each may draft.
+        verify: ms of the target's step by its tokens.
+        plain_ms: of a step without drafts.
+
+    Returns:
+        [num_seqs] lengths.
+    """
+    num_seqs = len(wanted)
+    places = np.arange(survival.shape[1])
+    seqs, columns = np.nonzero((survival > LEAST) & (places < wanted[:, None]))
+    if not len(seqs):
+        return np.zeros_like(wanted)
+    gains = survival[seqs, columns]
+    order = np.argsort(-gains, kind="stable")  # of equals the earlier: copies stay whole
+    counts = np.arange(1, len(order) + 1)
+    rates = (num_seqs + gains[order].cumsum()) / verify(num_seqs + counts)
+    best = int(rates.argmax())
+    if rates[best] * plain_ms <= COPY_MARGIN * num_seqs:
+        return np.zeros_like(wanted)
+    return np.bincount(seqs[order[: best + 1]], minlength=num_seqs)
