@@ -118,7 +118,6 @@ class Round:
     num_accepted: int = 0
     # of what passes drafted, also if it was not worth verifying; the tokens after it are copied
     confidences: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
-    match_len: int = 0  # tokens that matched before the first that is copied
     ends_at_stop: bool = False  # the draft's last token is a stop token
     num_passes: int = 0  # draft passes that the draft took
     num_rows: int = 0  # of this sequence in them
@@ -127,6 +126,7 @@ class Round:
     known_len: int = 0  # tokens before the round
     step: int = 0  # of the engine, from 1: the one that verified
     num_seqs: int = 0  # in that step
+    match_len: int = 0  # tokens that matched before the first that is copied
 
     @property
     def drafted(self) -> list[int]:

@@ -69,7 +69,7 @@ def test_nothing_by_request_outlives_it(traced, name):
     llm = traced
     params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
     prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 60) if 30 < len(p) < 300][:4]
-    with policy(llm, f"{name}+reuse+paths"):
+    with policy(llm, f"{name}+paths"):
         for i, ids in enumerate(prompts):
             llm.llm_engine.add_request(str(i), {"prompt_token_ids": ids}, params)
         names, outputs = set(core(llm).scheduler.requests), {}

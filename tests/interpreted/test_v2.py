@@ -231,7 +231,7 @@ def test_policies_learn_across_preemptions(plain):
     prompts, params, expected = plain
     few = [i for i, prompt in enumerate(prompts) if len(prompt) < 500][:12] * 2
     overrides = {"num_gpu_blocks_override": 12, "block_size": 64, "max_model_len": 640}
-    with v2_engine(**overrides) as llm, policy(llm, "adaedl+reuse") as rule:
+    with v2_engine(**overrides) as llm, policy(llm, "adaedl") as rule:
         preempted, forgotten, observed = count_preemptions(llm), [], []
         forget, observe = rule.forget, rule.observe
 

@@ -8,7 +8,6 @@ from failfast_vllm.planning.acceptance import (
     CONFIDENCE_EDGES,
     POSITION_EDGES,
     Calibration,
-    confidence_bins,
     isotonic,
     position_buckets,
 )
@@ -44,7 +43,7 @@ def test_the_prior_takes_the_drafter_at_its_word():
     confidences = np.linspace(0, 1, 501)
     for position in (0, 5, 100):
         found = Calibration().probabilities(confidences, np.array(position))
-        assert found == pytest.approx(MIDPOINTS[confidence_bins(confidences)])
+        assert found == pytest.approx(MIDPOINTS[Calibration().bins(confidences)])
         assert np.abs(found - confidences).max() <= 0.05 + 1e-6
         assert (np.diff(found) >= 0).all()
 
@@ -73,12 +72,12 @@ def test_only_what_verification_has_judged_counts():
         [
             outcome([0.45, 0.55, 0.65, 0.75], accepted=2),  # the last was never judged
             outcome([0.45, 0.55, 0.65, 0.75], accepted=1, verified=1),  # cut by the scheduler
-            outcome([0.45], accepted=3, verified=5),  # four tokens were reused, none was drafted
+            outcome([0.45], accepted=3, verified=5),  # four tokens were copied, none was drafted
             outcome([0.15, 0.25], accepted=0),
         ]
     )
     counts, accepted = calibration.counts.sum(axis=0), calibration.accepted.sum(axis=0)
-    seen = confidence_bins(np.array([0.15, 0.45, 0.55, 0.65]))
+    seen = Calibration().bins(np.array([0.15, 0.45, 0.55, 0.65]))
     assert counts.nonzero()[0].tolist() == seen.tolist()
     assert counts[seen] == pytest.approx([1, 3, 1, 1])
     assert accepted[seen] == pytest.approx([0, 3, 1, 0])
@@ -149,7 +148,13 @@ def test_every_row_of_a_learned_table_rises():
 
 
 def test_bins_and_buckets_take_their_lower_edge():
-    assert confidence_bins(np.array([0.0, 0.0999, 0.1, 0.9999, 1.0])).tolist() == [0, 0, 1, 14, 14]
+    assert Calibration().bins(np.array([0.0, 0.0999, 0.1, 0.9999, 1.0])).tolist() == [
+        0,
+        0,
+        1,
+        14,
+        14,
+    ]
     assert position_buckets(np.array([0, 1, 2, 3, 4, 31, 32, 99])).tolist() == [
         *(0, 1, 2, 2, 3, 5, 6, 6)
     ]

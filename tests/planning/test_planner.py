@@ -99,7 +99,12 @@ class Planned:
 
     def draft(self, sim, num):
         planner, lens = self.planner, np.zeros(num, dtype=int)
-        first = planner.first(np.full(num, CAP), sim.live_rows(lens), np.zeros(num, dtype=int))
+        first, _ = planner.first(
+            np.full(num, CAP),
+            sim.live_rows(lens),
+            np.zeros(num, dtype=int),
+            np.zeros(num, dtype=int),
+        )
         confidences = np.where(sim.easy, 0.92, 0.4)[:, None].repeat(CAP, axis=1)
         increments = first
         while increments.any():
@@ -112,7 +117,12 @@ class Planned:
             sure = going & sim.easy & (lens >= INCREMENT)  # as confidences tell
             wanted = np.where(sure, CAP - lens, 0)
             increments = planner.following(wanted, sim.live_rows(lens), first, lens, confidences)
-        self.drafts = [first, lens, planner.keep(lens, lens, confidences), confidences]
+        self.drafts = [
+            first,
+            lens,
+            planner.keep(lens, lens, confidences, np.zeros_like(lens)),
+            confidences,
+        ]
         self.chosen.append(int(first.max()))
         planner.step_ended([f"{num} {i}" for i in range(num)])
 
@@ -424,16 +434,18 @@ def test_what_is_kept_is_worth_its_verification(seed):
         cut: sum(survival[i, :n].sum() for i, n in enumerate(cut)) - 0.5 * sum(cut)
         for cut in options
     }
-    kept = planner.keep(lens, lens, confidences)
+    kept = planner.keep(lens, lens, confidences, np.zeros_like(lens))
     assert value[tuple(kept.tolist())] == pytest.approx(max(value.values()))
 
 
-def test_reused_tokens_have_no_confidence_of_their_own():
+def test_copied_tokens_have_the_chances_of_their_match():
     """Catches reading the confidence of positions that no pass has drafted."""
     planner = planner_with(rate=0.5, ms_per_token=1.0)
     confidences = np.array([[0.9999, 0.9999, 0.0, 0.0]], dtype=np.float32)
-    assert planner.keep(np.array([4]), np.array([2]), confidences).tolist() == [4]
-    assert planner.keep(np.array([4]), np.array([4]), confidences).tolist() == [2]
+    four, two = np.array([4]), np.array([2])
+    assert planner.keep(four, two, confidences, np.array([8])).tolist() == [4]
+    assert planner.keep(four, two, confidences, np.array([1])).tolist() == [2]
+    assert planner.keep(four, four, confidences, np.array([8])).tolist() == [2]
 
 
 def test_a_neighbour_that_wants_no_draft_has_no_backlog():
@@ -441,7 +453,9 @@ def test_a_neighbour_that_wants_no_draft_has_no_backlog():
     costs = Costs(CostTable([1, 1000], [1.0, 100.0]), CostTable([1, 1000], [10.0, 12.0]))
     wanted, live = np.array([60, 0]), np.array([8, 8])
     alone, beside = (
-        LoadPlanner(costs, CAP, INCREMENT).first(wanted, live, np.array([0, backlog]))
+        LoadPlanner(costs, CAP, INCREMENT).first(
+            wanted, live, np.array([0, backlog]), np.array([0, 0])
+        )[0]
         for backlog in (0, 100_000)
     )
     assert alone[0] > 0

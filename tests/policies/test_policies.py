@@ -1,14 +1,13 @@
-"""Each length policy against a literal, one-token-at-a-time version; learning; reuse."""
+"""Each length policy against a literal, one-token-at-a-time version; learning."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from failfast_vllm.drafting.reuse import RejectedDrafts, continuation
 
 from failfast_vllm.drafting import ledger
-from failfast_vllm.drafting.interfaces import DraftSoFar, Reuse
+from failfast_vllm.drafting.interfaces import DraftSoFar
 from failfast_vllm.drafting.ledger import PerRequest
 from failfast_vllm.drafting.records import Round
 from failfast_vllm.integration.session import Session
@@ -142,15 +141,11 @@ def test_lengths_do_not_depend_on_how_a_pass_is_split():
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("reuse", [False, True])
-def test_one_copy_to_the_host_per_increment(name, reuse, monkeypatch):
+def test_one_copy_to_the_host_per_increment(name, monkeypatch):
     """Catches a policy that reads a tensor on the host: every such read waits for the device."""
     script = random_script(5)
     policy = make_policy(name, policy_parameters(name, {}, CAP), CAP)
-    drafter = make_drafter(policy, script, reuse=RejectedDrafts() if reuse else Reuse())
-    if reuse:
-        drafter.reuse.remember([f"r{i}" for i in range(6)], script.tokens[:, :20])
-        drafter.reuse.observe([outcome(f"r{i}", drafted=20, accepted=2) for i in range(6)])
+    drafter = make_drafter(policy, script)
     copies = []
 
     def spying(method):
@@ -375,73 +370,3 @@ def test_state_of_requests_that_nobody_ends_is_bounded(monkeypatch):
     for i in (1, 2, 3, 1, 4):
         states[f"r{i}"] = i
     assert [states[f"r{i}"] for i in (1, 2, 3, 4)] == [1, 0, 3, 4]
-
-
-def literal_continuation(draft, tail):
-    """What follows the first occurrence in `tail` of the longest suffix of `draft`."""
-    for length in range(min(len(draft), len(tail)), 0, -1):
-        for begin in range(len(tail) - length + 1):
-            if tail[begin : begin + length] == draft[-length:]:
-                return tail[begin + length :]
-    return []
-
-
-def test_reused_tokens_equal_the_literal_ones():
-    """Catches a suffix that runs out of the draft or the tail, and a later match taken first."""
-    rng = np.random.default_rng(0)
-    num_found = 0
-    for _ in range(300):
-        n, width, tail_width = rng.integers(1, 6), rng.integers(1, 12), rng.integers(0, 12)
-        drafts = rng.integers(0, 3, (n, width))
-        tails = rng.integers(0, 3, (n, tail_width))
-        lens, tail_lens = rng.integers(1, width + 1, n), rng.integers(0, tail_width + 1, n)
-        tensors = (torch.from_numpy(a) for a in (drafts, lens, tails, tail_lens))
-        tokens, counts = continuation(*tensors)
-        for i in range(n):
-            expected = literal_continuation(
-                drafts[i, : lens[i]].tolist(), tails[i, : tail_lens[i]].tolist()
-            )
-            assert tokens[i, : counts[i]].tolist() == expected
-            num_found += bool(expected)
-    assert num_found > 200
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_drafts_that_end_in_doubt_are_continued(name):
-    """Catches reuse after a stop token or the cap, the wrong tail, more tokens than the cap."""
-    num_continued = 0
-    rng = np.random.default_rng(0)
-    for seed in range(20):
-        script = random_script(seed, alphabet=20)  # stop tokens included
-        policy = make_policy(name, policy_parameters(name, {}, CAP), CAP)
-        tails = [[]] * 6
-        for drafts, found in run_rounds(
-            policy,
-            script,
-            4,
-            lambda seq, n: int(rng.integers(n // 2 + 1)),
-            reuse=RejectedDrafts(),
-        ):
-            drafted = drafts.to_lists()
-            for i, draft in enumerate(drafted):
-                own = int(drafts.num_confidences[i])
-                assert draft[:own] == script.tokens[i, :own].tolist()
-                assert drafts.ends_at_stop[i] == (STOP in draft[:own])
-                expected = literal_continuation(draft[:own], tails[i])[: CAP - own]
-                if drafts.ends_at_stop[i] or own == CAP or name in ("fixed", "diffuspec-adl"):
-                    expected = []
-                assert draft[own:] == expected
-                num_continued += bool(expected)
-            pairs = zip(drafted, found, strict=True)
-            tails = [draft[accepted + 1 :] for draft, (_, accepted) in pairs]
-            script.tokens = torch.roll(script.tokens, -1, 1)
-    assert num_continued > 10 or name in ("fixed", "diffuspec-adl")
-
-
-def test_reuse_keeps_to_the_budget():
-    script = Script([3, 3], [[1, 2, 3, 4]] * 2, [[0.1] * 4] * 2, np.zeros((2, 4)))
-    drafter = make_drafter(FailFast(0.45), script, increment=4, reuse=RejectedDrafts())
-    drafter.reuse.remember(["r0", "r1"], torch.tensor([[0, 3, 4, 5, 5, 5, 5, 5, 5]] * 2))
-    drafter.reuse.observe([outcome(f"r{i}", drafted=9, accepted=0) for i in range(2)])
-    assert drafter.propose(make_step(script, [CAP] * 2)).lens.tolist() == [10, 10]
-    assert drafter.propose(make_step(script, [4, 6])).lens.tolist() == [4, 4]

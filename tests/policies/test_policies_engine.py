@@ -13,8 +13,8 @@ from failfast_vllm.policies.table import POLICIES
 NUM_PROMPTS = 12
 NUM_DRAWS = 2000
 P_VALUE = 0.001  # ten tests: an honest run fails in one of a hundred
-# +reuse: rejected drafts are reused; +paths: a path through the candidates is drafted
-VARIANTS = [*POLICIES, "failfast+reuse", "tapout+reuse+paths", "failfast+paths"]
+# +paths: a path through the candidates is drafted
+VARIANTS = [*POLICIES, "tapout+paths", "failfast+paths"]
 # parameters that cut the few tokens of a draw, too
 STRICT = {
     "failfast": {"draft_increment": 1, "confidence_threshold": 0.9},
@@ -77,7 +77,7 @@ def test_requests_leave_nothing_behind(llm, greedy):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_distribution_is_the_targets(llm, question, variant):
     prompt, distribution = question
-    given = STRICT.get(variant.removesuffix("+paths").removesuffix("+reuse"), {})
+    given = STRICT.get(variant.removesuffix("+paths"), {})
     with policy(llm, variant, **given), watch(llm) as record:
         draws = draw(llm, prompt, NUM_DRAWS)
     rounds = [r for r in record.rounds if r.drafted]

@@ -5,10 +5,8 @@ import json
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from failfast_vllm.drafting.reuse import RejectedDrafts
-
 from failfast_vllm.config import METHOD, MODELS_DIR, FailFastConfig
-from failfast_vllm.drafting.interfaces import Planner, Reuse, TokenChooser
+from failfast_vllm.drafting.interfaces import Planner, TokenChooser
 from failfast_vllm.drafting.path_search import PathSearch
 from failfast_vllm.planning.costs import Costs, CostTable
 from failfast_vllm.planning.planner import LoadPlanner
@@ -178,21 +176,20 @@ def num_draft_tokens(llm):
 
 @contextlib.contextmanager
 def policy(llm, variant, **given):
-    """Exchange the policy of a running engine; behind its name "+reuse" and "+paths"."""
+    """Exchange the policy of a running engine; behind its name "+paths"."""
     from failfast_vllm.integration.session import Session
 
-    name = variant.removesuffix("+paths").removesuffix("+reuse")
+    name = variant.removesuffix("+paths")
     knobs = FailFastConfig.from_user({"policy": name, **given}).to_dict()
     own = proposer(llm)
     drafter = own.drafter
-    exchanged = ("policy", "planner", "reuse", "tokens")
+    exchanged = ("policy", "planner", "tokens")
     before, session = {key: getattr(drafter, key) for key in exchanged}, own.session
     drafter.planner = Planner(knobs["draft_increment"])
     if name == "goodput":
         costs = Costs(CostTable([1, 1000], [1.0, 2.0]), CostTable([1, 1000], [5.0, 9.0]))
         drafter.planner = LoadPlanner(costs, knobs["num_speculative_tokens"], 1)
     drafter.policy = make_policy(name, knobs, knobs["num_speculative_tokens"])
-    drafter.reuse = RejectedDrafts() if "+reuse" in variant else Reuse()
     drafter.tokens = PathSearch() if "+paths" in variant else TokenChooser()
     own.session = Session(drafter, own.stats, own.eos_token_ids)
     try:
