@@ -1,0 +1,139 @@
+"""The copy lane against a literal search, and how drafts and copies meet."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from failfast_vllm.drafting.copying import MAX_MATCH, OwnText
+from failfast_vllm.drafting.interfaces import Planner
+from failfast_vllm.drafting.records import COPY, NO_TOKEN, UNKNOWN
+from failfast_vllm.policies.rules import FailFast
+from scripted import STOP, Script, make_drafter, make_step
+
+VOCAB_SIZE = 90
+
+
+def literal_copy(text, num_tokens):
+    """Length of the longest suffix that stands earlier (the last of those), and what follows."""
+    for length in range(min(MAX_MATCH, len(text) - 1), 0, -1):
+        suffix = text[-length:]
+        if UNKNOWN in suffix:
+            continue
+        for begin in range(len(text) - length - 1, -1, -1):
+            if text[begin : begin + length] == suffix:
+                copy = list(text)
+                for i in range(num_tokens):
+                    copy.append(copy[begin + length + i])
+                return length, copy[len(text) :]
+    return 0, []
+
+
+def step_of(texts, max_draft_lens):
+    """A step of sequences with these known tokens, in rows of a table with more rows."""
+    script = Script([len(text) for text in texts], [[0]], [[1.0]], [[0.0]])
+    rng = np.random.default_rng(len(texts))
+    slots = rng.permutation(len(texts) + 2)[: len(texts)]
+    table = torch.from_numpy(rng.integers(0, 4, (len(texts) + 2, max(map(len, texts)) + 3)))
+    for slot, text in zip(slots, texts, strict=True):
+        table[slot, : len(text)] = torch.tensor(text)
+    return replace(make_step(script, max_draft_lens), token_ids=table, slots=slots)
+
+
+def find(texts, max_draft_lens):
+    return OwnText(VOCAB_SIZE, torch.device("cpu")).find(step_of(texts, max_draft_lens))
+
+
+def test_copies_equal_the_literal_ones():
+    """Catches a shorter match, an earlier one, tokens beyond the known ones, a wrong row."""
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(300):
+        lens = rng.integers(1, 40, rng.integers(1, 6))
+        alphabet = rng.integers(1, 6)
+        least = rng.choice([UNKNOWN, 0])
+        texts = [rng.integers(least, alphabet, length).tolist() for length in lens]
+        wanted = rng.integers(0, 12, len(texts))
+        copies = find(texts, wanted)
+        for i, (text, num_tokens) in enumerate(zip(texts, wanted.tolist(), strict=True)):
+            length, expected = literal_copy(text, num_tokens) if num_tokens else (0, [])
+            assert copies.match_lens[i] == length
+            seen.add(length)
+            if length:
+                drafted = copies.token_ids[i, :num_tokens].tolist()
+                assert drafted == [max(token, 0) for token in expected]
+            else:
+                assert (copies.token_ids[i] == NO_TOKEN).all() or not copies.match_lens.any()
+    assert seen == set(range(MAX_MATCH + 1))
+
+
+def test_ids_beyond_the_vocabulary_are_not_drafted():
+    """Catches a draft of the id that holds the place of an image."""
+    copies = find([[5, VOCAB_SIZE, 6, 5]], [3])
+    assert copies.token_ids[0].tolist() == [0, 6, 5]
+
+
+def scripted(texts, tokens, **options):
+    """A drafter that drafts `tokens`, sure of all, and the step that asks for it."""
+    confidences = np.ones((len(tokens), len(tokens[0])))
+    script = Script([len(t) for t in texts], tokens, confidences, np.zeros_like(confidences))
+    lane = OwnText(VOCAB_SIZE, torch.device("cpu"))
+    drafter = make_drafter(FailFast(0.45), script, increment=2, copies=lane, **options)
+    return drafter, replace(step_of(texts, [12] * len(texts)), token_ids=padded(texts))
+
+
+def padded(texts):
+    table = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
+    for row, text in zip(table, texts, strict=True):
+        row[: len(text)] = torch.tensor(text)
+    return table
+
+
+def on_rows(step):
+    return replace(step, slots=np.arange(len(step.req_ids)))
+
+
+def test_a_draft_that_agrees_goes_on_as_a_copy():
+    """Catches a copy after a draft that says something else, and passes after one that agrees."""
+    text = [1, 2, 3, 4, 5, 6, 8, 9, 1, 2]
+    drafter, step = scripted([text, text, [1, 2, 3]], [[3, 4], [3, 5], [3, 4]])
+    drafts = drafter.propose(on_rows(replace(step, max_draft_lens=np.array([6, 2, 2]))))
+    assert drafts.to_lists() == [[3, 4, 5, 6, 8, 9], [3, 5], [3, 4]]
+    assert drafts.num_passes.tolist() == [1, 1, 1]
+    assert drafts.num_confidences.tolist() == [2, 2, 2]
+    assert drafts.match_lens[0] == 2 + 2
+    assert drafts.stop_reasons[0] == COPY != drafts.stop_reasons[1]
+
+
+def test_nothing_is_copied_after_a_stop_token():
+    text = [1, 2, 3, STOP, 5, 6, 8, 9, 1, 2]
+    drafter, step = scripted([text], [[3, STOP]])
+    assert drafter.propose(on_rows(step)).to_lists() == [[3, STOP]]
+
+
+class Copying(Planner):
+    """Copies instead of a pass where there is a match."""
+
+    postpones_commits = True
+
+    def first(self, wanted, live_rows, commit_rows, match_lens):
+        passes, _ = super().first(wanted, live_rows, commit_rows, match_lens)
+        return np.where(match_lens, 0, passes), np.where(match_lens, wanted, 0)
+
+
+@pytest.mark.parametrize("budget", [4096, 5])
+def test_copies_and_passes_in_one_step(budget):
+    """Catches a copy in the column of another sequence, a pass for a copy, a budget exceeded."""
+    texts = [[1, 2, 3, 4, 1], [1, 2, 3], [5] * 40]
+    drafter, step = scripted(texts, [[6, 8], [6, 8], [6, 8]])
+    drafter.planner = Copying(2)
+    step = replace(step, max_draft_lens=np.array([4, 2, 3]), draft_budget=budget)
+    drafts = drafter.propose(on_rows(step))
+    expected = [[2, 3, 4, 1], [6, 8], [5, 5, 5]]
+    assert drafts.num_passes.tolist() == [0, 1, 0]
+    assert drafts.seq_rows[[0, 2]].tolist() == [0, 0], "their commits wait"
+    assert drafts.lens.sum() == min(budget, 9)
+    for draft, full in zip(drafts.to_lists(), expected, strict=True):
+        assert draft == full[: len(draft)]
+    assert drafts.match_lens[[0, 2]].tolist() == [1, MAX_MATCH]
