@@ -32,10 +32,9 @@ class OwnText(CopyLane):
 
     def find(self, step: DraftStep) -> Copies:
         wanted = step.max_draft_lens
-        slots, known, most = to_device(np.array((step.slots, step.known_lens, wanted)), self.device)
+        slots, known = to_device(np.array((step.slots, step.known_lens)), self.device)
         match_lens, starts = copy_match(step.token_ids, slots, known, MIN_MATCH, MAX_MATCH)
-        match_lens = match_lens.masked_fill(most == 0, 0)
-        found = match_lens.cpu().numpy()
+        found = np.where(wanted > 0, match_lens.cpu().numpy(), 0)
         if not found.any():
             return Copies(found, starts[:, None])
         offsets = torch.arange(int(wanted.max()), device=self.device)
@@ -43,5 +42,5 @@ class OwnText(CopyLane):
         columns = columns.clamp(max=step.token_ids.shape[1] - 1)
         tokens = step.token_ids[slots[:, None], columns].long()
         foreign = (tokens < 0) | (tokens >= self.vocab_size)
-        tokens = tokens.masked_fill(foreign, 0).masked_fill((match_lens == 0)[:, None], NO_TOKEN)
+        tokens = tokens.masked_fill(foreign, 0).masked_fill(match_lens[:, None] == 0, NO_TOKEN)
         return Copies(found, tokens)

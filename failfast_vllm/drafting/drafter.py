@@ -58,6 +58,8 @@ class Drafter:
         """Commit every newly complete block and draft for the sequences that may have a draft."""
         self.tokens.see(step)
         work = self._begin(step)
+        if work is None:
+            return Drafts.none(len(step.slots))
         for seqs, starts, ends in work.commits_in_parts():
             self._forward(work.rows(seqs, starts, ends)[1])
         while (active := np.flatnonzero(work.ends > work.starts)).size:
@@ -67,8 +69,8 @@ class Drafter:
             work.grow(self._increments(work))
         return self._finish(work, step.max_draft_lens)
 
-    def _begin(self, step: DraftStep) -> Workspace:
-        """Decide for whom to draft, and how far in the first pass."""
+    def _begin(self, step: DraftStep) -> Workspace | None:
+        """Decide for whom to draft, and how far in the first pass; None: nothing is to be done."""
         step = replace(step, max_draft_lens=self.policy.begin(step.req_ids, step.max_draft_lens))
         live, commits = step.known_lens - step.final_lens, step.final_lens - step.committed_lens
         copies, wanted = self.copies.find(step), step.max_draft_lens
@@ -77,6 +79,8 @@ class Drafter:
         copied = share(copied, step.draft_budget - int(first.sum()))
         if self.planner.postpones_commits:
             step = step.passing_only(first > 0, copied)
+        if not (first.any() or copied.any() or (step.final_lens > step.committed_lens).any()):
+            return None
         work = Workspace(step, first, self.geometry, has_entropies=self.policy.needs_entropy)
         work.copy(copies, copied)
         return work

@@ -98,6 +98,20 @@ class Drafts:
     stop_reasons: Lengths  # [num_seqs] index into STOP_REASONS; meaningless where there is no draft
     seq_rows: Lengths  # [num_seqs], of `num_rows`
 
+    @staticmethod
+    def none(num_seqs: int) -> Drafts:
+        """Those of a step that drafts and commits nothing."""
+        import torch
+
+        drafts, zeros = Drafts(), np.zeros(num_seqs, dtype=np.int64)
+        drafts.token_ids = torch.empty(num_seqs, 0, dtype=torch.int64)
+        drafts.lens = drafts.first_lens = drafts.num_passes = drafts.num_confidences = zeros
+        drafts.match_lens = drafts.stop_reasons = drafts.seq_rows = zeros
+        drafts.num_forwards = drafts.num_rows = 0
+        drafts.confidences = np.ones((num_seqs, 0), dtype=np.float32)
+        drafts.ends_at_stop = zeros > 0
+        return drafts
+
     def to_lists(self) -> list[list[int]]:
         """One list per sequence: a copy to the host."""
         rows = self.token_ids.tolist()

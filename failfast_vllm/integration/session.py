@@ -88,7 +88,7 @@ class Session:
             return []
         self.learn([r for r in rounds if r.num_verified])
         drafts = self.drafter.propose(self._gather(view))
-        lists = view.hand_out(drafts)
+        lists = view.hand_out(drafts) if drafts.lens.any() else []
         self.ledger.open(req_ids, drafts, drafts.to_lists() if stats.wants_token_ids else ())
         stats.step_ended(drafts)
         planner.step_ended(req_ids)

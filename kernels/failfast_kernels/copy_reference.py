@@ -1,5 +1,7 @@
-"""Stand-in."""
+"""Where a text repeats itself: the specification, and the way of hosts."""
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -10,30 +12,36 @@ def copy_match(
     min_match: int,
     max_match: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    n = len(slots)
-    width = int(known_lens.max()) if n else 0
-    match = torch.zeros_like(known_lens)
-    starts = known_lens.clone()
-    if width < 2:
-        return match, starts
-    table = token_ids[slots, :width]
-    last = (known_lens - 1).clamp(min=0)
-    rows = torch.arange(n)
-    tail = table[rows, last]
-    cols = torch.arange(width)
-    equal = (table == tail[:, None]) & (cols < last[:, None]) & (tail >= 0)[:, None]
-    seq, end = equal.nonzero(as_tuple=True)
-    m = 1
-    while len(seq):
-        if m >= min_match:
-            match[seq] = m  # all of the same m
-            starts[seq] = end + 1  # later ones overwrite: sorted by position
-        if m >= max_match:
+    """The longest suffix of each text that stands earlier in it; of equals the last one.
+
+    Args:
+        token_ids: [num_slots, max_len] int; negative ones match nothing.
+        slots: [n] int64 row of each text.
+        known_lens: [n] int64 its tokens; what follows them is not read.
+        min_match, max_match: fewest and most tokens that are compared.
+
+    Returns:
+        [n] int64 tokens that match, 0 where they are fewer than `min_match`, and [n] int64 index
+        of the token after the earlier place, `known_lens` where there is none.
+    """
+    table, found = token_ids.numpy(), np.zeros((2, len(slots)), dtype=np.int64)
+    for i, (slot, known) in enumerate(zip(slots.tolist(), known_lens.tolist(), strict=True)):
+        length, start = _longest(table[slot, :known], max_match)
+        found[:, i] = (length, start) if length >= min_match else (0, known)
+    match_lens, starts = torch.from_numpy(found)
+    return match_lens, starts
+
+
+def _longest(text: npt.NDArray[np.integer], max_match: int) -> tuple[int, int]:
+    last, length = len(text) - 1, 0
+    if last < 1 or text[last] < 0:
+        return 0, len(text)
+    ends = np.flatnonzero(text[:last] == text[last])  # of the matches so far
+    start = len(text)
+    while ends.size:
+        length, start = length + 1, int(ends[-1]) + 1
+        if length == max_match or text[last - length] < 0:
             break
-        ok = (end >= m) & (last[seq] >= m)
-        seq, end = seq[ok], end[ok]
-        a = table[seq, end - m]
-        ok = (a == table[seq, last[seq] - m]) & (a >= 0)
-        seq, end = seq[ok], end[ok]
-        m += 1
-    return match, starts
+        ends = ends[ends >= length]
+        ends = ends[text[ends - length] == text[last - length]]
+    return length, start
