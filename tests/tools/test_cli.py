@@ -128,7 +128,7 @@ def test_doctor_is_content_here(capsys, monkeypatch):
 
 def test_doctor_names_a_missing_hook_and_the_remedy(capsys, monkeypatch):
     first = hook_registry.hooks_of("v1")[0]
-    gone = first._replace(target=f"{first.target}_gone")
+    gone = first._replace(path=f"{first.path}_gone")
     monkeypatch.setattr(hook_registry, "all_hooks", lambda: (gone,))
     assert cli.main(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
