@@ -12,8 +12,7 @@ CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFacto
 
 def install_metrics() -> None:
     """Carry the worker's counts to the API server; without them only metrics are missing."""
-    problem = stage_problem("metrics")
-    if problem:
+    if problem := stage_problem("metrics"):
         logger.warning("failfast shows no metrics: %s", problem)
     else:
         install("metrics")

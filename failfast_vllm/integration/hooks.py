@@ -151,8 +151,7 @@ def stage_problem(stage: str) -> str | None:
 
 def install(stage: str) -> None:
     """Wrap the functions of a stage, once per process; raises RuntimeError on a changed vLLM."""
-    problem = stage_problem(stage)
-    if problem:
+    if problem := stage_problem(stage):
         raise RuntimeError(f"failfast cannot run: {problem}")
     for found in filter(is_due, hooks_of(stage)):
         wrap(found)

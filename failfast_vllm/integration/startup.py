@@ -15,7 +15,6 @@ from vllm.distributed import get_tp_group
 
 from failfast_kernels import TokenConfidence
 from failfast_vllm.config import METHOD
-from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.drafters.hosted import HostedDraftModel, row_class
 from failfast_vllm.drafters.parallel import keep_apart
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
@@ -55,12 +54,11 @@ class TimedDraftModel(HostedDraftModel):
 
 
 def make_drafter(model: HostedDraftModel, kv_block_size: int, num_pages: int) -> Drafter:
-    """Build the drafter once the KV cache is laid out; raises ValueError on an unfit page size."""
-    if kv_block_size % MAX_DIFFUSION_BLOCK_SIZE:
-        raise ValueError(
-            f"failfast: the KV page must be a multiple of {MAX_DIFFUSION_BLOCK_SIZE} tokens; "
-            f"got {kv_block_size}. Leave --block-size out."
-        )
+    """Build the drafter, once the KV cache is laid out.
+
+    Args:
+        kv_block_size: tokens of a page: whole diffusion blocks, as our attention backend asks.
+    """
     vllm_config, device = model.vllm_config, model.device
     knobs = vllm_config.additional_config[METHOD]
     policy, tokens, reuse = _learners(knobs)
