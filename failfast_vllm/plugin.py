@@ -1,8 +1,7 @@
 """Plugin entry point; hooks do nothing unless the engine uses failfast.
 
 `register` runs in every vLLM process and must be cheap, so it hooks only what an argument parser
-and a configuration need. What a model runner needs is hooked by the worker that serves failfast.
-docs/architecture.md lists the hooks; `failfast doctor` checks them.
+and a configuration need. docs/architecture.md lists the hooks; `failfast doctor` checks them.
 """
 
 import sys
@@ -15,8 +14,7 @@ from failfast_vllm.integration.engine_hooks import install_metrics
 
 def register() -> None:
     """Entry point of the group `vllm.general_plugins`. Idempotent; never raises."""
-    problem = hooks.version_problem() or hooks.stage_problem("configuration")
-    if problem:
+    if problem := hooks.version_problem() or hooks.stage_problem("configuration"):
         hooks.logger.warning("failfast is off: %s", problem)
         _refuse(problem)
         return

@@ -14,15 +14,14 @@ from failfast_vllm import config as user_config
 from failfast_vllm.config import BLOCK_SIZE, METHOD, FailFastConfig
 from failfast_vllm.drafters import checks
 from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE, Family, family_of
-from failfast_vllm.integration.engine_hooks import install_metrics
+from failfast_vllm.integration.engine_hooks import install_metrics, register_model
 from failfast_vllm.integration.hooks import asked_for, hook, install, logger
-from failfast_vllm.integration.worker import register_model
 
 VOCABULARIES = ("tokenizer.json", "vocab.json")
 ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
 SPECULATIVE_CONFIG = "vllm.config.speculative:SpeculativeConfig"
 
-Problem = tuple[str, Any, str]  # what is wrong, the offending value, the remedy
+Problems = Iterator[tuple[str, Any, str]]  # what is wrong, the offending value, the remedy
 
 _warn_once = functools.cache(logger.warning)
 
@@ -44,10 +43,9 @@ def create_speculative_config(
         raise ValueError(f"failfast: {what}; got {got!r}. {remedy}")
     drafter, published = _find_drafter(self.load_format, target_model_config, given)
     register_model()
-    install("worker")
-    install("requests")
     install_metrics()
-    install("engine")
+    for stage in ("worker", "requests", "engine"):
+        install(stage)
     asking, guarded = copy.copy(self), copy.copy(target_model_config)
     asking.speculative_config = {
         **{key: given[key] for key in user_config.PASSED_ON if key in given},
@@ -60,8 +58,8 @@ def create_speculative_config(
     # the drafter's config takes the target's flag; remote code is never run for a drafter
     guarded.trust_remote_code = False
     speculative = original.func(asking, guarded, target_parallel_config)
-    speculative.target_model_config = target_model_config
     assert speculative.method == "draft_model", speculative.method
+    speculative.target_model_config = target_model_config
     facts = _fit_drafter(speculative, published, knobs, given, self.enable_eplb)
     self.async_scheduling = False  # lengths per sequence need the synchronous scheduler
     self.additional_config = {**(self.additional_config or {}), METHOD: facts}
@@ -129,14 +127,8 @@ def keep_max_model_len(original: Any, self: Any) -> None:
         original()
 
 
-def _problems(
-    args: Any, target: Any, given: dict[str, Any], num_speculative_tokens: int
-) -> Iterator[Problem]:
+def _problems(args: Any, target: Any, given: dict[str, Any], cap: int) -> Problems:
     """What vLLM's arguments, or its ModelConfig of the target, ask for that cannot work."""
-    for flag in ("spec_method", "spec_model", "spec_tokens"):
-        if (value := getattr(args, flag, None)) is not None:
-            what = f"--{flag.replace('_', '-')} does not go with --speculative-config"
-            yield what, value, "Put the key into the JSON of --speculative-config."
     num_ranks = given.get("draft_tensor_parallel_size", 1)
     if num_ranks not in (1, args.tensor_parallel_size):
         what = "'draft_tensor_parallel_size' must be 1 or the target's tensor_parallel_size"
@@ -145,14 +137,14 @@ def _problems(
         if (num_ranks := getattr(args, f"{kind}_parallel_size")) > 1:
             what = f"{kind.replace('_', '-')} parallelism is not supported"
             yield what, num_ranks, "Use --tensor-parallel-size instead."
-    multiple = f"a multiple of {MAX_DIFFUSION_BLOCK_SIZE}"
     if args.block_size and args.block_size % MAX_DIFFUSION_BLOCK_SIZE:
+        multiple = f"a multiple of {MAX_DIFFUSION_BLOCK_SIZE}"
         remedy = f"Leave --block-size out or use {multiple}."
         yield f"the KV page must be {multiple} tokens", args.block_size, remedy
     if args.async_scheduling:
         what = "asynchronous scheduling assumes one draft length for all sequences"
         yield what, True, "Leave --async-scheduling out."
-    fewest, budget = MAX_DIFFUSION_BLOCK_SIZE + num_speculative_tokens, args.max_num_batched_tokens
+    fewest, budget = MAX_DIFFUSION_BLOCK_SIZE + cap, args.max_num_batched_tokens
     if budget is not None and budget < fewest:
         sum_of = f"{MAX_DIFFUSION_BLOCK_SIZE} + num_speculative_tokens"
         what = f"max_num_batched_tokens must be at least {fewest} ({sum_of})"
@@ -160,7 +152,7 @@ def _problems(
     yield from _target_problems(target)
 
 
-def _target_problems(target: Any) -> Iterator[Problem]:
+def _target_problems(target: Any) -> Problems:
     if target.runner_type != "generate":
         what = "only text generation can be drafted for"
         yield what, target.runner_type, "Leave the speculative config out."
@@ -178,18 +170,15 @@ def _target_problems(target: Any) -> Iterator[Problem]:
 
 
 def _find_drafter(
-    load_format: Any, target_model_config: Any, given: dict[str, Any]
+    load_format: Any, target: Any, given: dict[str, Any]
 ) -> tuple[str, dict[str, Any] | None]:
-    """Refuse before vLLM would offer to run remote code, or fail on a size; raises ValueError.
+    """The drafter's directory or hub id, and its config.json; raises ValueError on one unfit.
 
-    Returns:
-        The drafter's directory or hub id, and its config.json: None where the hub cannot be
-        reached, as vLLM says itself.
+    It is read before vLLM would offer to run remote code, or fail on a size. None where the hub
+    cannot be reached, as vLLM says itself.
     """
     drafter = given.get("model") or checks.choose_drafter(
-        target_model_config.model,
-        target_model_config.hf_config.model_type,
-        target_model_config.get_vocab_size(),
+        target.model, target.hf_config.model_type, target.get_vocab_size()
     )
     asked_size = given.get(BLOCK_SIZE)
     published = checks.check_local_drafter(drafter, load_format, asked_size)
@@ -210,24 +199,20 @@ def _fit_drafter(
     given: dict[str, Any],
     enable_eplb: bool,
 ) -> dict[str, Any]:
-    """Check the drafter that vLLM has found, and spread it; raises ValueError.
-
-    Returns:
-        What the worker must know: the knobs, and facts about blocks and tokens.
-    """
+    """Check the drafter that vLLM has found, and spread it; returns what the worker must know."""
     drafter, hf_config = speculative.model, speculative.draft_model_config.hf_config.to_dict()
     asked_size = given.get(BLOCK_SIZE)
     family = checks.check_drafter_config(drafter, hf_config, asked_size)
-    block = checks.find_block_size(drafter, family, published or hf_config, asked_size)
-    if block.doubt:
-        _warn_once(f"failfast: {drafter!r} drafts in blocks of {block.size}: {block.doubt}")
+    size, doubt = checks.find_block_size(drafter, family, published or hf_config, asked_size)
+    if doubt:
+        _warn_once(f"failfast: {drafter!r} drafts in blocks of {size}: {doubt}")
     check_balancing(family, drafter, enable_eplb)
     _spread_drafter(speculative, hf_config, given)
     # cut like a dense MLP: ranks that hold different experts would wait for each other
     speculative.draft_parallel_config.enable_expert_parallel = False
     return {
-        **knobs.for_block_size(block.size, given).to_dict(),
-        "diffusion_block_size": block.size,
+        **knobs.for_block_size(size, given).to_dict(),
+        "diffusion_block_size": size,
         "logit_shift": family.logit_shift,
         **_token_facts(speculative, family, hf_config),
     }
@@ -243,7 +228,7 @@ def check_balancing(family: Family, drafter: str, enable_eplb: bool) -> None:
 
 
 def _spread_drafter(speculative: Any, hf_config: dict[str, Any], given: dict[str, Any]) -> None:
-    """Shard the drafter over the target's ranks, or let each of them hold the whole of it."""
+    """Shard the drafter over the target's ranks, or have each hold the whole of it."""
     num_ranks = speculative.target_parallel_config.tensor_parallel_size
     if given.get("draft_tensor_parallel_size", num_ranks) == 1:
         return
@@ -259,11 +244,8 @@ def _spread_drafter(speculative: Any, hf_config: dict[str, Any], given: dict[str
             f"got {undivided}. Set 'draft_tensor_parallel_size' to 1."
         )
     else:
-        logger.info(
-            "failfast: each of the %d ranks holds the whole drafter, which they cannot share (%s)",
-            num_ranks,
-            undivided,
-        )
+        text = "each of the %d ranks holds the whole drafter, which they cannot share (%s)"
+        logger.info(f"failfast: {text}", num_ranks, undivided)
 
 
 def _token_facts(speculative: Any, family: Family, hf_config: dict[str, Any]) -> dict[str, int]:

@@ -35,32 +35,24 @@ STAGES = {
     "requests": "requests",  # front ends
     "metrics": "engine_hooks",  # front ends and engines
     "engine": "engine_hooks",  # engines and workers
-    "worker": "worker",
-    "v1": "v1_hooks",  # workers with the V1 model runner
-    "v2": "v2_hooks",
+    "worker": "engine_hooks",
+    "v1": "runner_hooks",  # workers with the V1 model runner
+    "v2": "runner_hooks",
 }
 
 
 class Hook(NamedTuple):
     """A body, and the function of vLLM that it wraps."""
 
-    target: str  # "module:Owner.function", or "module:function"
+    module: str
+    path: str  # "Owner.function", or "function"
     stage: str
     body: Body
     since: tuple[int, int] = OLDEST  # older versions do not need it
 
     @property
-    def module(self) -> str:
-        return self.target.partition(":")[0]
-
-    @property
-    def path(self) -> str:
-        """`Owner.function`, or `function`."""
-        return self.target.partition(":")[2]
-
-    @property
     def name(self) -> str:
-        return self.target.replace(":", ".")
+        return f"{self.module}.{self.path}"
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -72,10 +64,11 @@ _registered: dict[str, list[Hook]] = {stage: [] for stage in STAGES}
 
 
 def hook(stage: str, target: str, since: tuple[int, int] = OLDEST) -> Callable[[Body], Body]:
-    """Register a body `(original, *parameters)` for a function of vLLM."""
+    """Register a body `(original, *parameters)` for "module:Owner.function" of vLLM."""
+    module, _, path = target.partition(":")
 
     def register(body: Body) -> Body:
-        _registered[stage].append(Hook(target, stage, body, since))
+        _registered[stage].append(Hook(module, path, stage, body, since))
         return body
 
     return register
@@ -97,19 +90,16 @@ def hooks_of(stage: str) -> tuple[Hook, ...]:
 
 
 def all_hooks() -> tuple[Hook, ...]:
-    """The hooks of all stages."""
     return tuple(found for stage in STAGES for found in hooks_of(stage))
 
 
 def vllm_version() -> str:
-    """Of the vLLM that is installed."""
     try:
         return importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
+    except importlib.metadata.PackageNotFoundError:  # a source tree
         import vllm
 
-        version: str = vllm.__version__
-        return version
+        return str(vllm.__version__)
 
 
 def minor(version: str) -> tuple[int, int] | None:
@@ -161,8 +151,7 @@ def stage_problem(stage: str) -> str | None:
 
 def install(stage: str) -> None:
     """Wrap the functions of a stage, once per process; raises RuntimeError on a changed vLLM."""
-    problem = stage_problem(stage)
-    if problem:
+    if problem := stage_problem(stage):
         raise RuntimeError(f"failfast cannot run: {problem}")
     for found in filter(is_due, hooks_of(stage)):
         wrap(found)
@@ -189,6 +178,6 @@ def wrap(found: Hook) -> None:
 
 def _place(found: Hook) -> tuple[Any, str]:
     """(the module or class that has the function, its name)."""
-    owner, _, function = found.path.rpartition(".")
     module = importlib.import_module(found.module)
+    owner, _, function = found.path.rpartition(".")
     return (getattr(module, owner) if owner else module), function

@@ -1,11 +1,11 @@
 """Prometheus metrics: counted in the worker, added up by the scheduler, shown by the API server.
 
 A worker's `Counts` go with the drafts that vLLM fetches, a list of integers per step, and from the
-scheduler on after the positions of `SpecDecodingStats`, where no reader of vLLM looks. A stat
-logger loaded by entry point would switch statistics on in every server, so engines that were asked
-for failfast are given ours. docs/metrics.md lists the series.
+scheduler on after the positions of `SpecDecodingStats`, where no reader of vLLM looks.
+docs/metrics.md lists the series.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,11 +60,7 @@ class FailFastStatLogger(AggregateStatLoggerBase):
         )
 
     def record(
-        self,
-        scheduler_stats: Any,
-        iteration_stats: Any,
-        mm_cache_stats: Any = None,
-        engine_idx: int = 0,
+        self, scheduler_stats: Any, *unused: Any, engine_idx: int = 0, **unused_too: Any
     ) -> None:
         """Called by vLLM with the statistics of one engine step."""
         stats = scheduler_stats.spec_decoding_stats if scheduler_stats is not None else None
@@ -76,11 +72,9 @@ class FailFastStatLogger(AggregateStatLoggerBase):
             child = histogram.labels(*self.labels[engine_idx])
             # drafts of at least i tokens
             longer = [stats.num_drafts, *per_position[:num_positions], 0]
-            for length in range(num_positions + 1):
-                for _ in range(longer[length] - longer[length + 1]):
+            for length, (num, num_longer) in enumerate(itertools.pairwise(longer)):
+                for _ in range(num - num_longer):
                     child.observe(length)
-                if not longer[length + 1]:
-                    break
         self._add(engine_idx, "drafted_tokens", stats.num_draft_tokens)
         self._add(engine_idx, "accepted_tokens", stats.num_accepted_tokens)
         self._show(drafted[num_positions:], engine_idx)

@@ -22,7 +22,7 @@ KEYS = (MAX_LEN, CONFIDENCE_THRESHOLD)
 
 
 class Asked(NamedTuple):
-    """What the requests of one step ask; arrays of [num_reqs]."""
+    """What the requests of one step ask: arrays of [num_reqs]."""
 
     max_draft_lens: npt.NDArray[np.int64]  # most tokens per draft, whatever the engine allows
     min_confidences: npt.NDArray[np.float32]  # an increment with a token below it is the last
@@ -31,11 +31,8 @@ class Asked(NamedTuple):
 
 
 def check(params: Any, num_speculative_tokens: int, confidence_threshold: float) -> None:
-    """Refuse what a request may not ask of a server with these settings; raises ValueError.
-
-    `logprob_token_ids` is vLLM's: beside drafts it answers without logprobs, or its engine dies.
-    """
-    if getattr(params, "logprob_token_ids", None):
+    """Refuse what a request may not ask of a server with these settings; raises ValueError."""
+    if getattr(params, "logprob_token_ids", None):  # vLLM answers without them, or its engine dies
         raise ValueError(
             "failfast: 'logprob_token_ids' does not go with speculative decoding; "
             f"got {params.logprob_token_ids!r}. Use 'logprobs'."
@@ -74,15 +71,12 @@ def asked(
     found = Asked(
         max_draft_lens=np.full(num_reqs, num_speculative_tokens, dtype=np.int64),
         min_confidences=np.zeros(num_reqs, dtype=np.float32),
-        stops_at_eos=np.empty(num_reqs, dtype=bool),
+        stops_at_eos=np.array([not param.ignore_eos for param in params], dtype=bool),
         ended=np.empty(num_reqs, dtype=bool),
     )
     for i, (param, token_ids) in enumerate(zip(params, emitted, strict=True)):
-        found.stops_at_eos[i] = not param.ignore_eos
-        stops = frozenset(param.stop_token_ids or ())
-        if not param.ignore_eos:
-            stops |= eos_token_ids
-        found.ended[i] = not stops.isdisjoint(token_ids)
+        stops = eos_token_ids if found.stops_at_eos[i] else frozenset()
+        found.ended[i] = not stops.union(param.stop_token_ids or ()).isdisjoint(token_ids)
         if param.extra_args:
             max_len = param.extra_args.get(MAX_LEN)
             if _is(max_len, int):

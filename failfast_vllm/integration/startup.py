@@ -1,6 +1,7 @@
 """What is built once, before an engine serves."""
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from vllm.distributed import get_tp_group
 
 from failfast_kernels import TokenConfidence
 from failfast_vllm.config import METHOD
-from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE
 from failfast_vllm.drafters.hosted import HostedDraftModel, row_class
 from failfast_vllm.drafters.parallel import keep_apart
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
@@ -38,9 +38,7 @@ MAX_WARM_ROWS = 128  # of the target: with the drafter's they fit into oneDNN's 
 
 
 class TimedDraftModel(HostedDraftModel):
-    """The draft model, which counts the time that drafting spends in it."""
-
-    stats: DraftStats
+    stats: DraftStats  # counts the time that drafting spends in the model
 
     def forward(self, batch: DraftBatch) -> torch.Tensor:
         with self.stats.in_model():
@@ -56,12 +54,11 @@ class TimedDraftModel(HostedDraftModel):
 
 
 def make_drafter(model: HostedDraftModel, kv_block_size: int, num_pages: int) -> Drafter:
-    """Build the drafter once the KV cache is laid out; raises ValueError on an unfit page size."""
-    if kv_block_size % MAX_DIFFUSION_BLOCK_SIZE:
-        raise ValueError(
-            f"failfast: the KV page must be a multiple of {MAX_DIFFUSION_BLOCK_SIZE} tokens; "
-            f"got {kv_block_size}. Leave --block-size out."
-        )
+    """Build the drafter, once the KV cache is laid out.
+
+    Args:
+        kv_block_size: tokens of a page: whole diffusion blocks, as our attention backend asks.
+    """
     vllm_config, device = model.vllm_config, model.device
     knobs = vllm_config.additional_config[METHOD]
     policy, tokens = _learners(knobs)
@@ -140,8 +137,6 @@ def measure_costs(
 ) -> Costs:
     """Time steps of the target and passes of the drafter, in a few seconds; on all ranks alike.
 
-    A step takes more than its forward pass: the planner learns the rest.
-
     Args:
         target_step: runs the target over a number of tokens and returns logits of them.
     """
@@ -151,11 +146,11 @@ def measure_costs(
     in_lockstep = max(ranks.data_parallel_size, ranks.tensor_parallel_size) > 1
     sizes = [2**i for i in range(widest.bit_length())]
     target = _Timed(target_step, clock)
-    draft = _Timed(lambda size: _draft_pass(drafter, size), clock)
+    draft = _Timed(functools.partial(_draft_pass, drafter), clock)
     # a CPU compiles kernels per row count
+    few = list(range(1, min(widest, MAX_WARM_ROWS) + 1))
     classes = sorted({row_class(size) for size in range(1, widest + 1)})
-    warm_sizes = list(range(1, min(widest, MAX_WARM_ROWS) + 1)), classes
-    for model, warm in zip((target, draft), warm_sizes, strict=True):
+    for model, warm in ((target, few), (draft, classes)):
         sizes = model.first_times(sizes, until_slow=not in_lockstep)
         if drafter.device.type == "cpu" and not in_lockstep:
             model.warm_up(warm, sizes)
@@ -164,9 +159,8 @@ def measure_costs(
     for turn in range(1, MAX_TURNS):
         if turn >= MIN_TURNS and clock() > ends and not in_lockstep:
             break
-        for size in sizes:
-            target.time(size)
-            draft.time(size)
+        for size, model in itertools.product(sizes, (target, draft)):
+            model.time(size)
     return Costs(draft.table(sizes), target.table(sizes))
 
 
@@ -178,13 +172,10 @@ class _Timed:
     clock: Callable[[], float]  # seconds
     best: dict[int, float] = field(default_factory=dict)  # milliseconds by rows
 
-    def milliseconds(self, size: int) -> float:
+    def time(self, size: int) -> float:
         began = self.clock()
         self.run(size).amax().item()  # waits for the device
-        return (self.clock() - began) * 1e3
-
-    def time(self, size: int) -> float:
-        self.best[size] = min(self.best.get(size, float("inf")), self.milliseconds(size))
+        self.best[size] = min(self.best.get(size, float("inf")), (self.clock() - began) * 1e3)
         return self.best[size]
 
     def first_times(self, sizes: list[int], *, until_slow: bool) -> list[int]:
@@ -201,7 +192,7 @@ class _Timed:
         # widest first: else the kernels of each size take a part of what the size before has
         # freed, and glibc searches all the gaps in between whenever a step allocates
         for size in reversed(warm_sizes[:num]):
-            self.milliseconds(size)
+            self.run(size)
 
     def table(self, sizes: list[int]) -> CostTable:
         return CostTable(sizes, [self.best[size] for size in sizes])
@@ -219,19 +210,24 @@ def _draft_pass(drafter: HostedDraftModel, size: int) -> torch.Tensor:
 def _planner(costs: Costs, knobs: dict[str, Any]) -> LoadPlanner:
     """Every rank gets the times of the first, now and while serving."""
     group = get_tp_group()
-    cap, increment = knobs["num_speculative_tokens"], knobs["draft_increment"]
-    make = functools.partial(LoadPlanner, max_len=cap, draft_increment=increment, learns=True)
-    make = functools.partial(make, copies=knobs["copies"])
-    if group.world_size == 1:
-        return make(costs)
 
     def of_first_rank(times: list[float]) -> list[float]:
         shared = torch.tensor(times, dtype=torch.float64)
         torch.distributed.broadcast(shared, src=group.first_rank, group=group.cpu_group)
-        agreed: list[float] = shared.tolist()
-        return agreed
+        return [float(ms) for ms in shared]
 
-    return make(group.broadcast_object(costs), agree=of_first_rank)
+    cap, increment = knobs["num_speculative_tokens"], knobs["draft_increment"]
+    agree = of_first_rank if group.world_size > 1 else list
+    costs = group.broadcast_object(costs)
+    return LoadPlanner(
+        costs,
+        cap,
+        increment,
+        learns=True,
+        agree=agree,
+        drafts=knobs["drafts"],
+        copies=knobs["copies"],
+    )
 
 
 def stop_token_ids(model_config: Any) -> list[int]:
@@ -239,9 +235,9 @@ def stop_token_ids(model_config: Any) -> list[int]:
 
     A multimodal target may have them in the config of its language model only.
     """
-    configs = (model_config.hf_config, model_config.hf_text_config)
     found = [model_config.try_get_generation_config().get("eos_token_id")]
-    found += [getattr(config, "eos_token_id", None) for config in configs]
+    for config in (model_config.hf_config, model_config.hf_text_config):
+        found.append(getattr(config, "eos_token_id", None))
     eos: Any = next((ids for ids in found if ids is not None), [])
     return [int(i) for i in (eos if isinstance(eos, list) else [eos])]
 

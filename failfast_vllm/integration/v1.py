@@ -1,11 +1,11 @@
-"""The drafter on vLLM's V1 model runner: an adapter that owns no algorithm.
+"""The drafter on vLLM's V1 model runner: loading, KV allocation and memory profiling are vLLM's.
 
-vLLM builds it where it would build its own `DraftModelProposer`, so loading, KV allocation and
-memory profiling are vLLM's. The runner offers each step to `postpone`, after the accepted tokens
-are booked. Once they have gone out, vLLM's engine asks for drafts: `take_drafts`.
+The runner offers each step to `postpone`, after the accepted tokens are booked. Once they have gone
+out, vLLM's engine asks for drafts: `take_drafts`.
 """
 
 import functools
+import itertools
 from typing import Any
 
 import numpy as np
@@ -34,9 +34,8 @@ class _View(View):
         common_attn_metadata: Any,
     ) -> None:
         self.adapter, self.batch = adapter, adapter.runner.input_batch
-        self.scheduler_output = scheduler_output
-        self.emitted = sampled_token_ids
-        self.num_reqs, self.metadata = len(sampled_token_ids), common_attn_metadata
+        self.scheduler_output, self.metadata = scheduler_output, common_attn_metadata
+        self.emitted, self.num_reqs = sampled_token_ids, len(sampled_token_ids)
         self.req_ids = self.batch.req_ids[: self.num_reqs]
         self.num_tokens = scheduler_output.total_num_scheduled_tokens
 
@@ -59,15 +58,12 @@ class _View(View):
         requests = [self.adapter.runner.requests[req_id] for req_id in self.req_ids]
         self.params = [request.sampling_params for request in requests]
         num_output = known - np.array([request.num_prompt_tokens for request in requests])
-        most = [
-            _most_drafted(params, length, limit)
-            for params, length in zip(self.params, num_output.tolist(), strict=True)
-        ]
-        self.room = np.minimum(np.array(most, dtype=np.int64), limit - known - 1)
+        most = map(_most_drafted, self.params, num_output.tolist(), itertools.repeat(limit))
+        self.room = np.minimum(np.fromiter(most, dtype=np.int64), limit - known - 1)
         self.slots = np.arange(self.num_reqs)
         width = int(known.max(initial=0))
         tokens = torch.from_numpy(self.batch.token_ids_cpu[: self.num_reqs, :width])
-        if self.batch.req_prompt_embeds:  # behind them are ids of whoever had the row before
+        if self.batch.req_prompt_embeds:  # their ids are those of whoever had the row before
             is_id = torch.from_numpy(self.batch.is_token_ids[: self.num_reqs, :width])
             tokens = tokens.where(is_id, UNKNOWN)
         self.token_ids = tokens.to(self.adapter.device)
@@ -147,11 +143,11 @@ class FailFastProposer(Adapter, DraftModelProposer):
     def drop_stale_budgets(self) -> None:
         """vLLM leaves a thinking budget in its row to a request without one that moves there."""
         batch = self.runner.input_batch
-        budgets = batch.thinking_budget_state_holder
-        if budgets is not None:
-            for row, req_id in enumerate(batch.req_ids):
-                if self.runner.requests[req_id].sampling_params.thinking_token_budget is None:
-                    budgets._state.pop(row, None)
+        if (budgets := batch.thinking_budget_state_holder) is None:
+            return
+        for row, req_id in enumerate(batch.req_ids):
+            if self.runner.requests[req_id].sampling_params.thinking_token_budget is None:
+                budgets._state.pop(row, None)
 
 
 def _most_drafted(params: Any, num_output_tokens: int, max_positions: int) -> int:

@@ -1,7 +1,7 @@
-"""The drafter on vLLM's V2 model runner: an adapter that owns no algorithm.
+"""The drafter on vLLM's V2 model runner.
 
-vLLM builds it in `init_speculator`, and offers it each step in `propose`, after the accepted tokens
-are booked on the device. Once they have gone out, vLLM's engine asks for drafts: `take_drafts`.
+The runner offers each step to `propose`, after the accepted tokens are booked on the device. Once
+they have gone out, vLLM's engine asks for drafts: `take_drafts`.
 """
 
 import functools
@@ -42,11 +42,9 @@ class _View(View):
         num_speculative_tokens: int,
     ) -> None:
         self.adapter, self.states, self.batch = adapter, adapter.req_states, input_batch
-        self.num_reqs: int = input_batch.num_reqs
-        self.num_sampled = num_sampled[: self.num_reqs]
+        self.req_ids, self.num_reqs = input_batch.req_ids, input_batch.num_reqs
+        self.num_sampled, self.num_tokens = num_sampled[: self.num_reqs], input_batch.num_tokens
         self.num_speculative_tokens = num_speculative_tokens
-        self.req_ids = input_batch.req_ids
-        self.num_tokens = input_batch.num_tokens
 
     def read_outcome(self) -> None:
         """Copy the verdict from the device: lengths, and the last tokens of each request."""
@@ -82,8 +80,7 @@ class _View(View):
         self.slots = np.arange(self.num_reqs)  # in a copy: in the table vLLM reads 0
         self.token_ids = self.token_ids[self.batch.idx_mapping, : int(known.max())]
         for row, req_id in enumerate(self.req_ids):
-            if req_id in embedded:
-                hidden = embedded[req_id]
+            if (hidden := embedded.get(req_id)) is not None:
                 self.token_ids[row, : len(hidden)].masked_fill_(hidden, UNKNOWN)
 
     def hand_out(self, drafts: Drafts) -> list[list[int]]:
@@ -99,7 +96,7 @@ class _View(View):
 
 
 class FailFastSpeculator(Adapter, DraftModelSpeculator):
-    """vLLM's speculator interface over `drafter.Drafter`. Synchronous scheduling only."""
+    """vLLM's speculator interface over `drafter.Drafter`."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any) -> None:
         super().__init__(vllm_config, device)
@@ -128,11 +125,9 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
         """
         self.session = None  # graphs over the first cache go before the second comes
         super().set_attn(model_state, kv_cache_config, block_tables, *of_target)
-        groups = kv_cache_config.kv_cache_groups
-        names = self.draft_attn_layer_names
-        ours = [i for i, group in enumerate(groups) if names & set(group.layer_names)]
-        assert len(ours) == 1, "one KV page shape for target and drafter, checked at start-up"
-        self.kv_group = ours[0]
+        groups, names = kv_cache_config.kv_cache_groups, self.draft_attn_layer_names
+        # one KV page shape for target and drafter, checked at start-up
+        (self.kv_group,) = (i for i, g in enumerate(groups) if names & set(g.layer_names))
         self.page_size = groups[self.kv_group].kv_cache_spec.block_size
         size = block_tables.block_sizes[self.kv_group]
         num_pages = kv_cache_config.num_blocks * (self.page_size // size)
@@ -183,17 +178,14 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
     ) -> torch.Tensor:
         """The runner has booked a step's tokens, which nobody has seen yet: no drafts so far.
 
-        Returns:
-            [num_reqs, num_speculative_steps] zeros: vLLM's warm-up schedules all columns, so that
-            each must be an id.
+        Returns [num_reqs, num_speculative_steps] zeros: vLLM's warm-up takes each for an id.
         """
-        if dummy_run:  # also on a data-parallel rank without work: our passes wait for no other
-            if is_profile:
-                profile_pass(self.model, self.vllm_config, input_batch.num_tokens, self.device)
-        else:
+        if not dummy_run:
             most = num_speculative_tokens
             most = self.num_speculative_steps if most is None else most
             self.postponed = functools.partial(_View, self, input_batch, num_sampled, most)
+        elif is_profile:  # not on a data-parallel rank without work: our passes wait for no other
+            profile_pass(self.model, self.vllm_config, input_batch.num_tokens, self.device)
         no_drafts: torch.Tensor = self.draft_tokens[: input_batch.num_reqs].fill_(0)
         return no_drafts
 
@@ -215,9 +207,8 @@ def widen_target_graphs(runner: Any) -> None:
     """Plan FULL graphs for the target's steps with drafts of any lengths; none is captured yet.
 
     vLLM captures decode graphs for 1 + K tokens of every request, which ragged drafts almost never
-    have: each of our steps, and each without drafts, would run in pieces. Its adaptive verification
-    has graphs for any mix of 1 to 1 + K tokens per request; we ask for the same, and for graphs of
-    one token per request besides, for steps without drafts. **No GPU has captured them.**
+    have. We ask for those of its adaptive verification, for any mix of 1 to 1 + K tokens, and for
+    graphs of one token per request, for steps without drafts. **No GPU has captured them.**
     """
     graphs = runner.cudagraph_manager
     mode = graphs.cudagraph_mode

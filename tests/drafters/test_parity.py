@@ -16,7 +16,7 @@ from engine import engine, proposer
 from failfast_vllm.drafters.checks import check_local_drafter
 from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR, SDAR_MOE
 from failfast_vllm.drafting.records import DraftBatch
-from failfast_vllm.integration.worker import register_model
+from failfast_vllm.integration.engine_hooks import register_model
 from independent import IndependentDrafter
 
 LENGTHS = (1, 2, 3, 4, 5, 8, 31, 32, 33, 64, 95, 127, 128, 129, 200, 256, 257, 300)

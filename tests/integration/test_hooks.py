@@ -88,7 +88,7 @@ def hook(monkeypatch):
     module.alone = lambda tokens: tokens
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return lambda function, body=body, since=(0, 32): Hook(
-        f"{module.__name__}:{function}", "v1", body, since
+        module.__name__, function, "v1", body, since
     )
 
 
@@ -116,7 +116,7 @@ def test_hook_on_something_that_is_gone(hook, monkeypatch):
     gone = hook("Runner.gone")
     assert hooks.hook_problem(gone) == "vLLM has no vllm_of_tomorrow.Runner.gone"
     assert "vLLM has no" in hooks.hook_problem(hook("Walker.same"))
-    elsewhere = hook("Runner.same")._replace(target="vllm.nowhere:Runner.same")
+    elsewhere = hook("Runner.same")._replace(module="vllm.nowhere")
     assert hooks.hook_problem(elsewhere) == "vLLM has no vllm.nowhere.Runner.same"
     replace_stage(monkeypatch, "v1", hook("Runner.same"), gone)
     assert hooks.stage_problem("v1").startswith("vLLM has no vllm_of_tomorrow.Runner.gone; install")

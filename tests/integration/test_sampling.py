@@ -7,7 +7,7 @@ import torch
 
 from distribution import draw, free_words, p_value
 from engine import engine, watch
-from failfast_vllm.integration.v1_hooks import spread_parameters
+from failfast_vllm.integration.runner_hooks import spread_parameters
 
 NUM_DRAWS = 20_000
 P_VALUE = 0.01

@@ -1,18 +1,19 @@
-"""Hooks of workers with the V1 model runner: they hand failfast's steps to `FailFastProposer`."""
+"""Hooks of workers: V1 and V2 model runners hand their steps to our adapters."""
 
 from typing import Any
 
 from failfast_vllm.integration.hooks import asked_for, hook
 
-RUNNER = "vllm.v1.worker.gpu_model_runner"
+V1 = "vllm.v1.worker.gpu_model_runner"
+V2 = "vllm.v1.worker.gpu.model_runner"
 
 
-def _proposer(runner: Any) -> Any:
-    """The runner's `FailFastProposer`, or None; only a runner that speculates has a drafter."""
-    from failfast_vllm.integration.v1 import FailFastProposer
+def _ours(runner: Any) -> Any:
+    """The runner's adapter, or None where it does not run failfast."""
+    from failfast_vllm.integration.session import Adapter, adapter_of
 
-    drafter = getattr(runner, "drafter", None)
-    return drafter if isinstance(drafter, FailFastProposer) else None
+    found = adapter_of(runner)
+    return found if isinstance(found, Adapter) else None
 
 
 @hook("v1", "vllm.v1.spec_decode.draft_model:DraftModelProposer.__init__")
@@ -25,25 +26,25 @@ def become_ours(
     """
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-    if type(self) is DraftModelProposer and asked_for(vllm_config):
-        from failfast_vllm.integration.v1 import FailFastProposer
-
-        self.__class__ = FailFastProposer  # nothing is set yet
-        self.__init__(vllm_config, device, runner)
+    if type(self) is not DraftModelProposer or not asked_for(vllm_config):
+        original()
         return
-    original()
+    from failfast_vllm.integration.v1 import FailFastProposer
+
+    self.__class__ = FailFastProposer  # nothing is set yet
+    self.__init__(vllm_config, device, runner)
 
 
-@hook("v1", f"{RUNNER}:GPUModelRunner._input_fits_in_drafter")
+@hook("v1", f"{V1}:GPUModelRunner._input_fits_in_drafter")
 def fit_each_sequence(original: Any, self: Any, common_attn_metadata: Any) -> Any:
     """Ends drafts at the drafter's last position per sequence, not for the whole batch.
 
     Goes when: vLLM checks each sequence by itself.
     """
-    return original() if _proposer(self) is None else common_attn_metadata is not None
+    return original() if _ours(self) is None else common_attn_metadata is not None
 
 
-@hook("v1", f"{RUNNER}:GPUModelRunner.propose_draft_token_ids")
+@hook("v1", f"{V1}:GPUModelRunner.propose_draft_token_ids")
 def keep_the_step(
     original: Any,
     self: Any,
@@ -55,25 +56,24 @@ def keep_the_step(
     aux_hidden_states: Any,
     spec_decode_metadata: Any,
     common_attn_metadata: Any,
-    slot_mappings: Any,
 ) -> Any:
     """Keeps the step until its drafts are asked for, after its tokens have gone out.
 
     Goes when: vLLM sends a step's tokens to the clients before it drafts.
     """
-    proposer = _proposer(self)
+    proposer = _ours(self)
     if proposer is None:
         return original()
     return proposer.postpone(scheduler_output, sampled_token_ids, common_attn_metadata)
 
 
-@hook("v1", f"{RUNNER}:GPUModelRunner._update_states")
+@hook("v1", f"{V1}:GPUModelRunner._update_states")
 def follow_requests(original: Any, self: Any, scheduler_output: Any) -> Any:
     """Tells policies which requests have ended, and the drafter which pages are new.
 
     Goes when: vLLM tells a proposer what the scheduler has decided.
     """
-    proposer = _proposer(self)
+    proposer = _ours(self)
     if proposer is None:
         return original()
     proposer.begin(scheduler_output)
@@ -82,27 +82,26 @@ def follow_requests(original: Any, self: Any, scheduler_output: Any) -> Any:
     return corrections
 
 
-@hook("v1", f"{RUNNER}:GPUModelRunner.take_draft_token_ids")
+@hook("v1", f"{V1}:GPUModelRunner.take_draft_token_ids")
 def take_drafts(original: Any, self: Any) -> Any:
     """Drafts, now that the step's tokens have gone out; the counts go along.
 
     Goes when: vLLM sends a step's tokens to the clients before it drafts.
     """
-    proposer = _proposer(self)
+    proposer = _ours(self)
     return original() if proposer is None else proposer.take_drafts()
 
 
-@hook("v1", f"{RUNNER}:GPUModelRunner._sample")
+@hook("v1", f"{V1}:GPUModelRunner._sample")
 def sample_without_drafts(original: Any, self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
     """Samples a step without drafts, which vLLM would verify.
 
-    vLLM verifies in every step of an engine that may speculate, with or without drafts. Without
-    drafts each row is the token after a draft of length 0: sampled as vLLM samples that, thinking
-    budgets included, and not verified, which is slow and, for top-k on a CPU, fails on no rows.
+    Each row is then the token after a draft of length 0, sampled as vLLM samples that. Verifying is
+    slow and, for top-k on a CPU, fails on no rows.
 
     Goes when: vLLM skips the rejection sampler in steps without drafts.
     """
-    ours = spec_decode_metadata is not None and _proposer(self) is not None
+    ours = spec_decode_metadata is not None and _ours(self) is not None
     if ours and not any(spec_decode_metadata.num_draft_tokens):
         return self.sampler(
             logits=logits,
@@ -123,9 +122,8 @@ def spread_parameters(
 ) -> Any:
     """Replaces, without Triton only, a function whose stand-in returns unset memory.
 
-    It spreads temperature, top-k and top-p of each request over its draft tokens with a kernel
-    whose C++ stand-in (vLLM 0.32) writes into a temporary copy, so the sampler divides the logits
-    by unset memory: those of greedy requests in the same batch, too.
+    The C++ stand-in (vLLM 0.32) writes a request's temperature, top-k and top-p for its draft
+    tokens into a temporary copy.
 
     Goes when: that stand-in writes into its output, not into a copy.
     """
@@ -140,7 +138,7 @@ def spread_parameters(
     return expanded.masked_fill(expanded == replace_from, replace_to)
 
 
-@hook("v1", f"{RUNNER}:build_logitsprocs")
+@hook("v1", f"{V1}:build_logitsprocs")
 def keep_logits_processors(
     original: Any,
     vllm_config: Any,
@@ -160,3 +158,61 @@ def keep_logits_processors(
     return LogitsProcessors(
         make(vllm_config, device, is_pin_memory) for make in BUILTIN_LOGITS_PROCESSORS
     )
+
+
+@hook("v2", f"{V2}:init_speculator")
+def build_ours(original: Any, vllm_config: Any, device: Any, req_states: Any) -> Any:
+    """Builds our speculator where vLLM would build its own.
+
+    Goes when: vLLM lets plugins register speculators.
+    """
+    if not asked_for(vllm_config):
+        return original()
+    from failfast_vllm.integration.v2 import FailFastSpeculator
+
+    return FailFastSpeculator(vllm_config, device, req_states)
+
+
+@hook("v2", f"{V2}:GPUModelRunner.initialize_kv_cache")
+def widen_graphs(original: Any, self: Any, kv_cache_config: Any) -> None:
+    """Plans full CUDA graphs for target steps with drafts of any lengths.
+
+    Goes when: vLLM captures them for any speculator whose drafts differ in length.
+    """
+    original()
+    if _ours(self) is not None:
+        from failfast_vllm.integration.v2 import widen_target_graphs
+
+        widen_target_graphs(self)
+
+
+@hook("v2", f"{V2}:GPUModelRunner.take_draft_token_ids")
+def take_lengths(original: Any, self: Any) -> Any:
+    """Drafts, now that the step's tokens have gone out; tells the scheduler each draft's length.
+
+    Goes when: vLLM's V2 runner reports one draft length per request.
+    """
+    speculator = _ours(self)
+    return original() if speculator is None else speculator.take_drafts()
+
+
+@hook("v2", f"{V2}:GPUModelRunner.finish_requests")
+def forget_requests(original: Any, self: Any, scheduler_output: Any) -> None:
+    """Tells policies which requests have ended.
+
+    Goes when: vLLM tells a speculator which requests have ended.
+    """
+    original()  # takes preempted requests for finished ones
+    if (speculator := _ours(self)) is not None:
+        speculator.forget(scheduler_output.finished_req_ids)
+
+
+@hook("v2", f"{V2}:GPUModelRunner.add_requests")
+def keep_parameters(original: Any, self: Any, scheduler_output: Any) -> None:
+    """Keeps each request's sampling parameters by state slot.
+
+    Goes when: vLLM gives a speculator the parameters of the requests in a batch.
+    """
+    original()
+    if (speculator := _ours(self)) is not None:
+        speculator.add_requests(scheduler_output)
