@@ -125,6 +125,8 @@ def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any] 
     given = _known_keys(speculative_config)
     for key in ("model", "revision"):
         value = given.get(key)
+        if key == "model" and value is None:
+            continue  # no drafter: all drafts are copies
         if key in given and (not isinstance(value, str) or not value.strip()):
             raise ValueError(f"failfast: {key!r} must be a non-empty string; got {echo(value)}.")
     if "draft_tensor_parallel_size" in given:

@@ -30,18 +30,14 @@ METHOD_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 
-def choose_drafter(target: str, model_type: str, vocab_size: int) -> str:
-    """The drafter for a target when the user names none; raises ValueError if there is none."""
+def choose_drafter(target: str, model_type: str, vocab_size: int) -> str | None:
+    """The drafter for a target when the user names none; None if none is known."""
     if Path(target).exists() and Path(target).resolve() == (MODELS_DIR / "target").resolve():
         return str(MODELS_DIR / "drafter")
     for family in FAMILIES:
         if model_type in family.targets and vocab_size in VOCAB_SIZES:
             return family.drafter
-    raise ValueError(
-        f"failfast: no drafter is known for the target {target!r} (model type {model_type!r}, "
-        f"{vocab_size} tokens); name a {FAMILY_NAMES} checkpoint with the same tokenizer: "
-        '--speculative-config \'{"method": "failfast", "model": "PATH_OR_HUB_ID"}\'.'
-    )
+    return None
 
 
 def check_local_drafter(

@@ -21,6 +21,9 @@ VOCABULARIES = ("tokenizer.json", "vocab.json")
 ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
 SPECULATIVE_CONFIG = "vllm.config.speculative:SpeculativeConfig"
 
+# in place of the facts about a drafter
+NO_DRAFTER = {"drafts": False, "diffusion_block_size": 1, "logit_shift": 1, "mask_token_id": 0}
+
 Problems = Iterator[tuple[str, Any, str]]  # what is wrong, the offending value, the remedy
 
 _warn_once = functools.cache(logger.warning)
@@ -38,16 +41,38 @@ def create_speculative_config(
     if given is None:
         return original()
     knobs = FailFastConfig.from_user(given)
-    cap = knobs.num_speculative_tokens
-    for what, got, remedy in _problems(self, target_model_config, given, cap):
+    drafter = _drafter_for(target_model_config, given)
+    for what, got, remedy in _problems(self, target_model_config, given, knobs, drafter):
         raise ValueError(f"failfast: {what}; got {got!r}. {remedy}")
-    drafter, published = _find_drafter(self.load_format, target_model_config, given)
+    published = None if drafter is None else _read_drafter(drafter, self.load_format, given)
     register_model()
     install_metrics()
     for stage in ("worker", "requests", "engine"):
         install(stage)
     asking, guarded = copy.copy(self), copy.copy(target_model_config)
-    asking.speculative_config = {
+    asking.speculative_config = _in_vllms_terms(drafter, given, knobs.num_speculative_tokens)
+    # the drafter's config takes the target's flag; remote code is never run for a drafter
+    guarded.trust_remote_code = False
+    speculative = original.func(asking, guarded, target_parallel_config)
+    assert speculative.method == asking.speculative_config["method"], speculative.method
+    speculative.target_model_config = target_model_config
+    if drafter is None:
+        logger.info("failfast: no drafter; drafts are copies of each sequence's own text")
+        speculative.draft_model_config = target_model_config
+        facts = {**knobs.to_dict(), **NO_DRAFTER}
+    else:
+        facts = _fit_drafter(speculative, published, knobs, given, self.enable_eplb)
+    self.async_scheduling = False  # lengths per sequence need the synchronous scheduler
+    self.additional_config = {**(self.additional_config or {}), METHOD: facts}
+    return speculative
+
+
+def _in_vllms_terms(drafter: str | None, given: dict[str, Any], cap: int) -> dict[str, Any]:
+    """The speculative config that vLLM builds its own proposer from, which ours replaces."""
+    if drafter is None:
+        lookup = {"prompt_lookup_min": 1, "prompt_lookup_max": 1}
+        return {"method": "ngram", "num_speculative_tokens": cap, **lookup}
+    return {
         **{key: given[key] for key in user_config.PASSED_ON if key in given},
         "draft_tensor_parallel_size": 1,  # until its heads are known
         "method": "draft_model",
@@ -55,15 +80,6 @@ def create_speculative_config(
         "num_speculative_tokens": cap,
         "disable_padded_drafter_batch": True,
     }
-    # the drafter's config takes the target's flag; remote code is never run for a drafter
-    guarded.trust_remote_code = False
-    speculative = original.func(asking, guarded, target_parallel_config)
-    assert speculative.method == "draft_model", speculative.method
-    speculative.target_model_config = target_model_config
-    facts = _fit_drafter(speculative, published, knobs, given, self.enable_eplb)
-    self.async_scheduling = False  # lengths per sequence need the synchronous scheduler
-    self.additional_config = {**(self.additional_config or {}), METHOD: facts}
-    return speculative
 
 
 @hook("configuration", f"{ENGINE_ARGS}.add_cli_args")
@@ -127,7 +143,19 @@ def keep_max_model_len(original: Any, self: Any) -> None:
         original()
 
 
-def _problems(args: Any, target: Any, given: dict[str, Any], cap: int) -> Problems:
+def _drafter_for(target: Any, given: dict[str, Any]) -> str | None:
+    """The drafter's directory or hub id; None: drafts are copies alone."""
+    if "model" in given:
+        named: str | None = given["model"]
+        return named
+    if any(_page_problems(target)):
+        return None
+    return checks.choose_drafter(target.model, target.hf_config.model_type, target.get_vocab_size())
+
+
+def _problems(
+    args: Any, target: Any, given: dict[str, Any], knobs: FailFastConfig, drafter: str | None
+) -> Problems:
     """What vLLM's arguments, or its ModelConfig of the target, ask for that cannot work."""
     num_ranks = given.get("draft_tensor_parallel_size", 1)
     if num_ranks not in (1, args.tensor_parallel_size):
@@ -137,22 +165,17 @@ def _problems(args: Any, target: Any, given: dict[str, Any], cap: int) -> Proble
         if (num_ranks := getattr(args, f"{kind}_parallel_size")) > 1:
             what = f"{kind.replace('_', '-')} parallelism is not supported"
             yield what, num_ranks, "Use --tensor-parallel-size instead."
-    if args.block_size and args.block_size % MAX_DIFFUSION_BLOCK_SIZE:
-        multiple = f"a multiple of {MAX_DIFFUSION_BLOCK_SIZE}"
-        remedy = f"Leave --block-size out or use {multiple}."
-        yield f"the KV page must be {multiple} tokens", args.block_size, remedy
     if args.async_scheduling:
         what = "asynchronous scheduling assumes one draft length for all sequences"
         yield what, True, "Leave --async-scheduling out."
-    fewest, budget = MAX_DIFFUSION_BLOCK_SIZE + cap, args.max_num_batched_tokens
+    fewest, budget = (
+        MAX_DIFFUSION_BLOCK_SIZE + knobs.num_speculative_tokens,
+        args.max_num_batched_tokens,
+    )
     if budget is not None and budget < fewest:
         sum_of = f"{MAX_DIFFUSION_BLOCK_SIZE} + num_speculative_tokens"
         what = f"max_num_batched_tokens must be at least {fewest} ({sum_of})"
         yield what, budget, "Raise it or lower 'num_speculative_tokens'."
-    yield from _target_problems(target)
-
-
-def _target_problems(target: Any) -> Problems:
     if target.runner_type != "generate":
         what = "only text generation can be drafted for"
         yield what, target.runner_type, "Leave the speculative config out."
@@ -160,26 +183,41 @@ def _target_problems(target: Any) -> Problems:
         what = "encoder-decoder targets are not supported: the drafter sees text only"
         remedy = "Use a decoder-only target, or leave the speculative config out."
         yield what, target.architecture, remedy
+    if drafter is not None:
+        yield from _page_problems(target)
+        if args.block_size and args.block_size % MAX_DIFFUSION_BLOCK_SIZE:
+            multiple = f"a multiple of {MAX_DIFFUSION_BLOCK_SIZE}"
+            remedy = f"Leave --block-size out or use {multiple}."
+            yield f"the KV page must be {multiple} tokens", args.block_size, remedy
+    elif not knobs.copies:
+        what = f"no drafter is known for the target {target.model!r}, and copies are switched off"
+        yield (
+            what,
+            {key: given[key] for key in ("copies", "load_aware") if key in given},
+            ("Remove these keys, or name a drafter with the same tokenizer: 'model'."),
+        )
+
+
+def _page_problems(target: Any) -> Problems:
     no_page = "have no KV page that is shared with the drafter"
     if target.is_hybrid or target.use_mla:
         what = f"hybrid (Mamba, linear attention) and MLA targets {no_page}"
-        yield what, target.architecture, "Use a target with full attention."
+        yield what, target.architecture, "Leave 'model' out: drafts are then copies."
     if window := target.get_sliding_window() or target.attention_chunk_size:
         what = f"targets with sliding-window or chunked attention {no_page}"
-        yield what, window, "Use a target with full attention, or --disable-sliding-window."
+        yield (
+            what,
+            window,
+            "Leave 'model' out: drafts are then copies. Or --disable-sliding-window.",
+        )
 
 
-def _find_drafter(
-    load_format: Any, target: Any, given: dict[str, Any]
-) -> tuple[str, dict[str, Any] | None]:
-    """The drafter's directory or hub id, and its config.json; raises ValueError on one unfit.
+def _read_drafter(drafter: str, load_format: Any, given: dict[str, Any]) -> dict[str, Any] | None:
+    """The drafter's config.json; raises ValueError on one unfit.
 
     It is read before vLLM would offer to run remote code, or fail on a size. None where the hub
     cannot be reached, as vLLM says itself.
     """
-    drafter = given.get("model") or checks.choose_drafter(
-        target.model, target.hf_config.model_type, target.get_vocab_size()
-    )
     asked_size = given.get(BLOCK_SIZE)
     published = checks.check_local_drafter(drafter, load_format, asked_size)
     if published is None:
@@ -187,9 +225,9 @@ def _find_drafter(
 
         published = get_hf_file_to_dict("config.json", drafter, given.get("revision"))
         if not isinstance(published, dict):
-            return drafter, None
+            return None
         checks.check_drafter_config(drafter, published, asked_size)
-    return drafter, published
+    return published
 
 
 def _fit_drafter(
@@ -214,6 +252,7 @@ def _fit_drafter(
         **knobs.for_block_size(size, given).to_dict(),
         "diffusion_block_size": size,
         "logit_shift": family.logit_shift,
+        "drafts": True,
         **_token_facts(speculative, family, hf_config),
     }
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from failfast_vllm.config import METHOD
 from failfast_vllm.integration.hooks import asked_for, hook
 
 V1 = "vllm.v1.worker.gpu_model_runner"
@@ -33,6 +34,21 @@ def become_ours(
 
     self.__class__ = FailFastProposer  # nothing is set yet
     self.__init__(vllm_config, device, runner)
+
+
+@hook("v1", "vllm.v1.spec_decode.ngram_proposer:NgramProposer.__init__")
+def copy_instead(original: Any, self: Any, vllm_config: Any) -> None:
+    """Builds our proposer without a drafter where vLLM would build its n-gram proposer.
+
+    Goes when: vLLM lets plugins register proposers.
+    """
+    if not asked_for(vllm_config):
+        original()
+        return
+    from failfast_vllm.integration.v1 import CopyProposer
+
+    self.__class__ = CopyProposer  # nothing is set yet
+    self.__init__(vllm_config)
 
 
 @hook("v1", f"{V1}:GPUModelRunner._input_fits_in_drafter")
@@ -76,7 +92,7 @@ def follow_requests(original: Any, self: Any, scheduler_output: Any) -> Any:
     proposer = _ours(self)
     if proposer is None:
         return original()
-    proposer.begin(scheduler_output)
+    proposer.begin(self, scheduler_output)
     corrections = original()
     proposer.drop_stale_budgets()
     return corrections
@@ -168,9 +184,10 @@ def build_ours(original: Any, vllm_config: Any, device: Any, req_states: Any) ->
     """
     if not asked_for(vllm_config):
         return original()
-    from failfast_vllm.integration.v2 import FailFastSpeculator
+    from failfast_vllm.integration.v2 import CopySpeculator, FailFastSpeculator
 
-    return FailFastSpeculator(vllm_config, device, req_states)
+    drafts = vllm_config.additional_config[METHOD]["drafts"]
+    return (FailFastSpeculator if drafts else CopySpeculator)(vllm_config, device, req_states)
 
 
 @hook("v2", f"{V2}:GPUModelRunner.initialize_kv_cache")

@@ -14,7 +14,12 @@ from failfast_vllm.drafting.drafter import Drafter
 from failfast_vllm.drafting.ledger import Ledger
 from failfast_vllm.drafting.records import Drafts, DraftStep, Flags, Lengths, Round
 from failfast_vllm.integration.requests import asked
-from failfast_vllm.integration.startup import TimedDraftModel, make_drafter, stop_token_ids
+from failfast_vllm.integration.startup import (
+    NoDraftModel,
+    TimedDraftModel,
+    make_drafter,
+    stop_token_ids,
+)
 from failfast_vllm.observe.counters import DraftStats
 
 
@@ -136,12 +141,16 @@ class Adapter:
 
     vllm_config: VllmConfig
     device: torch.device
-    model: torch.nn.Module
+    model: torch.nn.Module  # the drafter's
     session: Session | None = None  # set by `open_session`
     postponed: Callable[[], View] | None = None  # the step that `take_drafts` drafts for
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.set_up()
+
+    def set_up(self) -> None:
+        """The part of the construction that is not vLLM's."""
         self.eos_token_ids = frozenset(stop_token_ids(self.vllm_config.model_config))
         self.stats = DraftStats()
         # a KV connector fills pages that our commits know nothing of: what it brings is not trusted
@@ -159,7 +168,9 @@ class Adapter:
         """
         model = TimedDraftModel(self.model, self.vllm_config, layer_names, table_width, self.device)
         model.stats = self.stats
-        drafter = make_drafter(model, kv_block_size, num_pages)
+        self.draft_with(make_drafter(model, kv_block_size, num_pages))
+
+    def draft_with(self, drafter: Drafter) -> None:
         self.session = Session(drafter, self.stats, self.eos_token_ids)
 
     @property
@@ -184,6 +195,22 @@ class Adapter:
         """Note that nothing is committed to the pages that this step's requests have got."""
         pages = new_pages(scheduler_output, group, page_size, trusts_hits=not self.foreign_kv)
         self.drafter.blocks.clear(pages, page_size)
+
+
+class CopyAdapter(Adapter):
+    """An adapter without a drafter: all drafts are copies, which need no KV and no pages."""
+
+    def set_up(self) -> None:
+        super().set_up()
+        self.draft_with(make_drafter(NoDraftModel(self.vllm_config, self.device), 1, 0))
+
+    @property
+    def position_limit(self) -> int:
+        limit: int = self.vllm_config.model_config.max_model_len
+        return limit
+
+    def clear_new_pages(self, scheduler_output: Any, group: int, page_size: int) -> None:
+        """Nothing is committed to pages."""
 
 
 def new_pages(scheduler_output: Any, group: int, page_size: int, *, trusts_hits: bool) -> list[int]:

@@ -53,7 +53,18 @@ class TimedDraftModel(HostedDraftModel):
             return super().candidates(*rows, **more)
 
 
-def make_drafter(model: HostedDraftModel, kv_block_size: int, num_pages: int) -> Drafter:
+@dataclass
+class NoDraftModel:
+    """In place of the draft model where all drafts are copies: no pass is ever made."""
+
+    vllm_config: VllmConfig
+    device: torch.device
+
+    def warm_up_kernels(self, *, details: bool) -> None:
+        """Nothing is compiled."""
+
+
+def make_drafter(model: Any, kv_block_size: int, num_pages: int) -> Drafter:
     """Build the drafter, once the KV cache is laid out.
 
     Args:
@@ -117,7 +128,7 @@ def _trace_writer(vllm_config: VllmConfig, kv_block_size: int) -> TraceWriter | 
     if path is None or ranks.rank or ranks.data_parallel_index:
         return None
     target, drafter = vllm_config.model_config, vllm_config.speculative_config.draft_model_config
-    models = {"target": target.model, "drafter": drafter.model}
+    models = {"target": target.model, "drafter": drafter.model if knobs["drafts"] else "none"}
     header = {
         **{role: Path(name).name if Path(name).is_dir() else name for role, name in models.items()},
         "dtype": str(target.dtype).removeprefix("torch."),
@@ -131,7 +142,7 @@ def _trace_writer(vllm_config: VllmConfig, kv_block_size: int) -> TraceWriter | 
 @torch.inference_mode()
 def measure_costs(
     target_step: Callable[[int], torch.Tensor],
-    drafter: HostedDraftModel,
+    drafter: Any,
     vllm_config: VllmConfig,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Costs:
@@ -146,7 +157,8 @@ def measure_costs(
     in_lockstep = max(ranks.data_parallel_size, ranks.tensor_parallel_size) > 1
     sizes = [2**i for i in range(widest.bit_length())]
     target = _Timed(target_step, clock)
-    draft = _Timed(functools.partial(_draft_pass, drafter), clock)
+    draft_pass = functools.partial(_draft_pass, drafter)
+    draft = _Timed(draft_pass if knobs["drafts"] else torch.zeros, clock)
     # a CPU compiles kernels per row count
     few = list(range(1, min(widest, MAX_WARM_ROWS) + 1))
     classes = sorted({row_class(size) for size in range(1, widest + 1)})

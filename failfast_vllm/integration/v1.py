@@ -13,11 +13,12 @@ import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 
 from failfast_vllm.drafters.hosted import profile_pass
 from failfast_vllm.drafters.parallel import drafter_group
 from failfast_vllm.drafting.records import UNKNOWN, Flags, to_device
-from failfast_vllm.integration.session import Adapter, View
+from failfast_vllm.integration.session import Adapter, CopyAdapter, View
 from failfast_vllm.integration.startup import drafters_config
 
 MIN_P_EPSILON = 1e-5  # below it vLLM takes min_p for 0
@@ -28,7 +29,7 @@ class _View(View):
 
     def __init__(
         self,
-        adapter: "FailFastProposer",
+        adapter: "_Proposer",
         scheduler_output: Any,
         sampled_token_ids: list[list[int]],  # [num_reqs][0 or more]
         common_attn_metadata: Any,
@@ -47,7 +48,7 @@ class _View(View):
     def read_state(self, sampled: Flags) -> None:
         known, limit = self.known_lens, self.adapter.position_limit
         self.num_speculative_tokens = self.scheduler_output.num_spec_tokens_to_schedule
-        self.block_table = self.metadata.block_table_tensor[: self.num_reqs]
+        self.block_table = self.adapter.block_table(self.metadata, self.num_reqs)
         before = self.batch.num_computed_tokens_cpu[: self.num_reqs]  # this step
         at_most = to_device(np.minimum(before, limit), self.adapter.device)
         committed = self.adapter.drafter.blocks.committed_lens(self.block_table, at_most)
@@ -69,12 +70,54 @@ class _View(View):
         self.token_ids = tokens.to(self.adapter.device)
 
 
-class FailFastProposer(Adapter, DraftModelProposer):
-    """vLLM's proposer interface over `drafter.Drafter`."""
+class _Proposer(Adapter):
+    """What the V1 runner asks of both proposers below."""
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
-        super().__init__(vllm_config, device, runner)
+    runner: Any  # known from the first step on
+    kv_cache_gid, block_size = 0, 1
+
+    def block_table(self, metadata: Any, num_reqs: int) -> torch.Tensor:
+        table: torch.Tensor = metadata.block_table_tensor[:num_reqs]
+        return table
+
+    def postpone(
+        self, scheduler_output: Any, sampled_token_ids: list[list[int]], common_attn_metadata: Any
+    ) -> list[list[int]]:
+        """The runner has booked a step's tokens, which nobody has seen yet: no drafts so far."""
+        emitted = [list(ids) for ids in sampled_token_ids]  # a scheduler in this process cuts them
+        step = scheduler_output, emitted, common_attn_metadata
+        self.postponed = functools.partial(_View, self, *step)
+        return [[]] * len(emitted)
+
+    def target_step(self, runner: Any, num_tokens: int) -> torch.Tensor:
+        """Logits of a step of the target, without attention."""
+        positions = torch.arange(num_tokens, device=self.device) % self.position_limit
+        ids = torch.zeros_like(positions).int()
+        with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
+            hidden_states = runner.model(input_ids=ids, positions=positions)
+            logits: torch.Tensor = runner.model.compute_logits(hidden_states)
+        return logits
+
+    def begin(self, runner: Any, scheduler_output: Any) -> None:
+        """Called by the runner before each step, also in steps without any request."""
         self.runner = runner
+        self.postponed = None  # nobody has asked for its drafts
+        if self.session is not None:
+            self.session.forget(scheduler_output.finished_req_ids)
+            self.clear_new_pages(scheduler_output, self.kv_cache_gid, self.block_size)
+
+    def drop_stale_budgets(self) -> None:
+        """vLLM leaves a thinking budget in its row to a request without one that moves there."""
+        batch = self.runner.input_batch
+        if (budgets := batch.thinking_budget_state_holder) is None:
+            return
+        for row, req_id in enumerate(batch.req_ids):
+            if self.runner.requests[req_id].sampling_params.thinking_token_budget is None:
+                budgets._state.pop(row, None)
+
+
+class FailFastProposer(_Proposer, DraftModelProposer):
+    """vLLM's proposer interface over `drafter.Drafter`."""
 
     def _raise_if_padded_drafter_batch_disabled(self) -> None:
         """Ragged drafts on the CPU are the point of this proposer."""
@@ -115,39 +158,17 @@ class FailFastProposer(Adapter, DraftModelProposer):
         table_width = -(-self.position_limit // size)
         self.open_session(self._draft_attn_layer_names, size, num_pages, table_width)
 
-    def postpone(
-        self, scheduler_output: Any, sampled_token_ids: list[list[int]], common_attn_metadata: Any
-    ) -> list[list[int]]:
-        """The runner has booked a step's tokens, which nobody has seen yet: no drafts so far."""
-        emitted = [list(ids) for ids in sampled_token_ids]  # a scheduler in this process cuts them
-        step = scheduler_output, emitted, common_attn_metadata
-        self.postponed = functools.partial(_View, self, *step)
-        return [[]] * len(emitted)
 
-    def target_step(self, runner: Any, num_tokens: int) -> torch.Tensor:
-        """Logits of a step of the target, without attention."""
-        positions = torch.arange(num_tokens, device=self.device) % self.position_limit
-        ids = torch.zeros_like(positions).int()
-        with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
-            hidden_states = runner.model(input_ids=ids, positions=positions)
-            logits: torch.Tensor = runner.model.compute_logits(hidden_states)
-        return logits
+class CopyProposer(CopyAdapter, _Proposer, NgramProposer):
+    """The same without a drafter."""
 
-    def begin(self, scheduler_output: Any) -> None:
-        """Called by the runner before each step, also in steps without any request."""
-        self.postponed = None  # nobody has asked for its drafts
-        if self.session is not None:
-            self.session.forget(scheduler_output.finished_req_ids)
-            self.clear_new_pages(scheduler_output, self.kv_cache_gid, self.block_size)
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.vllm_config = vllm_config
+        self.device = torch.device(vllm_config.device_config.device)
+        self.set_up()
 
-    def drop_stale_budgets(self) -> None:
-        """vLLM leaves a thinking budget in its row to a request without one that moves there."""
-        batch = self.runner.input_batch
-        if (budgets := batch.thinking_budget_state_holder) is None:
-            return
-        for row, req_id in enumerate(batch.req_ids):
-            if self.runner.requests[req_id].sampling_params.thinking_token_budget is None:
-                budgets._state.pop(row, None)
+    def block_table(self, metadata: Any, num_reqs: int) -> torch.Tensor:
+        return torch.empty(num_reqs, 0, dtype=torch.int32, device=self.device)
 
 
 def _most_drafted(params: Any, num_output_tokens: int, max_positions: int) -> int:

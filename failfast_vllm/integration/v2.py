@@ -20,14 +20,14 @@ from vllm.model_executor.model_loader import get_model
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu.attn_utils import get_varlen_cudagraph_unsupported_backend
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
-from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator, DraftModelSpeculator
 
 from failfast_vllm.drafters.cuda_graphs import cuda_graph
 from failfast_vllm.drafters.hosted import HostedDraftModel, profile_pass
 from failfast_vllm.drafters.parallel import drafter_group
 from failfast_vllm.drafting.records import UNKNOWN, Drafts, Flags, to_device
 from failfast_vllm.integration.hooks import logger
-from failfast_vllm.integration.session import Adapter, View
+from failfast_vllm.integration.session import Adapter, CopyAdapter, View
 from failfast_vllm.integration.startup import drafters_config
 
 
@@ -36,7 +36,7 @@ class _View(View):
 
     def __init__(
         self,
-        adapter: "FailFastSpeculator",
+        adapter: "_Speculator",
         input_batch: Any,
         num_sampled: torch.Tensor,  # [num_reqs] int32
         num_speculative_tokens: int,
@@ -51,8 +51,7 @@ class _View(View):
         rows, limit = self.batch.idx_mapping, self.adapter.position_limit
         verified = self.batch.num_draft_tokens_per_req
         self.num_verified = [0] * self.num_reqs if verified is None else verified.tolist()
-        tables = self.adapter.block_tables.input_block_tables
-        self.block_table = tables[self.adapter.kv_group][: self.num_reqs]
+        self.block_table = self.adapter.block_table(self.num_reqs)
         known = self.states.total_len.gpu[rows].long()
         computed = self.states.num_computed_tokens.gpu[rows].long().clamp(max=limit)
         committed = self.adapter.drafter.blocks.committed_lens(self.block_table, computed)
@@ -95,14 +94,87 @@ class _View(View):
         return [[-1] * length for length in drafts.lens.tolist()]
 
 
-class FailFastSpeculator(Adapter, DraftModelSpeculator):
+class _Speculator(Adapter):
+    """What the V2 runner asks of both speculators below."""
+
+    max_num_reqs: int
+    num_speculative_steps: int
+    draft_tokens: torch.Tensor  # [max_num_reqs, num_speculative_steps] int64
+    kv_group: int  # of the drafter's layers
+    page_size: int
+    block_tables: Any
+
+    def block_table(self, num_reqs: int) -> torch.Tensor:
+        table: torch.Tensor = self.block_tables.input_block_tables[self.kv_group][:num_reqs]
+        return table
+
+    def keep_requests(self, req_states: Any) -> None:
+        self.req_states = req_states
+        self.params: list[Any] = [None] * self.max_num_reqs  # SamplingParams by state slot
+        self.embedded: dict[str, torch.Tensor] = {}  # request -> [prompt_len] bool: no id there
+
+    def profile(self, num_tokens: int) -> None:
+        profile_pass(self.model, self.vllm_config, num_tokens, self.device)
+
+    def add_requests(self, scheduler_output: Any) -> None:
+        """Called after the runner has put new and resumed requests into their state slots."""
+        self.postponed = None  # nobody has asked for its drafts
+        if self.session is not None:
+            self.clear_new_pages(scheduler_output, self.kv_group, self.page_size)
+        for request in scheduler_output.scheduled_new_reqs:
+            slot = self.req_states.req_id_to_index[request.req_id]
+            self.params[slot] = request.sampling_params
+            if request.prompt_embeds is not None:
+                is_id = request.prompt_is_token_ids or [False] * request.prompt_len
+                self.embedded[request.req_id] = to_device(~np.array(is_id), self.device)
+
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        *unused: Any,
+        dummy_run: bool = False,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+        **unused_too: Any,
+    ) -> torch.Tensor:
+        """The runner has booked a step's tokens, which nobody has seen yet: no drafts so far.
+
+        Returns [num_reqs, num_speculative_steps] zeros: vLLM's warm-up takes each for an id.
+        """
+        if not dummy_run:
+            most = num_speculative_tokens
+            most = self.num_speculative_steps if most is None else most
+            self.postponed = functools.partial(_View, self, input_batch, num_sampled, most)
+        elif is_profile:  # not on a data-parallel rank without work: our passes wait for no other
+            self.profile(input_batch.num_tokens)
+        no_drafts: torch.Tensor = self.draft_tokens[: input_batch.num_reqs].fill_(0)
+        return no_drafts
+
+    def target_step(self, runner: Any, num_tokens: int) -> torch.Tensor:
+        """Logits of a step of the target, as vLLM runs it: in a graph if one fits."""
+        hidden_states, _ = runner._dummy_run(num_tokens, skip_eplb=True)
+        logits: torch.Tensor = runner.model.compute_logits(hidden_states[:num_tokens])
+        return logits
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """The requests have ended; also called in steps without any other."""
+        for req_id in req_ids:
+            self.embedded.pop(req_id, None)
+        if self.session is not None:
+            self.session.forget(req_ids)
+
+
+class FailFastSpeculator(_Speculator, DraftModelSpeculator):
     """vLLM's speculator interface over `drafter.Drafter`."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any) -> None:
         super().__init__(vllm_config, device)
-        self.req_states = req_states
-        self.params: list[Any] = [None] * self.max_num_reqs  # SamplingParams by state slot
-        self.embedded: dict[str, torch.Tensor] = {}  # request -> [prompt_len] bool: no id there
+        self.keep_requests(req_states)
 
     def load_draft_model(self, *of_target: Any) -> torch.nn.Module:
         draft_config = replace(
@@ -150,57 +222,34 @@ class FailFastSpeculator(Adapter, DraftModelSpeculator):
         with graph_capture(device=self.device):
             hosted.capture(functools.partial(cuda_graph, pool=pool), self.max_num_reqs)
 
-    def add_requests(self, scheduler_output: Any) -> None:
-        """Called after the runner has put new and resumed requests into their state slots."""
-        self.postponed = None  # nobody has asked for its drafts
-        if self.session is not None:
-            self.clear_new_pages(scheduler_output, self.kv_group, self.page_size)
-        for request in scheduler_output.scheduled_new_reqs:
-            slot = self.req_states.req_id_to_index[request.req_id]
-            self.params[slot] = request.sampling_params
-            if request.prompt_embeds is not None:
-                is_id = request.prompt_is_token_ids or [False] * request.prompt_len
-                self.embedded[request.req_id] = to_device(~np.array(is_id), self.device)
 
-    def propose(
-        self,
-        input_batch: Any,
-        attn_metadata: Any,
-        slot_mappings: Any,
-        last_hidden_states: torch.Tensor,
-        aux_hidden_states: list[torch.Tensor] | None,
-        num_sampled: torch.Tensor,
-        *unused: Any,
-        dummy_run: bool = False,
-        is_profile: bool = False,
-        num_speculative_tokens: int | None = None,
-        **unused_too: Any,
-    ) -> torch.Tensor:
-        """The runner has booked a step's tokens, which nobody has seen yet: no drafts so far.
+class CopySpeculator(CopyAdapter, _Speculator, BaseSpeculator):
+    """The same without a drafter."""
 
-        Returns [num_reqs, num_speculative_steps] zeros: vLLM's warm-up takes each for an id.
-        """
-        if not dummy_run:
-            most = num_speculative_tokens
-            most = self.num_speculative_steps if most is None else most
-            self.postponed = functools.partial(_View, self, input_batch, num_sampled, most)
-        elif is_profile:  # not on a data-parallel rank without work: our passes wait for no other
-            profile_pass(self.model, self.vllm_config, input_batch.num_tokens, self.device)
-        no_drafts: torch.Tensor = self.draft_tokens[: input_batch.num_reqs].fill_(0)
-        return no_drafts
+    supports_mm_inputs, draft_logits = False, None
+    draft_attn_layer_names: frozenset[str] = frozenset()
+    kv_group, page_size = 0, 1
 
-    def target_step(self, runner: Any, num_tokens: int) -> torch.Tensor:
-        """Logits of a step of the target, as vLLM runs it: in a graph if one fits."""
-        hidden_states, _ = runner._dummy_run(num_tokens, skip_eplb=True)
-        logits: torch.Tensor = runner.model.compute_logits(hidden_states[:num_tokens])
-        return logits
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any) -> None:
+        self.vllm_config, self.device = vllm_config, device
+        self.max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+        self.num_speculative_steps = vllm_config.num_speculative_tokens
+        shape = self.max_num_reqs, self.num_speculative_steps
+        self.draft_tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.keep_requests(req_states)
+        self.set_up()
 
-    def forget(self, req_ids: Iterable[str]) -> None:
-        """The requests have ended; also called in steps without any other."""
-        for req_id in req_ids:
-            self.embedded.pop(req_id, None)
-        if self.session is not None:
-            self.session.forget(req_ids)
+    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
+        """No pass, no graph."""
+
+    def capture(self) -> None:
+        """No pass, no graph."""
+
+    def profile(self, num_tokens: int) -> None:
+        """No pass, no memory."""
+
+    def block_table(self, num_reqs: int) -> torch.Tensor:
+        return torch.empty(num_reqs, 0, dtype=torch.int32, device=self.device)
 
 
 def widen_target_graphs(runner: Any) -> None:

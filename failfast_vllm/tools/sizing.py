@@ -121,6 +121,11 @@ def make_plan(
     memory = {"target": memory_of(target, config)}
     vocab_size = config["vocab_size"]
     drafter = drafter or choose_drafter(target, str(config.get("model_type")), vocab_size)
+    if drafter is None:
+        raise ValueError(
+            f"no drafter is known for {target}: drafts are copies of a request's own text, which "
+            "take no memory. Name a drafter to plan for it."
+        )
     drafter, config = load_config(drafter, PUBLISHED_DRAFTERS)
     if diffusion_block_size not in (None, *DIFFUSION_BLOCK_SIZES):
         raise ValueError(
