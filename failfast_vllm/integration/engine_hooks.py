@@ -7,6 +7,7 @@ from failfast_vllm.drafters.families import FAMILIES
 from failfast_vllm.integration.hooks import asked_for, hook, install, logger, stage_problem
 
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+COPY_PROPOSER = "failfast_vllm.integration.v1.CopyProposer"
 CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory"
 
 
@@ -106,7 +107,10 @@ def prepare_worker(original: Any, self: Any, vllm_config: Any) -> None:
         return
     register_model()
     install("engine")
-    install("v2" if vllm_config.use_v2_model_runner else "v1")
+    is_v2, speculative = vllm_config.use_v2_model_runner, vllm_config.speculative_config
+    install("v2" if is_v2 else "v1")
+    if speculative.method == "ngram" and not is_v2:  # without a drafter; V1 builds what is named
+        speculative.method, speculative.model = "custom_class", COPY_PROPOSER
     original()
     for function, ours in (("compile_or_warm_up_model", _warm_up), ("shutdown", _shut_down)):
         setattr(self, function, functools.partial(ours, self, getattr(self, function)))

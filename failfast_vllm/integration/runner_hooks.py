@@ -36,21 +36,6 @@ def become_ours(
     self.__init__(vllm_config, device, runner)
 
 
-@hook("v1", "vllm.v1.spec_decode.ngram_proposer:NgramProposer.__init__")
-def copy_instead(original: Any, self: Any, vllm_config: Any) -> None:
-    """Builds our proposer without a drafter where vLLM would build its n-gram proposer.
-
-    Goes when: vLLM lets plugins register proposers.
-    """
-    if not asked_for(vllm_config):
-        original()
-        return
-    from failfast_vllm.integration.v1 import CopyProposer
-
-    self.__class__ = CopyProposer  # nothing is set yet
-    self.__init__(vllm_config)
-
-
 @hook("v1", f"{V1}:GPUModelRunner._input_fits_in_drafter")
 def fit_each_sequence(original: Any, self: Any, common_attn_metadata: Any) -> Any:
     """Ends drafts at the drafter's last position per sequence, not for the whole batch.

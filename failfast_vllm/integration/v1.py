@@ -13,7 +13,6 @@ import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
-from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 
 from failfast_vllm.drafters.hosted import profile_pass
 from failfast_vllm.drafters.parallel import drafter_group
@@ -159,13 +158,19 @@ class FailFastProposer(_Proposer, DraftModelProposer):
         self.open_session(self._draft_attn_layer_names, size, num_pages, table_width)
 
 
-class CopyProposer(CopyAdapter, _Proposer, NgramProposer):
-    """The same without a drafter."""
+class CopyProposer(CopyAdapter, _Proposer):
+    """The same without a drafter: vLLM's runner builds it as a `custom_class`."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.vllm_config = vllm_config
         self.device = torch.device(vllm_config.device_config.device)
         self.set_up()
+
+    def load_model(self, *of_target: Any) -> None:
+        """There is none."""
+
+    def propose(self, *unused: Any, **unused_too: Any) -> None:
+        """vLLM asks for the method; `postpone` is called in its place."""
 
     def block_table(self, metadata: Any, num_reqs: int) -> torch.Tensor:
         return torch.empty(num_reqs, 0, dtype=torch.int32, device=self.device)

@@ -6,28 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from copying_cases import Copying, literal_copy
 from failfast_vllm.drafting.copying import MAX_MATCH, OwnText
-from failfast_vllm.drafting.interfaces import Planner
 from failfast_vllm.drafting.records import COPY, NO_TOKEN, UNKNOWN
 from failfast_vllm.policies.rules import FailFast
 from scripted import STOP, Script, make_drafter, make_step
 
 VOCAB_SIZE = 90
-
-
-def literal_copy(text, num_tokens):
-    """Length of the longest suffix that stands earlier (the last of those), and what follows."""
-    for length in range(min(MAX_MATCH, len(text) - 1), 0, -1):
-        suffix = text[-length:]
-        if UNKNOWN in suffix:
-            continue
-        for begin in range(len(text) - length - 1, -1, -1):
-            if text[begin : begin + length] == suffix:
-                copy = list(text)
-                for i in range(num_tokens):
-                    copy.append(copy[begin + length + i])
-                return length, copy[len(text) :]
-    return 0, []
 
 
 def step_of(texts, max_draft_lens):
@@ -110,16 +95,6 @@ def test_nothing_is_copied_after_a_stop_token():
     text = [1, 2, 3, STOP, 5, 6, 8, 9, 1, 2]
     drafter, step = scripted([text], [[3, STOP]])
     assert drafter.propose(on_rows(step)).to_lists() == [[3, STOP]]
-
-
-class Copying(Planner):
-    """Copies instead of a pass where there is a match."""
-
-    postpones_commits = True
-
-    def first(self, wanted, live_rows, commit_rows, match_lens):
-        passes, _ = super().first(wanted, live_rows, commit_rows, match_lens)
-        return np.where(match_lens, 0, passes), np.where(match_lens, wanted, 0)
 
 
 @pytest.mark.parametrize("budget", [4096, 5])

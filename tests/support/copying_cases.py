@@ -1,0 +1,70 @@
+"""Copies in an engine of either runner: who may copy, copies; who may not, drafts."""
+
+import contextlib
+
+import numpy as np
+
+from engine import generate, proposer, watch
+from failfast_vllm.drafting.copying import MAX_MATCH
+from failfast_vllm.drafting.interfaces import Planner
+from failfast_vllm.drafting.records import UNKNOWN
+
+
+def literal_copy(text, num_tokens):
+    """Length of the longest suffix that stands earlier (the last of those), and what follows."""
+    for length in range(min(MAX_MATCH, len(text) - 1), 0, -1):
+        suffix = text[-length:]
+        if UNKNOWN in suffix:
+            continue
+        for begin in range(len(text) - length - 1, -1, -1):
+            if text[begin : begin + length] == suffix:
+                copy = list(text)
+                for i in range(num_tokens):
+                    copy.append(copy[begin + length + i])
+                return length, copy[len(text) :]
+    return 0, []
+
+
+class Copying(Planner):
+    """Copies wherever at least `least` tokens match; the others take a pass, if there is a drafter.
+
+    `postpones_commits` as with the load planner: commits wait for a pass.
+    """
+
+    postpones_commits = True
+
+    def __init__(self, draft_increment, *, drafts=True, least=1, longest=60):
+        super().__init__(draft_increment)
+        self.drafts, self.least, self.longest = drafts, least, longest
+
+    def first(self, wanted, live_rows, commit_rows, match_lens):
+        passes, copied = super().first(wanted, live_rows, commit_rows, match_lens)
+        copies = match_lens >= self.least
+        passes = np.where(copies, 0, passes) if self.drafts else copied
+        return passes, np.where(copies, np.minimum(wanted, self.longest), 0)
+
+
+@contextlib.contextmanager
+def copying(llm, **planner):
+    """The engine plans this way from now on; yields the watch."""
+    drafter = proposer(llm).drafter
+    before, drafter.planner = drafter.planner, Copying(10, **planner)
+    try:
+        with watch(llm) as record:
+            yield record
+    finally:
+        drafter.planner = before
+
+
+def check(llm, prompts, params, expected, **planner):
+    """Answers are `expected`, and each copy is of its own sequence; returns the watch."""
+    with copying(llm, **planner) as record:
+        assert generate(llm, prompts, params) == expected
+    for known, _, draft, num_passes in record.proposals:
+        if draft and not num_passes:
+            assert draft == literal_copy(known, len(draft))[1]
+    copied = [r for r in record.rounds if r.num_copied]
+    assert len(copied) > len(prompts)
+    assert sum(r.num_accepted > len(r.confidences) for r in copied) > len(prompts) / 2
+    assert any(r.num_accepted < r.num_verified for r in copied)
+    return record
