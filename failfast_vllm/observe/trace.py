@@ -201,8 +201,7 @@ def _whole_lines(path: str | Path) -> list[str]:
         text = Path(path).read_bytes().decode("utf-8", errors="replace")
     except OSError as error:
         raise ValueError(
-            f"cannot read {path} ({error.strerror}); give a file that a server has written, "
-            "see --record."
+            f"cannot read {path} ({error.strerror}); give a file that a server has written."
         ) from None
     return text.split("\n")[:-1]  # after the last newline: nothing, or a line that is cut
 
