@@ -14,7 +14,6 @@ from failfast_vllm.tools.shipped import REINSTALL, contents
 
 PLUGIN_GROUP = "vllm.general_plugins"
 INSTALL_VLLM = "Install a version of 'vllm>=0.32,<0.34'."
-RUN_TESTS = "Install a version that it was tested with, or run its tests on this one."
 
 
 class Check(NamedTuple):
@@ -24,7 +23,6 @@ class Check(NamedTuple):
     found: str
     problem: str = ""
     remedy: str = ""
-    warning: str = ""  # worth knowing, and no reason to fail
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,8 +55,8 @@ def render(checks: list[Check], config: dict[str, Any]) -> str:
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
-        verdict = "PROBLEM" if check.problem else "warning" if check.warning else "ok"
-        what = check.problem or check.warning or check.found
+        verdict = "PROBLEM" if check.problem else "ok"
+        what = check.problem or check.found
         lines.append(f"{verdict:<9}{check.name:<{width + 2}}{what}".rstrip())
         if check.remedy:
             lines.append(f"{'':<9}{'':<{width + 2}}-> {check.remedy}")
@@ -130,15 +128,12 @@ def _plugin_check() -> Check:
 
 
 def _hook_checks() -> list[Check]:
-    from failfast_vllm.integration import hook_bodies, hooks
+    from failfast_vllm.integration import hooks
 
-    checks, bodies = [], hook_bodies.installed()
+    checks = []
     for hook in hooks.all_hooks():
         problem = hooks.hook_problem(hook) or ""
-        warning = "" if problem else hook_bodies.change(hook, bodies)
-        remedy = INSTALL_VLLM if problem else RUN_TESTS if warning else ""
-        name = f"hook {hook.path}"
         since = ".".join(map(str, hook.since))
         found = hook.module if hooks.is_due(hook) else f"not needed before vLLM {since}"
-        checks.append(Check(name, found, problem, remedy, warning))
+        checks.append(Check(f"hook {hook.path}", found, problem, INSTALL_VLLM * bool(problem)))
     return checks
