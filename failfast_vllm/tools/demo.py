@@ -60,7 +60,7 @@ class Comparison(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `failfast demo`."""
-    count = {"type": positive, "metavar": "N"}
+    count: dict[str, Any] = {"type": positive, "metavar": "N"}
     parser.add_argument("--num-prompts", default=6, help="default: 6", **count)
     parser.add_argument("--max-tokens", default=256, help="per answer; default: 256", **count)
     parser.add_argument("--target", type=Path, metavar="PATH", help="default: the shipped target")
