@@ -5,24 +5,19 @@ many tokens at once rounds differently from decoding one, and a near-tie may fli
 """
 
 import argparse
-import itertools
 import json
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from failfast_vllm.config import MODELS_DIR, FailFastConfig
+from failfast_vllm.tools import offline
 from failfast_vllm.tools.load_generator import Run, Watch, closed_loop
-from failfast_vllm.tools.offline import (
-    Prompt,
-    encode,
-    engine,
-    engine_environment,
-    positive,
-    read_prompts,
-)
+from failfast_vllm.tools.offline import Prompt, positive
 from failfast_vllm.tools.shipped import PROMPTS, check_shipped
 
 SETTINGS = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 1}
@@ -80,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     FailFastConfig.from_user(speculative)  # a trace that cannot be written is refused here
     if not args.target:  # 5 M parameters: waiting for a second thread costs more than it computes
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with engine_environment():
+    with offline.engine_environment():
         target = str(args.target or MODELS_DIR / "target")
         result = compare(target, speculative, prompts, args.max_tokens)
     print(json.dumps(result.to_dict()) if args.json else render(result, sys.stdout))
@@ -89,11 +84,10 @@ def run(args: argparse.Namespace) -> int:
 
 def choose_prompts(path: Path, num_prompts: int) -> list[Prompt]:
     """`num_prompts` of a file's prompts, one of each task in turn; raises ValueError if short."""
-    by_task: dict[str, list[Prompt]] = {}
-    for prompt in read_prompts(path):
-        by_task.setdefault(prompt["task"], []).append(prompt)
-    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_task.values()))
-    prompts = [prompt for prompt in in_turn if prompt is not None]
+    by_task = defaultdict[str, list[Prompt]](list)
+    for prompt in offline.read_prompts(path):
+        by_task[prompt["task"]].append(prompt)
+    prompts = [prompt for turn in zip_longest(*by_task.values()) for prompt in turn if prompt]
     if num_prompts > len(prompts):
         raise ValueError(
             f"--num-prompts must be at most {len(prompts)}, what {path.name} holds; "
@@ -114,7 +108,7 @@ def compare(
     with tqdm(total=6, unit="step", leave=False) as bar:
         for config in (None, speculative_config):
             bar.set_description("failfast" if config else "baseline")
-            with engine(config, model=target, **SETTINGS) as llm:
+            with offline.engine(config, model=target, **SETTINGS) as llm:
                 bar.update()
                 tokenizer = llm.get_tokenizer()
                 runs.append(_answer_all(llm, config, prompts, max_tokens, bar))
@@ -129,7 +123,7 @@ def _answer_all(
 ) -> Run:
     """One prompt at a time, after a first go that warms up (a CPU compiles per row count)."""
     watch = Watch(llm, config)
-    encoded = [encode(llm.get_tokenizer(), prompt) for prompt in prompts]
+    encoded = [offline.encode(llm.get_tokenizer(), prompt) for prompt in prompts]
     for _ in range(2):
         *_, run = closed_loop(llm, watch, encoded, max_tokens, 1, len(prompts))
         bar.update()
@@ -169,11 +163,11 @@ def _trajectory(result: Comparison, color: bool) -> Iterator[str]:
     for i, r in enumerate(result.failfast.trajectory):
         line = paint(DIM, f"{i:>5}  {len(r.accepted + r.rejected):>5}  {len(r.accepted):>8}") + "  "
         line += paint(GREEN, text(r.accepted))
-        if color:
-            yield line + paint(YELLOW, text(r.bonus)) + paint(RED_STRUCK, text(r.rejected))
-            continue
-        line += f"[{text(r.bonus)}]" if r.bonus else ""
-        yield line + (f" ({len(r.rejected)})" if r.rejected else "")
+        bonus, rejected = paint(YELLOW, text(r.bonus)), paint(RED_STRUCK, text(r.rejected))
+        if not color:
+            bonus = f"[{bonus}]" if r.bonus else ""
+            rejected = f" ({len(r.rejected)})" if r.rejected else ""
+        yield line + bonus + rejected
 
 
 def _table(result: Comparison) -> Iterator[str]:
