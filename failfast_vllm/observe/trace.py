@@ -153,14 +153,6 @@ class Trace(NamedTuple):
     headers: Sequence[Mapping[str, Any]]  # one per run
     rounds: Sequence[Round]
 
-    def of_request(self, request: int) -> list[Round]:
-        """The rounds of one request; raises ValueError on an unknown one."""
-        rounds = [r for r in self.rounds if r.request == request]
-        if not rounds:
-            num = len({r.request for r in self.rounds})
-            raise ValueError(f"--request must be one of the trace's {num}, from 0; got {request}.")
-        return rounds
-
 
 def read(path: str | Path) -> Trace:
     """Read a trace, also while it grows.

@@ -14,7 +14,7 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -39,9 +39,6 @@ ONE_AFTER_ANOTHER = (
     "failfast bench: each engine of --target gets the whole GPU, so the methods run one after "
     "another; speed-ups include whatever changed on the machine in between."
 )
-
-# (concurrency, number of requests) -> the run; None before it, where others take their turns
-Contender = Callable[[int, int], Iterator[Run | None]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -230,10 +227,10 @@ def measure(job: Job) -> dict[str, Any]:
     total = len(job.methods) * (1 + len(runs) * (args.repeats + 1))
     with tqdm(total=total, unit="run", disable=None, file=sys.stderr) as bar:
         for group in groups:
-            with engines(group, job, engine_args, bar) as contenders:
+            with engines(group, job, engine_args, bar) as started:
                 for concurrency, found in runs.items():
                     num_requests = args.requests_per_point or max(32, 4 * concurrency)
-                    found |= measure_point(contenders, concurrency, args.repeats, num_requests, bar)
+                    found |= measure_point(started, concurrency, args.repeats, num_requests, bar)
                     if len(found) < len(job.methods):
                         continue
                     for name, each in found.items():
@@ -286,7 +283,7 @@ def _facts(job: Job, engine_args: dict[str, Any], take_turns: bool) -> dict[str,
 @contextlib.contextmanager
 def engines(
     names: list[str], job: Job, engine_args: dict[str, Any], bar: Any
-) -> Iterator[dict[str, Contender]]:
+) -> Iterator[dict[str, EngineProcess]]:
     """Methods with an engine each, which end together."""
     args, started = job.args, dict[str, EngineProcess]()
     with contextlib.ExitStack() as stack:
@@ -294,24 +291,24 @@ def engines(
         if "draft_model" in names and not ar_drafter:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             ar_drafter = str(padded_ar_drafter(Path(folder)))
-        stack.callback(lambda: EngineProcess.close([*started.values()]))
+        stack.callback(EngineProcess.close, started.values())
         configs = methods(args.drafter, ar_drafter)
         for name in names:
             bar.set_description(f"starting {name}")
             settings = (configs[name], engine_args, job.prompts, args.max_tokens)
             started[name] = EngineProcess(name, *settings)
             bar.update()
-        yield {**started}
+        yield started
 
 
 def measure_point(
-    contenders: dict[str, Contender], concurrency: int, repeats: int, num_requests: int, bar: Any
+    started: dict[str, EngineProcess], concurrency: int, repeats: int, num_requests: int, bar: Any
 ) -> dict[str, list[Run]]:
-    """The runs of each contender, which take turns; the first round is a warm-up."""
-    runs: dict[str, list[Run]] = {name: [] for name in contenders}
+    """The runs of each engine, which take turns; the first round is a warm-up."""
+    runs: dict[str, list[Run]] = {name: [] for name in started}
     bar.set_description(f"concurrency {concurrency}")
     for _ in range(repeats + 1):
-        going = {name: ask(concurrency, num_requests) for name, ask in contenders.items()}
+        going = {name: ask(concurrency, num_requests) for name, ask in started.items()}
         while going:
             for name, turns in list(going.items()):
                 if run := next(turns):

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import cycle, islice, takewhile
 from typing import Any, NamedTuple
 
@@ -242,7 +242,7 @@ class EngineProcess:
         return found
 
     @staticmethod
-    def close(engines: "Sequence[EngineProcess]") -> None:
+    def close(engines: "Collection[EngineProcess]") -> None:
         """End them side by side: each takes seconds."""
         for each in engines:
             each._pipe.close()

@@ -1,4 +1,4 @@
-"""`failfast trace`: a summary of recorded rounds, or one request round by round."""
+"""`failfast trace`: what a server has recorded, in a few figures."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from failfast_vllm.observe.trace import Round, Trace, read
+from failfast_vllm.observe.trace import Trace, read
 
 LONG_DRAFT = 30  # tokens
 HEADER_KEYS = ("dtype", "policy", "confidence_threshold", "draft_increment", "load_aware", "date")
@@ -15,17 +15,12 @@ HEADER_KEYS = ("dtype", "policy", "confidence_threshold", "draft_increment", "lo
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `failfast trace`."""
     parser.add_argument("file", metavar="FILE.jsonl", type=Path)
-    parser.add_argument("--request", type=int, metavar="I", help="its rounds, one line each")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what the file holds."""
     found = read(args.file)
-    if args.request is None:
-        print(json.dumps(summarize(found), indent=2) if args.json else render(found))
-        return 0
-    rounds = found.of_request(args.request)
-    print(json.dumps({"rounds": [r._asdict() for r in rounds]}) if args.json else drawn(rounds))
+    print(json.dumps(summarize(found), indent=2) if args.json else render(found))
     return 0
 
 
@@ -59,6 +54,10 @@ def summarize(trace: Trace) -> dict[str, Any]:
     }
 
 
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
 def render(trace: Trace) -> str:
     """The report for a reader."""
     figures, header = summarize(trace), trace.headers[-1]
@@ -87,19 +86,3 @@ def render(trace: Trace) -> str:
             share = sum(each["accepted"] for each in group) / judged
             text.append(f"{name:>12}{judged:>9}  {share:>8.1%}")
     return "\n".join(text)
-
-
-def drawn(rounds: Sequence[Round]) -> str:
-    """One request, a line per round."""
-    lines = [
-        f"Request {rounds[0].request}, round by round: = accepted, + bonus, . rejected",
-        "round  known  draft  passes  accepted",
-    ]
-    for i, r in enumerate(rounds):
-        strip = "=" * r.accepted + "+" + "." * (r.drafted - r.accepted)
-        lines.append(f"{i:>5}{r.known:>7}{r.drafted:>7}{r.passes:>8}{r.accepted:>10}  {strip}")
-    return "\n".join(lines)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

@@ -78,19 +78,6 @@ def test_the_report(file, capsys):
     assert json.loads(capsys.readouterr().out)["runs"] == [HEADER]
 
 
-def test_one_request_round_by_round(file, capsys):
-    assert cli.main(["trace", str(file), "--request", "0"]) == 0
-    assert capsys.readouterr().out.splitlines()[2:] == [
-        "    0      7      0       0         0  +",
-        "    1      8      4       1         2  ==+..",
-        "    2     11     10       1         0  +..........",
-    ]
-    assert cli.main(["trace", str(file), "--request", "1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rounds"] == [ROUNDS[1], ROUNDS[3]]
-    assert cli.main(["trace", str(file), "--request", "2"]) == 2
-    assert "--request must be one of the trace's 2, from 0; got 2." in capsys.readouterr().err
-
-
 def test_a_trace_without_drafts(tmp_path, capsys):
     """Catches means and shares of nothing."""
     assert cli.main(["trace", str(write(tmp_path / "t", HEADER, line(0, 3)))]) == 0
@@ -111,7 +98,7 @@ def test_several_runs_in_a_file(tmp_path):
     part = json.dumps(ROUNDS[0])[:20]
     path = write(tmp_path / "t.jsonl", HEADER, *ROUNDS, part, {**HEADER, "target": "U"}, *ROUNDS)
     trace = traces.read(path)
-    assert [len(trace.of_request(i)) for i in range(4)] == [3, 2, 3, 2]
+    assert [r.request for r in trace.rounds] == [0, 1, 0, 1, 0, 2, 3, 2, 3, 2]
     assert trace.headers[-1]["target"] == "U"
 
 
@@ -353,7 +340,7 @@ def test_what_an_engine_records(tmp_path, warnings, monkeypatch):
     assert {r.seqs for r in found} >= {1, 4}
     assert {r.request for r in found} == set(range(len(answers)))
     for i, (answer, prompt) in enumerate(zip(answers, prompts, strict=True)):
-        request = traces.Trace([HEADER], found).of_request(i)
+        request = [r for r in found if r.request == i]
         assert request[0].known == len(prompt)
         assert request[-1].known + request[-1].accepted + 1 == len(prompt) + len(answer)
     header, *lines = map(json.loads, path.read_text().splitlines())
