@@ -22,16 +22,10 @@ from typing import Any, NamedTuple
 from failfast_vllm.config import MODELS_DIR, FailFastConfig
 from failfast_vllm.drafters.checks import check_local_drafter
 from failfast_vllm.policies.table import POLICIES
+from failfast_vllm.tools import shipped
 from failfast_vllm.tools.load_generator import EngineProcess, Run, Sums
 from failfast_vllm.tools.offline import Prompt, engine_environment, read_prompts
 from failfast_vllm.tools.report import Row, check_writable, provenance, report, save
-from failfast_vllm.tools.shipped import (
-    PROMPTS,
-    SHIPPED,
-    SHIPPED_PAIR,
-    check_shipped,
-    padded_ar_drafter,
-)
 
 BASELINE = "none"
 DEFAULT_METHODS = ["ngram", "draft_model", "fixed K8", "failfast"]
@@ -115,7 +109,7 @@ def prepare(args: argparse.Namespace) -> Job:
             left_out[name] = "arctic_inference is not installed"
         if name == "draft_model" and args.target and not args.ar_drafter:
             left_out[name] = "no --ar-drafter for this target"
-    prompts = read_prompts(Path(args.prompts or PROMPTS))
+    prompts = read_prompts(Path(args.prompts or shipped.PROMPTS))
     prompts = prompts[:: max(1, len(prompts) // args.num_prompts)][: args.num_prompts]
     random.Random(0).shuffle(prompts)  # a point that asks few meets all kinds, too
     for model in filter(None, (args.target, args.drafter, args.ar_drafter)):
@@ -197,7 +191,7 @@ def _percentiles(name: str, values: list[float]) -> dict[str, float | None]:
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the tables."""
     if not args.target:
-        check_shipped(*SHIPPED)
+        shipped.check_shipped(*shipped.SHIPPED)
         # 5 M parameters: waiting for a second thread costs more than it computes
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     job = prepare(args)
@@ -266,8 +260,8 @@ def _facts(job: Job, engine_args: dict[str, Any], take_turns: bool) -> dict[str,
     shown = methods(args.drafter, args.ar_drafter or "shipped")  # without a temporary folder
     prompts = Path(args.prompts).name if args.prompts else "held-out"
     return provenance(
-        target=args.target or SHIPPED_PAIR,
-        drafter=args.drafter or ("the target's own" if args.target else SHIPPED_PAIR),
+        target=args.target or shipped.SHIPPED_PAIR,
+        drafter=args.drafter or ("the target's own" if args.target else shipped.SHIPPED_PAIR),
         compiled=args.compile,
         **{name: engine_args[name] for name in ("dtype", "max_model_len", "max_num_seqs")},
         methods={name: shown[name] for name in job.methods},
@@ -290,7 +284,7 @@ def engines(
         ar_drafter = args.ar_drafter or ""
         if "draft_model" in names and not ar_drafter:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            ar_drafter = str(padded_ar_drafter(Path(folder)))
+            ar_drafter = str(shipped.padded_ar_drafter(Path(folder)))
         stack.callback(EngineProcess.close, started.values())
         configs = methods(args.drafter, ar_drafter)
         for name in names:

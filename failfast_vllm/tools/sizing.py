@@ -20,13 +20,8 @@ from failfast_vllm.drafters.families import (
     family_of,
 )
 from failfast_vllm.drafters.layout import expected_shapes, is_integer
+from failfast_vllm.tools import published_models as published
 from failfast_vllm.tools.offline import positive
-from failfast_vllm.tools.published_models import (
-    GPUS,
-    PUBLISHED_DRAFTERS,
-    PUBLISHED_TARGETS,
-    SIZES,
-)
 
 GPU = "H200"
 NUM_SEQS = 64  # verified at once, for the memory of their logits: float32, as they are sampled
@@ -86,7 +81,7 @@ def _layout_of(name: str, config: Mapping[str, Any]) -> tuple[Family, dict[str, 
         )
     # of a target all must be stated, but transformers' Qwen3Config has heads of 128
     filled = family.filled(config) if family else dict(config)
-    for key in SIZES + EXPERT_SIZES * layout.has_experts:
+    for key in published.SIZES + EXPERT_SIZES * layout.has_experts:
         value = filled.get(key)
         if not is_integer(value) or value < 1:
             raise ValueError(f"{name!r} must have a positive integer {key!r}; got {value!r}.")
@@ -102,13 +97,13 @@ def make_plan(
     target: str, drafter: str | None = None, diffusion_block_size: int | None = None, gpu: str = GPU
 ) -> dict[str, Any]:
     """What `--json` prints. Raises ValueError, one line, on anything unknown."""
-    if gpu not in GPUS:
-        raise ValueError(f"--gpu must be one of {', '.join(GPUS)}; got {gpu!r}.")
-    target, config = load_config(target, PUBLISHED_TARGETS)
+    if gpu not in published.GPUS:
+        raise ValueError(f"--gpu must be one of {', '.join(published.GPUS)}; got {gpu!r}.")
+    target, config = load_config(target, published.PUBLISHED_TARGETS)
     memory = {"target": memory_of(target, config)}
     vocab_size = config["vocab_size"]
     drafter = drafter or choose_drafter(target, str(config.get("model_type")), vocab_size)
-    drafter, config = load_config(drafter, PUBLISHED_DRAFTERS)
+    drafter, config = load_config(drafter, published.PUBLISHED_DRAFTERS)
     if diffusion_block_size not in (None, *DIFFUSION_BLOCK_SIZES):
         raise ValueError(
             f"--diffusion-block-size must be one of {BLOCK_SIZE_NAMES}; got {diffusion_block_size}."
@@ -126,10 +121,10 @@ def make_plan(
         **names,
         "family": family.name,
         "diffusion_block_size": block.size,
-        "gpu": {"name": gpu, "memory": GPUS[gpu]},
+        "gpu": {"name": gpu, "memory": published.GPUS[gpu]},
         "weight_bytes": {key: part.weight_bytes for key, part in memory.items()},
         "weight_bytes_exact": {key: not part.doubt for key, part in memory.items()},
-        "weights_fit": sum(part.weight_bytes for part in memory.values()) <= GPUS[gpu],
+        "weights_fit": sum(part.weight_bytes for part in memory.values()) <= published.GPUS[gpu],
         "kv_bytes_per_token": kv,
         "drafter_share_of_kv": kv["drafter"] / sum(kv.values()),
         "verification_logits_bytes": NUM_SEQS * (DRAFT_LEN + 1) * vocab_size * 4,
@@ -137,9 +132,7 @@ def make_plan(
     }
 
 
-def load_config(
-    name: str, published: Mapping[str, Mapping[str, Any]]
-) -> tuple[str, Mapping[str, Any]]:
+def load_config(name: str, known: Mapping[str, Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
     """The directory or hub id, and the config, of a checkpoint, a config.json or a published model.
 
     Raises:
@@ -155,11 +148,11 @@ def load_config(
         if not isinstance(config, dict):
             raise ValueError(f"{path} holds no JSON object; give a config.json.")
         return str(path.parent), config
-    for hub_id, config in published.items():
+    for hub_id, config in known.items():
         if name.lower() in (hub_id.lower(), hub_id.split("/")[1].lower()):
             return hub_id, config
     raise ValueError(
-        f"{name!r} is neither a path nor one of {', '.join(published)}; "
+        f"{name!r} is neither a path nor one of {', '.join(known)}; "
         "give a checkpoint directory or a config.json."
     )
 
