@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--json", action="store_true", help="print one JSON object")
         return command
 
-    add("models", shipped.run, "Print the paths of the shipped models.")
+    shipped.add_arguments(add("models", shipped.run, "Print the paths of the shipped models."))
     add("doctor", doctor.run, "Check that failfast can run here, and say what to do if not.")
     text = "Compare greedy decoding without and with failfast at batch size 1."
     demo.add_arguments(add("demo", demo.run, text))

@@ -9,7 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, takewhile
@@ -32,6 +32,7 @@ class Served(NamedTuple):
     token_ids: list[int]
     ttft_ms: float  # to the first token
     latency_ms: float
+    num_steps: int  # of the engine, that brought tokens
 
     @property
     def num_tokens(self) -> int:
@@ -178,6 +179,7 @@ def closed_loop(
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     waiting = enumerate(islice(cycle(prompts), num_requests))
     began, first, served = dict[int, float](), dict[int, float](), dict[int, Served]()
+    steps = Counter[int]()
     watch.begin()
     start = turn = time.perf_counter()
     stood_still, prompt_len = 0.0, 0
@@ -189,10 +191,12 @@ def closed_loop(
         for output in llm.llm_engine.step():
             i, now = int(output.request_id.split("-")[0]), time.perf_counter() - stood_still
             first.setdefault(i, now)
+            steps[i] += 1
             prompt_len = prompt_len if i else len(output.prompt_token_ids)
             if output.finished:
                 ttft_ms, latency_ms = 1e3 * (first[i] - began[i]), 1e3 * (now - began[i])
-                served[i] = Served(list(output.outputs[0].token_ids), ttft_ms, latency_ms)
+                token_ids = list(output.outputs[0].token_ids)
+                served[i] = Served(token_ids, ttft_ms, latency_ms, steps[i])
         paused = time.perf_counter()
         if paused - turn >= TURN_SECONDS and len(served) < num_requests:
             yield None
