@@ -31,7 +31,6 @@ setup(
     package_dir={"failfast_kernels": "kernels/failfast_kernels"},
     package_data={
         "failfast_vllm": ["py.typed", "small_pair/*", "small_pair/*/*"],
-        "failfast_vllm.integration": ["hook_bodies.json"],
     },
     install_requires=["vllm>=0.32,<0.34", "torch", "transformers", "triton", "safetensors"],
     extras_require={"bench": ["matplotlib"], "smollm2": ["gguf"]},

@@ -153,14 +153,6 @@ class Trace(NamedTuple):
     headers: Sequence[Mapping[str, Any]]  # one per run
     rounds: Sequence[Round]
 
-    def of_request(self, request: int) -> list[Round]:
-        """The rounds of one request; raises ValueError on an unknown one."""
-        rounds = [r for r in self.rounds if r.request == request]
-        if not rounds:
-            num = len({r.request for r in self.rounds})
-            raise ValueError(f"--request must be one of the trace's {num}, from 0; got {request}.")
-        return rounds
-
 
 def read(path: str | Path) -> Trace:
     """Read a trace, also while it grows.
@@ -201,8 +193,7 @@ def _whole_lines(path: str | Path) -> list[str]:
         text = Path(path).read_bytes().decode("utf-8", errors="replace")
     except OSError as error:
         raise ValueError(
-            f"cannot read {path} ({error.strerror}); give a file that a server has written, "
-            "see --record."
+            f"cannot read {path} ({error.strerror}); give a file that a server has written."
         ) from None
     return text.split("\n")[:-1]  # after the last newline: nothing, or a line that is cut
 

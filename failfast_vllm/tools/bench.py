@@ -1,13 +1,10 @@
 """`failfast bench`: drafting methods side by side, by concurrency.
 
-A closed loop keeps `concurrency` requests in flight; each that ends is replaced at once. Every
-method has an engine in a process of its own (vLLM's ngram imports numba, after which no second
-engine starts in a process), and one of them works at a time. Within each repeat they take turns of
-a quarter second, so that all see the same machine; on a GPU, the engines of a `--target` run one
-after another instead, each with the whole memory. A figure is the median over the repeats or the
-sum of their counts, a speed-up the median of the ratios within a repeat. The first round of every
-point is a warm-up (a CPU compiles its matrix kernels per row count) and is not counted. Results are
-written as soon as all methods have a point.
+Every method has an engine in a process of its own, and one of them works at a time. Within each
+repeat they take turns of a quarter second, so that all see the same machine; on a GPU, the engines
+of a `--target` run one after another instead, each with the whole memory. A figure is the median
+over the repeats or the sum of their counts, a speed-up the median of the ratios within a repeat.
+The first round of every point is a warm-up (a CPU compiles its matrix kernels per row count).
 """
 
 import argparse
@@ -16,28 +13,21 @@ import importlib.util
 import json
 import os
 import random
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 from failfast_vllm.config import MODELS_DIR, FailFastConfig
 from failfast_vllm.drafters.checks import check_local_drafter
 from failfast_vllm.policies.table import POLICIES
+from failfast_vllm.tools import shipped
 from failfast_vllm.tools.load_generator import EngineProcess, Run, Sums
 from failfast_vllm.tools.offline import Prompt, engine_environment, read_prompts
 from failfast_vllm.tools.report import Row, by_task, check_writable, provenance, report, save
-from failfast_vllm.tools.shipped import (
-    PROMPTS,
-    SHIPPED,
-    SHIPPED_PAIR,
-    check_shipped,
-    padded_ar_drafter,
-)
 
 BASELINE = "none"
 DEFAULT_METHODS = ["ngram", "draft_model", "fixed K8", "failfast"]
@@ -45,9 +35,6 @@ ONE_AFTER_ANOTHER = (
     "failfast bench: each engine of --target gets the whole GPU, so the methods run one after "
     "another; speed-ups include whatever changed on the machine in between."
 )
-
-# (concurrency, number of requests) -> the run; None before it, where others take their turns
-Contender = Callable[[int, int], Iterator[Run | None]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,8 +124,7 @@ def with_settings(name: str, known: Mapping[str, dict[str, Any] | None]) -> dict
     return config or None
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """A checked command."""
 
     args: argparse.Namespace
@@ -155,8 +141,14 @@ def prepare(args: argparse.Namespace) -> Job:
             if value is not None and value < 1:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} must be at least 1; got {value}.")
-    left_out = _left_out(args)
-    prompts = [p for file in args.prompts or [PROMPTS] for p in read_prompts(Path(file))]
+    known, left_out = methods(), dict[str, str]()
+    for name in args.methods:
+        method = (with_settings(name, known) or {}).get("method")
+        if method == "suffix" and importlib.util.find_spec("arctic_inference") is None:
+            left_out[name] = "arctic_inference is not installed"
+        if method == "draft_model" and args.target and not args.ar_drafter:
+            left_out[name] = "no --ar-drafter for this target"
+    prompts = [p for file in args.prompts or [shipped.PROMPTS] for p in read_prompts(Path(file))]
     num_prompts = min(args.num_prompts, len(prompts))
     prompts = [prompts[i * len(prompts) // num_prompts] for i in range(num_prompts)]
     random.Random(0).shuffle(prompts)  # a point that asks few meets all kinds, too
@@ -176,55 +168,45 @@ def prepare(args: argparse.Namespace) -> Job:
     return Job(args, [name for name in chosen if name not in left_out], left_out, prompts)
 
 
-def _left_out(args: argparse.Namespace) -> dict[str, str]:
-    """Methods that cannot run here, and why; raises ValueError on an unknown one."""
-    known, found = methods(), {}
-    for name in args.methods:
-        method = (with_settings(name, known) or {}).get("method")
-        if method == "suffix" and importlib.util.find_spec("arctic_inference") is None:
-            found[name] = "arctic_inference is not installed"
-        if method == "draft_model" and args.target and not args.ar_drafter:
-            found[name] = "no --ar-drafter for this target"
-    return found
-
-
 def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run] | None) -> Row:
     """One method at one concurrency; `baselines` are those of "none" in the same repeats."""
-    sums = Sums(float)
-    for run in runs:
-        for name, value in run.sums.items():
-            sums[name] += value
     served = [s for run in runs for s in run.served]
-    ratios, equal = [], []
-    for run, base in zip(runs, baselines or [], strict=bool(baselines)):
-        ratios.append(run.tokens_per_second / base.tokens_per_second)
-        pairs = zip(run.served, base.served, strict=True)
-        equal += [a.token_ids == b.token_ids for a, b in pairs]
-    seconds_per_request = sum(s.latency_ms for s in served) / 1e3
+    pairs = list(zip(runs, baselines, strict=True)) if baselines else []
+    ratios = [run.tokens_per_second / base.tokens_per_second for run, base in pairs]
+    equal = [
+        a.token_ids == b.token_ids
+        for run, base in pairs
+        for a, b in zip(run.served, base.served, strict=True)
+    ]
+    rate = sum(s.num_tokens for s in served) / sum(s.latency_ms for s in served) * 1e3
+    after_first = [
+        (s.latency_ms - s.ttft_ms) / (s.num_tokens - 1) for s in served if s.num_tokens > 1
+    ]
     return {
         "method": method,
         "concurrency": concurrency,
-        "tokens_per_second": round(statistics.median(run.tokens_per_second for run in runs), 2),
-        "speedup": round(statistics.median(ratios), 3) if ratios else None,
+        "tokens_per_second": round(median(run.tokens_per_second for run in runs), 2),
+        "speedup": round(median(ratios), 3) if ratios else None,
         "speedups": [round(ratio, 3) for ratio in ratios],
-        "tokens_per_second_per_request": round(
-            sum(s.num_tokens for s in served) / seconds_per_request, 2
-        ),
+        "tokens_per_second_per_request": round(rate, 2),
         "requests": len(served),
         **_percentiles("ttft", [s.ttft_ms for s in served]),
-        **_percentiles("tpot", [s.tpot_ms for s in served if s.num_tokens > 1]),
+        **_percentiles("tpot", after_first),
         **_percentiles("latency", [s.latency_ms for s in served]),
         "answers_equal_to_none": round(sum(equal) / len(equal), 4) if equal else None,
-        **_means(sums),
+        **_means(runs),
         "trajectory": [
-            {"accepted": len(r.accepted), "rejected": len(r.rejected), "bonus": len(r.bonus)}
+            {name: len(token_ids) for name, token_ids in r._asdict().items()}
             for r in runs[-1].trajectory
         ],
     }
 
 
-def _means(sums: Sums) -> dict[str, float | None]:
+def _means(runs: list[Run]) -> dict[str, float | None]:
     """Milliseconds per engine step, means per round, and counts."""
+    sums = Sums(float)
+    for name, value in (pair for run in runs for pair in run.sums.items()):
+        sums[name] += value
     rounds = max(1, sums["drafts"])
     return {
         **{
@@ -249,7 +231,7 @@ def _percentiles(name: str, values: list[float]) -> dict[str, float | None]:
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the tables."""
     if not args.target:
-        check_shipped(*SHIPPED)
+        shipped.check_shipped(*shipped.SHIPPED)
         # 5 M parameters: waiting for a second thread costs more than it computes
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     job = prepare(args)
@@ -279,10 +261,10 @@ def measure(job: Job) -> dict[str, Any]:
     total = len(job.methods) * (1 + len(runs) * (args.repeats + 1))
     with tqdm(total=total, unit="run", disable=None, file=sys.stderr) as bar:
         for group in groups:
-            with engines(group, job, engine_args, bar) as contenders:
+            with engines(group, job, engine_args, bar) as started:
                 for concurrency, found in runs.items():
                     num_requests = args.requests_per_point or max(32, 4 * concurrency)
-                    found |= measure_point(contenders, concurrency, args.repeats, num_requests, bar)
+                    found |= measure_point(started, concurrency, args.repeats, num_requests, bar)
                     if len(found) < len(job.methods):
                         continue
                     tasks = list(islice(cycle(p["task"] for p in job.prompts), num_requests))
@@ -320,12 +302,10 @@ def _facts(job: Job, engine_args: dict[str, Any], take_turns: bool) -> dict[str,
     shown = methods(args.drafter, args.ar_drafter or "shipped")  # without a temporary folder
     prompts = " ".join(Path(file).name for file in args.prompts or []) or "held-out"
     return provenance(
-        target=args.target or SHIPPED_PAIR,
-        drafter=args.drafter or ("the target's own" if args.target else SHIPPED_PAIR),
-        dtype=engine_args["dtype"],
+        target=args.target or shipped.SHIPPED_PAIR,
+        drafter=args.drafter or ("the target's own" if args.target else shipped.SHIPPED_PAIR),
         compiled=args.compile,
-        max_model_len=engine_args["max_model_len"],
-        max_num_seqs=engine_args["max_num_seqs"],
+        **{name: engine_args[name] for name in ("dtype", "max_model_len", "max_num_seqs")},
         methods={name: with_settings(name, shown) for name in job.methods},
         engines="in turns" if take_turns else "one after another",
         prompts=f"{prompts}, {len(job.prompts)} of them",
@@ -339,43 +319,36 @@ def _facts(job: Job, engine_args: dict[str, Any], take_turns: bool) -> dict[str,
 @contextlib.contextmanager
 def engines(
     names: list[str], job: Job, engine_args: dict[str, Any], bar: Any
-) -> Iterator[dict[str, Contender]]:
+) -> Iterator[dict[str, EngineProcess]]:
     """Methods with an engine each, which end together."""
-    args, started = job.args, list[EngineProcess]()
+    args, started = job.args, dict[str, EngineProcess]()
     with contextlib.ExitStack() as stack:
         ar_drafter = args.ar_drafter or ""
         if not ar_drafter and any(name.startswith("draft_model") for name in names):
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            ar_drafter = str(padded_ar_drafter(Path(folder)))
-        stack.callback(EngineProcess.close, started)
+            ar_drafter = str(shipped.padded_ar_drafter(Path(folder)))
+        stack.callback(EngineProcess.close, started.values())
         configs = methods(args.drafter, ar_drafter)
         for name in names:
             bar.set_description(f"starting {name}")
             settings = (with_settings(name, configs), engine_args, job.prompts, args.max_tokens)
-            started.append(EngineProcess(name, *settings))
+            started[name] = EngineProcess(name, *settings)
             bar.update()
-        yield dict(zip(names, started, strict=True))
+        yield started
 
 
 def measure_point(
-    contenders: dict[str, Contender],
-    concurrency: int,
-    repeats: int,
-    num_requests: int,
-    bar: Any,
+    started: dict[str, EngineProcess], concurrency: int, repeats: int, num_requests: int, bar: Any
 ) -> dict[str, list[Run]]:
-    """The runs of each contender, which take turns; the first round is a warm-up."""
-    runs: dict[str, list[Run]] = {name: [] for name in contenders}
+    """The runs of each engine, which take turns; the first round is a warm-up."""
+    runs: dict[str, list[Run]] = {name: [] for name in started}
     bar.set_description(f"concurrency {concurrency}")
-    for repeat in range(repeats + 1):
-        going = {name: ask(concurrency, num_requests) for name, ask in contenders.items()}
+    for _ in range(repeats + 1):
+        going = {name: ask(concurrency, num_requests) for name, ask in started.items()}
         while going:
             for name, turns in list(going.items()):
-                run = next(turns)
-                if run is None:
-                    continue
-                del going[name]
-                if repeat:
+                if run := next(turns):
                     runs[name].append(run)
-                bar.update()
-    return runs
+                    del going[name]
+                    bar.update()
+    return {name: found[1:] for name, found in runs.items()}

@@ -10,10 +10,18 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable
 
 import failfast_vllm
 from failfast_vllm.tools import bench, demo, doctor, shipped, sizing, trace_report
+
+COMMANDS = {
+    "models": (shipped, "Print the paths of the shipped models."),
+    "doctor": (doctor, "Check that failfast can run here, and say what to do if not."),
+    "demo": (demo, "Compare greedy decoding without and with failfast at batch size 1."),
+    "bench": (bench, "Compare drafting methods by concurrency."),
+    "plan": (sizing, "Count the memory that a drafter takes beside a target."),
+    "trace": (trace_report, "Summarise rounds that a server has recorded."),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,24 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=failfast_vllm.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(
-        name: str, run: Callable[[argparse.Namespace], int], text: str, has_json: bool = True
-    ) -> argparse.ArgumentParser:
+    for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=run)
-        if has_json:
+        command.set_defaults(run=module.run)
+        if module is not bench:  # which writes files
             command.add_argument("--json", action="store_true", help="print one JSON object")
-        return command
-
-    shipped.add_arguments(add("models", shipped.run, "Print the paths of the shipped models."))
-    add("doctor", doctor.run, "Check that failfast can run here, and say what to do if not.")
-    text = "Compare greedy decoding without and with failfast at batch size 1."
-    demo.add_arguments(add("demo", demo.run, text))
-    text = "Compare drafting methods by concurrency."
-    bench.add_arguments(add("bench", bench.run, text, has_json=False))
-    text = "Count the memory that a drafter takes beside a target."
-    sizing.add_arguments(add("plan", sizing.run, text))
-    text = "Summarise rounds that a server has recorded, or record some."
-    trace_report.add_arguments(add("trace", trace_report.run, text))
+        if hasattr(module, "add_arguments"):
+            module.add_arguments(command)
     return parser

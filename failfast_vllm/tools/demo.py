@@ -5,33 +5,26 @@ many tokens at once rounds differently from decoding one, and a near-tie may fli
 """
 
 import argparse
-import itertools
 import json
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
-from failfast_vllm.config import MODELS_DIR
+from failfast_vllm.config import MODELS_DIR, FailFastConfig
+from failfast_vllm.tools import offline
 from failfast_vllm.tools.load_generator import Run, Watch, closed_loop
-from failfast_vllm.tools.offline import (
-    Prompt,
-    encode,
-    engine,
-    engine_environment,
-    positive,
-    read_prompts,
-)
+from failfast_vllm.tools.offline import Prompt, positive
 from failfast_vllm.tools.shipped import PROMPTS, check_shipped
 
 SETTINGS = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 1}
 GREEN, YELLOW, RED_STRUCK, DIM, RESET = "\033[32m", "\033[33m", "\033[2;9;31m", "\033[2m", "\033[0m"
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """Both sides of the demo."""
 
     prompts: list[Prompt]
@@ -46,7 +39,7 @@ class Comparison:
         return all(a.token_ids == b.token_ids for a, b in pairs)
 
     def to_dict(self) -> dict[str, Any]:
-        """What follows; a round verified a draft: not the prefill, nor a last single token."""
+        """A round verified a draft: not the prefill, nor a last single token."""
         baseline, failfast = self.baseline.tokens_per_second, self.failfast.tokens_per_second
         sums = self.failfast.sums
         rounds = max(1, sums["drafts"])
@@ -62,31 +55,27 @@ class Comparison:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `failfast demo`."""
-    add_answer_arguments(parser)
+    count: dict[str, Any] = {"type": positive, "metavar": "N"}
+    parser.add_argument("--num-prompts", default=6, help="default: 6", **count)
+    parser.add_argument("--max-tokens", default=256, help="per answer; default: 256", **count)
     parser.add_argument("--target", type=Path, metavar="PATH", help="default: the shipped target")
     parser.add_argument("--drafter", type=Path, metavar="PATH", help="default: the target's own")
-
-
-def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
-    """How many held-out prompts are answered, and how long the answers get."""
-    parser.add_argument("--num-prompts", type=positive, default=6, metavar="N", help="default: 6")
-    parser.add_argument(
-        "--max-tokens", type=positive, default=256, metavar="N", help="per answer; default: 256"
-    )
+    parser.add_argument("--trace", metavar="FILE.jsonl", help="for `failfast trace`")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare, and print both sides; returns 1 if the answers differ."""
-    needed = [] if args.target else ["target"] if args.drafter else ["target", "drafter"]
-    check_shipped(*needed)
+    check_shipped(*([] if args.target else ["target"] if args.drafter else ["target", "drafter"]))
     prompts = choose_prompts(PROMPTS, args.num_prompts)
     for path in filter(None, (args.target, args.drafter)):
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} has no config.json. Give a checkpoint directory.")
-    speculative = {"method": "failfast", **({"model": str(args.drafter)} if args.drafter else {})}
+    given = {"model": args.drafter and str(args.drafter), "trace": args.trace}
+    speculative = {"method": "failfast", **{k: value for k, value in given.items() if value}}
+    FailFastConfig.from_user(speculative)  # a trace that cannot be written is refused here
     if not args.target:  # 5 M parameters: waiting for a second thread costs more than it computes
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with engine_environment():
+    with offline.engine_environment():
         target = str(args.target or MODELS_DIR / "target")
         result = compare(target, speculative, prompts, args.max_tokens)
     print(json.dumps(result.to_dict()) if args.json else render(result, sys.stdout))
@@ -95,11 +84,10 @@ def run(args: argparse.Namespace) -> int:
 
 def choose_prompts(path: Path, num_prompts: int) -> list[Prompt]:
     """`num_prompts` of a file's prompts, one of each task in turn; raises ValueError if short."""
-    by_task: dict[str, list[Prompt]] = {}
-    for prompt in read_prompts(path):
-        by_task.setdefault(prompt["task"], []).append(prompt)
-    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_task.values()))
-    prompts = [prompt for prompt in in_turn if prompt is not None]
+    by_task = defaultdict[str, list[Prompt]](list)
+    for prompt in offline.read_prompts(path):
+        by_task[prompt["task"]].append(prompt)
+    prompts = [prompt for turn in zip_longest(*by_task.values()) for prompt in turn if prompt]
     if num_prompts > len(prompts):
         raise ValueError(
             f"--num-prompts must be at most {len(prompts)}, what {path.name} holds; "
@@ -120,7 +108,7 @@ def compare(
     with tqdm(total=6, unit="step", leave=False) as bar:
         for config in (None, speculative_config):
             bar.set_description("failfast" if config else "baseline")
-            with engine(config, model=target, **SETTINGS) as llm:
+            with offline.engine(config, model=target, **SETTINGS) as llm:
                 bar.update()
                 tokenizer = llm.get_tokenizer()
                 runs.append(_answer_all(llm, config, prompts, max_tokens, bar))
@@ -135,7 +123,7 @@ def _answer_all(
 ) -> Run:
     """One prompt at a time, after a first go that warms up (a CPU compiles per row count)."""
     watch = Watch(llm, config)
-    encoded = [encode(llm.get_tokenizer(), prompt) for prompt in prompts]
+    encoded = [offline.encode(llm.get_tokenizer(), prompt) for prompt in prompts]
     for _ in range(2):
         *_, run = closed_loop(llm, watch, encoded, max_tokens, 1, len(prompts))
         bar.update()
@@ -143,28 +131,14 @@ def _answer_all(
     return run
 
 
-def record(path: Path, num_prompts: int, max_tokens: int, with_ids: bool) -> None:
-    """Answer held-out prompts once with the shipped pair, one at a time, into the trace `path`."""
-    check_shipped("target", "drafter")
-    prompts = choose_prompts(PROMPTS, num_prompts)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for the demo
-    config = {"method": "failfast", "trace": str(path), "trace_ids": with_ids}
-    with engine_environment(), engine(config, **SETTINGS) as llm:
-        encoded = [encode(llm.get_tokenizer(), prompt) for prompt in prompts]
-        for _ in closed_loop(llm, Watch(llm, config), encoded, max_tokens, 1, num_prompts):
-            pass
-
-
 def render(result: Comparison, stream: TextIO) -> str:
-    """The report for people, coloured if `stream` shows colours."""
-    return "\n".join((*_trajectory(result, use_color(stream)), "", *_table(result)))
+    """The report for people, coloured if `stream` is a terminal, or as asked.
 
-
-def use_color(stream: TextIO) -> bool:
-    """https://no-color.org, https://force-color.org, else whether it is a terminal."""
-    if os.environ.get("NO_COLOR"):
-        return False
-    return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
+    See https://no-color.org and https://force-color.org.
+    """
+    color = bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
+    color = color and not os.environ.get("NO_COLOR")
+    return "\n".join((*_trajectory(result, color), "", *_table(result)))
 
 
 def _trajectory(result: Comparison, color: bool) -> Iterator[str]:
@@ -189,11 +163,11 @@ def _trajectory(result: Comparison, color: bool) -> Iterator[str]:
     for i, r in enumerate(result.failfast.trajectory):
         line = paint(DIM, f"{i:>5}  {len(r.accepted + r.rejected):>5}  {len(r.accepted):>8}") + "  "
         line += paint(GREEN, text(r.accepted))
-        if color:
-            yield line + paint(YELLOW, text(r.bonus)) + paint(RED_STRUCK, text(r.rejected))
-            continue
-        line += f"[{text(r.bonus)}]" if r.bonus else ""
-        yield line + (f" ({len(r.rejected)})" if r.rejected else "")
+        bonus, rejected = paint(YELLOW, text(r.bonus)), paint(RED_STRUCK, text(r.rejected))
+        if not color:
+            bonus = f"[{bonus}]" if r.bonus else ""
+            rejected = f" ({len(r.rejected)})" if r.rejected else ""
+        yield line + bonus + rejected
 
 
 def _table(result: Comparison) -> Iterator[str]:
@@ -204,8 +178,8 @@ def _table(result: Comparison) -> Iterator[str]:
     )
     figures = result.to_dict()
     for label, value in (
-        ("tokens/s without", f"{figures['tokens_per_second']['baseline']:.1f}"),
-        ("tokens/s with failfast", f"{figures['tokens_per_second']['failfast']:.1f}"),
+        ("tokens/s without", f"{result.baseline.tokens_per_second:.1f}"),
+        ("tokens/s with failfast", f"{result.failfast.tokens_per_second:.1f}"),
         ("speed-up", f"{figures['speedup']:.2f} x"),
         ("acceptance length", f"{figures['acceptance_length']:.2f} tokens per round"),
         ("draft passes", f"{figures['passes_per_round']:.2f} per round"),

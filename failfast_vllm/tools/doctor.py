@@ -13,8 +13,8 @@ from failfast_vllm.tools.offline import engine_environment
 from failfast_vllm.tools.shipped import REINSTALL, contents
 
 PLUGIN_GROUP = "vllm.general_plugins"
+INSTALL_FAILFAST = "Run `pip install .` in a checkout."
 INSTALL_VLLM = "Install a version of 'vllm>=0.32,<0.34'."
-RUN_TESTS = "Install a version that it was tested with, or run its tests on this one."
 
 
 class Check(NamedTuple):
@@ -24,7 +24,6 @@ class Check(NamedTuple):
     found: str
     problem: str = ""
     remedy: str = ""
-    warning: str = ""  # worth knowing, and no reason to fail
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,8 +31,7 @@ def run(args: argparse.Namespace) -> int:
     with engine_environment():
         checks = [
             *_version_checks(),
-            _platform_check(),
-            _runner_check(),
+            *_engine_checks(),
             _plugin_check(),
             *_hook_checks(),
             *(Check(name, str(path), bad, REINSTALL * bool(bad)) for name, path, bad in contents()),
@@ -57,8 +55,8 @@ def render(checks: list[Check], config: dict[str, Any]) -> str:
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
-        verdict = "PROBLEM" if check.problem else "warning" if check.warning else "ok"
-        what = check.problem or check.warning or check.found
+        verdict = "PROBLEM" if check.problem else "ok"
+        what = check.problem or check.found
         lines.append(f"{verdict:<9}{check.name:<{width + 2}}{what}".rstrip())
         if check.remedy:
             lines.append(f"{'':<9}{'':<{width + 2}}-> {check.remedy}")
@@ -67,8 +65,10 @@ def render(checks: list[Check], config: dict[str, Any]) -> str:
 
 
 def _version_checks() -> list[Check]:
+    from failfast_vllm.integration.hooks import version_problem
+
     remedies = {
-        "failfast-vllm": "Run `pip install .` in a checkout.",
+        "failfast-vllm": INSTALL_FAILFAST,
         "vllm": INSTALL_VLLM,
         **dict.fromkeys(("torch", "triton", "transformers"), "It comes with vLLM: reinstall vLLM."),
     }
@@ -78,43 +78,36 @@ def _version_checks() -> list[Check]:
             checks.append(Check(name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
             checks.append(Check(name, "", "not installed", remedy))
-    from failfast_vllm.integration.hooks import version_problem
-
     with contextlib.suppress(ImportError):  # no vLLM at all: reported above
-        problem = version_problem()
-        if problem:
+        if problem := version_problem():
             what, _, remedy = problem.partition("; ")
             checks.append(Check("vllm version", "", what, remedy))
     return checks
 
 
-def _platform_check() -> Check:
+def _engine_checks() -> list[Check]:
+    """The device, the model runner that vLLM will choose, and how drafts run on it."""
     try:
         from vllm.platforms import current_platform
+        from vllm.triton_utils import HAS_TRITON
     except ImportError as error:
-        return Check("platform", "", f"cannot import vllm ({error})", INSTALL_VLLM)
-    device = current_platform.device_type
+        return [Check("platform", "", f"cannot import vllm ({error})", INSTALL_VLLM)]
+    device, forced = current_platform.device_type, os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "")
+    checks = [Check("platform", f"CPU ({platform.machine()})")]
     if not device:
-        return Check("platform", "", "vLLM knows no device here", "Install vLLM for this device.")
-    if device == "cpu":
-        return Check("platform", f"CPU ({platform.machine()})")
-    return Check("platform", f"GPU ({device}, {current_platform.get_device_name()})")
-
-
-def _runner_check() -> Check:
-    """The model runner that vLLM will choose, and how drafts are scheduled and run on it."""
-    from vllm.triton_utils import HAS_TRITON
-
-    found = "V1, synchronous scheduling, eager draft passes"
-    forced = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "")
+        problem = "vLLM knows no device here"
+        checks = [Check("platform", "", problem, "Install vLLM for this device.")]
+    elif device != "cpu":
+        checks = [Check("platform", f"GPU ({device}, {current_platform.get_device_name()})")]
     if HAS_TRITON and forced != "0":
         graphs = "draft passes as CUDA graphs unless enforce_eager (unmeasured)"
-        found = f"V2, synchronous scheduling, {graphs}"
-    elif not HAS_TRITON and forced not in ("", "0"):
-        remedy = "Unset it: without Triton vLLM has the V1 runner only."
+        return [*checks, Check("model runner", f"V2, synchronous scheduling, {graphs}")]
+    runner = Check("model runner", "V1, synchronous scheduling, eager draft passes")
+    if not HAS_TRITON and forced not in ("", "0"):
         problem = f"VLLM_USE_V2_MODEL_RUNNER={forced} forbids V1, and vLLM finds no Triton for V2"
-        return Check("model runner", found, problem, remedy)
-    return Check("model runner", found)
+        remedy = "Unset it: without Triton vLLM has the V1 runner only."
+        runner = runner._replace(problem=problem, remedy=remedy)
+    return [*checks, runner]
 
 
 def _plugin_check() -> Check:
@@ -122,7 +115,7 @@ def _plugin_check() -> Check:
     allowed = os.environ.get("VLLM_PLUGINS")
     if not points:
         problem = f"no entry point 'failfast' in the group {PLUGIN_GROUP}"
-        return Check("plugin", "", problem, "Run `pip install .` in a checkout.")
+        return Check("plugin", "", problem, INSTALL_FAILFAST)
     if allowed is not None and "failfast" not in allowed.split(","):
         problem = f"VLLM_PLUGINS={allowed!r} leaves failfast out"
         return Check("plugin", "", problem, "Add failfast to VLLM_PLUGINS, or unset it.")
@@ -130,15 +123,12 @@ def _plugin_check() -> Check:
 
 
 def _hook_checks() -> list[Check]:
-    from failfast_vllm.integration import hook_bodies, hooks
+    from failfast_vllm.integration import hooks
 
-    checks, bodies = [], hook_bodies.installed()
+    checks = []
     for hook in hooks.all_hooks():
         problem = hooks.hook_problem(hook) or ""
-        warning = "" if problem else hook_bodies.change(hook, bodies)
-        remedy = INSTALL_VLLM if problem else RUN_TESTS if warning else ""
-        name = f"hook {hook.path}"
         since = ".".join(map(str, hook.since))
         found = hook.module if hooks.is_due(hook) else f"not needed before vLLM {since}"
-        checks.append(Check(name, found, problem, remedy, warning))
+        checks.append(Check(f"hook {hook.path}", found, problem, INSTALL_VLLM * bool(problem)))
     return checks

@@ -1,8 +1,7 @@
 """Closed loops: a number of requests in flight, each replaced at once when it ends.
 
-`EngineProcess` answers prompts in such a loop and yields a `Run`: what was answered, how fast, and
-what became of the drafts. Engines take turns within a run, each on its own clock: a
-machine's speed may drift by half within a minute, and ratios of whole runs show little else.
+Engines take turns within a run, each on its own clock: a machine's speed may drift by half within a
+minute, and ratios of whole runs show little else.
 """
 
 import contextlib
@@ -10,8 +9,7 @@ import multiprocessing
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from itertools import cycle, islice, takewhile
 from typing import Any, NamedTuple
 
@@ -21,8 +19,8 @@ from failfast_vllm.tools.offline import Prompt, adapter, encode, engine, model_r
 TURN_SECONDS = 0.25
 
 # name -> what was added up: "steps" of the engine, "drafts", "drafted" and "accepted" (tokens),
-# "passes", and milliseconds: "step_ms", on a CPU (a GPU's calls return before their work is done)
-# also "draft_ms", of them "own_ms" (failfast's, outside the draft model), "verify_ms", "other_ms"
+# "passes"; and milliseconds on a CPU (a GPU's calls return before their work is done): "draft_ms",
+# of them "own_ms" (failfast's, outside the draft model), "verify_ms" and "other_ms"
 Sums = defaultdict[str, float]
 
 
@@ -38,11 +36,6 @@ class Served(NamedTuple):
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
-    @property
-    def tpot_ms(self) -> float:
-        """Time per output token after the first."""
-        return (self.latency_ms - self.ttft_ms) / max(1, self.num_tokens - 1)
-
 
 class TracedRound(NamedTuple):
     """One verified draft, in token ids."""
@@ -52,8 +45,7 @@ class TracedRound(NamedTuple):
     bonus: list[int]  # the target's own token; empty if the answer ended inside the draft
 
 
-@dataclass
-class Run:
+class Run(NamedTuple):
     """One closed loop of one method."""
 
     seconds: float
@@ -72,39 +64,40 @@ class Watch:
     def __init__(self, llm: Any, speculative_config: dict[str, Any] | None) -> None:
         from vllm.platforms import current_platform
 
+        config = speculative_config or {"method": None}
         self.sums = Sums(float)
         self.first_rounds: list[Round] | None = None  # of the first request; None: not reported
+        self._adapter = adapter(llm) if config["method"] == "failfast" else None
         self._on_cpu = current_platform.device_type == "cpu"
-        found = adapter(llm)
-        self._adapter = found if (speculative_config or {}).get("method") == "failfast" else None
         if self._on_cpu:
             self._time_calls(model_runner(llm))
         if self._adapter is not None:
             stats = self._adapter.stats
             stats.on_round, stats.drafts_only = self._on_round, True
-        elif speculative_config:
-            is_draft_model = speculative_config["method"] == "draft_model"
-            passes = speculative_config["num_speculative_tokens"] if is_draft_model else 0
+        else:
+            passes = config["num_speculative_tokens"] if config["method"] == "draft_model" else 0
             self._count_in(llm.llm_engine.engine_core.engine_core.scheduler, passes)
 
     def begin(self) -> None:
         """Start from zero."""
         self.sums.clear()
-        self.first_rounds = None if self._adapter is None else []
-        self._add_own_time(-1)
+        if self._adapter is not None:
+            self.first_rounds = []
+            self._adapter.stats.reset()
 
     def end(self, seconds: float) -> Sums:
         """What was added up since `begin`, so many seconds ago."""
-        self._add_own_time(1)
-        sums = Sums(float, {**self.sums, "step_ms": seconds * 1e3})
+        sums = Sums(float, self.sums)
         if self._on_cpu:
-            sums["other_ms"] = sums["step_ms"] - sums["draft_ms"] - sums["verify_ms"]
+            sums["other_ms"] = seconds * 1e3 - sums["draft_ms"] - sums["verify_ms"]
+            if self._adapter is not None:
+                sums["own_ms"] = self._adapter.stats.total_ms - self._adapter.stats.forward_ms
         return sums
 
-    def _add_own_time(self, sign: int) -> None:
-        if self._adapter is not None and self._on_cpu:
-            stats = self._adapter.stats
-            self.sums["own_ms"] += sign * (stats.total_ms - stats.forward_ms)
+    def stood_still(self, seconds: float) -> None:
+        """The engine was not asked for that long: not a time for the planner to learn."""
+        if self._adapter is not None:
+            self._adapter.drafter.planner.stood_still(seconds)
 
     def _time_calls(self, runner: Any) -> None:
         """failfast drafts when vLLM takes the drafts, other methods while the target samples."""
@@ -131,18 +124,12 @@ class Watch:
 
         setattr(owner, name, timed)
 
-    def stood_still(self, seconds: float) -> None:
-        """The engine was not asked for that long: not a time for the planner to learn."""
-        if self._adapter is not None:
-            self._adapter.drafter.planner.stood_still(seconds)
-
     def _count(self, num_drafted: int, num_accepted: int, num_passes: int) -> None:
-        if num_drafted:
-            self.sums["drafts"] += 1
-            self.sums["drafted"] += num_drafted
-            self.sums["accepted"] += num_accepted
-            self.sums["passes"] += num_passes
-            self.sums["longest"] = max(self.sums["longest"], num_accepted)
+        self.sums["drafts"] += num_drafted > 0
+        self.sums["drafted"] += num_drafted
+        self.sums["accepted"] += num_accepted
+        self.sums["passes"] += num_passes if num_drafted else 0
+        self.sums["longest"] = max(self.sums["longest"], num_accepted)
 
     def _on_round(self, round_: Round) -> None:
         if self.first_rounds is not None and round_.req_id.split("-")[0] == "0":
@@ -153,10 +140,10 @@ class Watch:
         observe = scheduler.make_spec_decoding_stats
 
         def counting(
-            stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *rest: Any, **more: Any
+            stats: Any, num_draft_tokens: int, num_accepted_tokens: int, **more: Any
         ) -> Any:
             self._count(num_draft_tokens, num_accepted_tokens, num_passes)
-            return observe(stats, num_draft_tokens, num_accepted_tokens, *rest, **more)
+            return observe(stats, num_draft_tokens, num_accepted_tokens, **more)
 
         scheduler.make_spec_decoding_stats = counting
 
@@ -204,10 +191,8 @@ def closed_loop(
             stood_still += turn - paused
             watch.stood_still(turn - paused)
     seconds, rounds = time.perf_counter() - stood_still - start, watch.first_rounds
-    trajectory = (
-        whole_trajectory(rounds, prompt_len, served[0].token_ids) if rounds is not None else []
-    )
-    yield Run(seconds, [served[i] for i in range(num_requests)], watch.end(seconds), trajectory)
+    whole = [] if rounds is None else whole_trajectory(rounds, prompt_len, served[0].token_ids)
+    yield Run(seconds, [served[i] for i in range(num_requests)], watch.end(seconds), whole)
 
 
 def whole_trajectory(
@@ -230,10 +215,10 @@ def whole_trajectory(
 
 
 class EngineProcess:
-    """An engine in a process of its own, which sleeps until it is asked."""
+    """An engine in a process of its own: ngram imports numba, after which no second one starts."""
 
     def __init__(self, name: str, *job: Any) -> None:
-        """`job` is what `_work` takes besides its pipe."""
+        """`job` is what `_work` takes after its pipe."""
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
@@ -261,7 +246,7 @@ class EngineProcess:
         return found
 
     @staticmethod
-    def close(engines: "Sequence[EngineProcess]") -> None:
+    def close(engines: "Collection[EngineProcess]") -> None:
         """End them side by side: each takes seconds."""
         for each in engines:
             each._pipe.close()

@@ -17,27 +17,26 @@ NO_BREAK = "\u00a0"
 
 def draw(result: dict[str, Any], folder: Path) -> None:
     """Write `throughput.png`, and `trajectory.png` where the results hold one."""
-    rows = result["rows"]
-    _save(throughput(rows), caption(result["provenance"]), folder / "throughput.png")
+    rows, source = result["rows"], caption(result["provenance"])
+    _save(throughput(rows), source, folder / "throughput.png")
     lowest = min(row["concurrency"] for row in rows)
     first = [row for row in rows if row["concurrency"] == lowest and row["trajectory"]]
     if first:
-        text = f"concurrency {lowest}; {caption(result['provenance'])}"
-        _save(trajectory(first), text, folder / "trajectory.png")
+        _save(trajectory(first), f"concurrency {lowest}; {source}", folder / "trajectory.png")
 
 
 def caption(facts: dict[str, Any]) -> str:
     """Where the figures come from, on one line."""
-    models = dict.fromkeys(filter(None, (facts["target"], facts.get("drafter"))))
-    parts = [
-        " and ".join(models),  # one name for the shipped pair
-        facts.get("dtype"),
+    models = dict.fromkeys((facts["target"], facts["drafter"]))  # one name for the shipped pair
+    parts = (
+        " and ".join(models),
+        facts["dtype"],
         facts["device"],
         f"vLLM {facts['vllm']}",
         f"failfast {facts['failfast_vllm']} (git {facts['git']})",
         facts["date"],
-    ]
-    return "; ".join(part.replace(" ", NO_BREAK) for part in parts if part)
+    )
+    return "; ".join(part.replace(" ", NO_BREAK) for part in parts)
 
 
 def _save(figure: Figure, text: str, path: Path) -> None:
@@ -65,18 +64,10 @@ def throughput(rows: list[Row]) -> Figure:
         }
         axes.plot(x, y, label=name, markersize=5, linewidth=1.5, **look)
         for row, *point in zip(points, x, y, strict=True) if name == first else ():
-            axes.annotate(
-                str(row["concurrency"]),
-                (point[0], point[1]),
-                xytext=(-6, -6),
-                textcoords="offset points",
-                ha="right",
-                fontsize=7,
-            )
-    axes.set_xlabel(f"tokens/s of a request (numbers beside {first}: concurrency)")
-    axes.set_ylabel("tokens/s of all requests")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+            place: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "fontsize": 7}
+            axes.annotate(str(row["concurrency"]), (point[0], point[1]), (-6, -6), **place)
+    text = f"tokens/s of a request (numbers beside {first}: concurrency)"
+    axes.set(xlabel=text, ylabel="tokens/s of all requests", xlim=(0, None), ylim=(0, None))
     axes.legend(fontsize=8, frameon=False)
     return figure
 

@@ -7,29 +7,21 @@ from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR, SDAR_MOE
 
 GPUS = {"H200": 141e9, "H100": 80e9, "A100-80G": 80e9, "L40S": 48e9, "A6000": 48e9}  # bytes
 
-FIELDS = (
+SIZES = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "intermediate_size",
     "vocab_size",
-    "tie_word_embeddings",
 )
-COMMON = {
-    "torch_dtype": "bfloat16",
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "hidden_act": "silu",
-}
+COMMON = {"torch_dtype": "bfloat16", "max_position_embeddings": 32768, "rope_theta": 1000000.0}
 WIDE_HEADS = {"head_dim": 128, "attention_bias": False}  # of Qwen3 and SDAR
 
 
 def _config(architecture: str, model_type: str, *sizes: Any, **fields: Any) -> dict[str, Any]:
-    named = dict(zip(FIELDS, sizes, strict=True))
-    kind = {"architectures": [architecture], "model_type": model_type}
-    return {**kind, **COMMON, **named, **fields}
+    named = dict(zip((*SIZES, "tie_word_embeddings"), sizes, strict=True))
+    return {"architectures": [architecture], "model_type": model_type, **COMMON, **named, **fields}
 
 
 _qwen2 = partial(_config, "Qwen2ForCausalLM", "qwen2")
@@ -47,14 +39,13 @@ PUBLISHED_TARGETS = {
     "Qwen/Qwen3-14B": _qwen3(5120, 40, 40, 8, 17408, 151936, False),
     "Qwen/Qwen3-32B": _qwen3(5120, 64, 64, 8, 25600, 151936, False),
 }
-_SDAR = {  # also with blocks of 8, 16 and 32, as "-b32" says
+BLOCKS = ("-b32", "-b16", "-b8", "")  # as the names of SDAR say it
+_SDAR = {
     "JetLM/SDAR-1.7B-Chat": _sdar(2048, 28, 16, 8, 6144, 151936, False),
     "JetLM/SDAR-4B-Chat": _sdar(2560, 36, 32, 8, 9728, 151936, False),
     "JetLM/SDAR-8B-Chat": _sdar(4096, 36, 32, 8, 12288, 151936, False),
     "JetLM/SDAR-30B-A3B-Chat": _sdar_moe(  # the sizes of Qwen3-30B-A3B, which it was trained from
         *(2048, 48, 32, 4, 6144, 151936, False),
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
         moe_intermediate_size=768,
         norm_topk_prob=True,
         num_experts=128,
@@ -64,11 +55,7 @@ _SDAR = {  # also with blocks of 8, 16 and 32, as "-b32" says
 PUBLISHED_DRAFTERS = {
     "Efficient-Large-Model/Fast_dLLM_v2_1.5B": _fast_dllm(1536, 28, 12, 2, 8960, 151936, True),
     "Efficient-Large-Model/Fast_dLLM_v2_7B": _fast_dllm(3584, 28, 28, 4, 18944, 152064, False),
-    **{
-        f"{name}{size}": config
-        for name, config in _SDAR.items()
-        for size in ("-b32", "-b16", "-b8", "")
-    },
+    **{f"{name}{size}": config for name, config in _SDAR.items() for size in BLOCKS},
     "Gen-Verse/TraDo-4B-Instruct": _SDAR["JetLM/SDAR-4B-Chat"],
     "Gen-Verse/TraDo-8B-Instruct": _SDAR["JetLM/SDAR-8B-Chat"],
     "Gen-Verse/TraDo-8B-Thinking": _SDAR["JetLM/SDAR-8B-Chat"],

@@ -37,12 +37,9 @@ def model_problem(path: Path) -> str:
 
 def contents() -> list[tuple[str, Path, str]]:
     """Name, path and problem of each model and of the prompts; an empty problem: it is whole."""
-    models = [(name, MODELS_DIR / name) for name in SHIPPED]
-    problem = "" if PROMPTS.is_file() else f"{PROMPTS} is missing"
-    return [
-        *((f"model {name}", path, model_problem(path)) for name, path in models),
-        ("prompts", PROMPTS, problem),
-    ]
+    paths = {f"model {name}": MODELS_DIR / name for name in SHIPPED}
+    found = [(name, path, model_problem(path)) for name, path in paths.items()]
+    return [*found, ("prompts", PROMPTS, "" if PROMPTS.is_file() else f"{PROMPTS} is missing")]
 
 
 def check_shipped(*names: str) -> None:
@@ -76,26 +73,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def padded_ar_drafter(folder: Path) -> Path:
-    """A copy of the autoregressive drafter in `folder`, its embedding padded to the target's.
+    """A copy of the autoregressive drafter in `folder` with the target's vocabulary.
 
-    vLLM's draft_model wants equal vocabularies.
+    vLLM's draft_model wants equal ones. The padding repeats row 0: equal logits, and the lower id
+    wins a tie.
     """
     import torch
     from safetensors.torch import load_file, save_file
 
-    source, destination = MODELS_DIR / "ar-drafter", folder / "ar-drafter"
-    shutil.copytree(source, destination, copy_function=shutil.copyfile)
+    source, padded = MODELS_DIR / "ar-drafter", folder / "ar-drafter"
+    shutil.copytree(source, padded, copy_function=shutil.copyfile)
     target, config = (
-        json.loads((each / "config.json").read_text(encoding="utf-8"))
-        for each in (MODELS_DIR / "target", source)
+        json.loads((path / "config.json").read_text(encoding="utf-8"))
+        for path in (MODELS_DIR / "target", source)
     )
-    missing = target["vocab_size"] - config["vocab_size"]
     weights = load_file(source / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in weights:  # the padding repeats row 0: equal logits, and the lower id wins a tie
-            rows = weights[name]
-            weights[name] = torch.cat([rows, rows[:1].expand(missing, -1)]).contiguous()
-    save_file(weights, destination / "model.safetensors", metadata={"format": "pt"})
+    rows = weights["model.embed_tokens.weight"]  # also the head's
+    padding = rows[:1].expand(target["vocab_size"] - len(rows), -1)
+    weights["model.embed_tokens.weight"] = torch.cat([rows, padding])
+    save_file(weights, padded / "model.safetensors", metadata={"format": "pt"})
     config["vocab_size"] = target["vocab_size"]
-    (destination / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return destination
+    (padded / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return padded

@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from failfast_vllm.config import FailFastConfig
-from failfast_vllm.drafters.checks import (
-    check_drafter_config,
-    choose_drafter,
-    find_block_size,
-)
+from failfast_vllm.drafters.checks import check_drafter_config, choose_drafter, find_block_size
 from failfast_vllm.drafters.families import (
     BLOCK_SIZE_NAMES,
     DIFFUSION_BLOCK_SIZES,
@@ -24,19 +20,13 @@ from failfast_vllm.drafters.families import (
     family_of,
 )
 from failfast_vllm.drafters.layout import expected_shapes, is_integer
+from failfast_vllm.tools import published_models as published
 from failfast_vllm.tools.offline import positive
-from failfast_vllm.tools.published_models import GPUS, PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
 
+GPU = "H200"
 NUM_SEQS = 64  # verified at once, for the memory of their logits: float32, as they are sampled
 DRAFT_LEN = FailFastConfig.from_user({}).num_speculative_tokens
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-SIZES = (
-    "num_attention_heads",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "vocab_size",
-)
 EXPERT_SIZES = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
 # a family has the tensors of the target that it was trained from
 LAYOUTS = {family.base_type: family for family in reversed(FAMILIES)}
@@ -60,28 +50,24 @@ def memory_of(name: str, config: Mapping[str, Any]) -> Memory:
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     if dtype not in BYTES:
         raise ValueError(f"{name!r} must have a dtype of {', '.join(BYTES)}; got {dtype!r}.")
-    bits, doubt = _quantisation(config.get("quantization_config"))
-    linear_bytes = BYTES[dtype] if bits is None else bits / 8
-    weight_bytes = 0.0
-    for tensor, dims in expected_shapes(layout, config).items():
-        is_linear = tensor.endswith("_proj.weight")
-        weight_bytes += math.prod(dims) * (linear_bytes if is_linear else BYTES[dtype])
+    width = BYTES[dtype]
+    linear_width, doubt, quantised = float(width), "", config.get("quantization_config")
+    if isinstance(quantised, Mapping):
+        bits = quantised.get("bits", 8 if quantised.get("quant_method") == "fp8" else 0)
+        linear_width = bits / 8 if isinstance(bits, int) else 0
+        counted = "embeddings, biases and norms only"
+        if linear_width:
+            counted = f"linear layers at {bits} bits, without scales"
+        doubt = f"is quantised: its weights are not exact ({counted})"
+    num_layers = config["num_hidden_layers"]
+    weight_bytes = sum(
+        math.prod(dims) * (linear_width if tensor.endswith("_proj.weight") else width)
+        for tensor, dims in expected_shapes(layout, config).items()
+    )
     if layout.qk_norm and config.get("attention_bias"):  # Qwen3 then has one on o_proj, too
-        weight_bytes += config["num_hidden_layers"] * config["hidden_size"] * BYTES[dtype]
-    values = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
-    return Memory(int(weight_bytes), values * BYTES[dtype], doubt)
-
-
-def _quantisation(config: Any) -> tuple[float | None, str]:
-    """Bits of a linear layer's weight (None: not quantised; 0: not said), and what is in doubt."""
-    if not isinstance(config, Mapping):
-        return None, ""
-    bits = config.get("bits", 8 if config.get("quant_method") == "fp8" else 0)
-    bits = bits if isinstance(bits, int) else 0
-    counted = "embeddings, biases and norms only"
-    if bits:
-        counted = f"linear layers at {bits} bits, without scales"
-    return bits, f"is quantised: its weights are not exact ({counted})"
+        weight_bytes += num_layers * config["hidden_size"] * width
+    values = 2 * num_layers * config["num_key_value_heads"] * config["head_dim"]
+    return Memory(int(weight_bytes), values * width, doubt)
 
 
 def _layout_of(name: str, config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
@@ -95,7 +81,7 @@ def _layout_of(name: str, config: Mapping[str, Any]) -> tuple[Family, dict[str, 
         )
     # of a target all must be stated, but transformers' Qwen3Config has heads of 128
     filled = family.filled(config) if family else dict(config)
-    for key in SIZES + (EXPERT_SIZES if layout.has_experts else ("intermediate_size",)):
+    for key in published.SIZES + EXPERT_SIZES * layout.has_experts:
         value = filled.get(key)
         if not is_integer(value) or value < 1:
             raise ValueError(f"{name!r} must have a positive integer {key!r}; got {value!r}.")
@@ -104,24 +90,20 @@ def _layout_of(name: str, config: Mapping[str, Any]) -> tuple[Family, dict[str, 
         raise ValueError(f"{name!r} mixes dense and expert layers; only all-expert ones are known.")
     heads = {"head_dim": 128} if layout.qk_norm else {}
     filled["head_dim"] = layout.head_dim({**heads, **filled})
-    return layout, {"intermediate_size": 0, **filled}
+    return layout, filled
 
 
 def make_plan(
-    target: str,
-    drafter: str | None = None,
-    *,
-    diffusion_block_size: int | None = None,
-    gpu: str = "H200",
+    target: str, drafter: str | None = None, diffusion_block_size: int | None = None, gpu: str = GPU
 ) -> dict[str, Any]:
     """What `--json` prints. Raises ValueError, one line, on anything unknown."""
-    if gpu not in GPUS:
-        raise ValueError(f"--gpu must be one of {', '.join(GPUS)}; got {gpu!r}.")
-    target, config = load_config(target, PUBLISHED_TARGETS)
+    if gpu not in published.GPUS:
+        raise ValueError(f"--gpu must be one of {', '.join(published.GPUS)}; got {gpu!r}.")
+    target, config = load_config(target, published.PUBLISHED_TARGETS)
     memory = {"target": memory_of(target, config)}
     vocab_size = config["vocab_size"]
     drafter = drafter or choose_drafter(target, str(config.get("model_type")), vocab_size)
-    drafter, config = load_config(drafter, PUBLISHED_DRAFTERS)
+    drafter, config = load_config(drafter, published.PUBLISHED_DRAFTERS)
     if diffusion_block_size not in (None, *DIFFUSION_BLOCK_SIZES):
         raise ValueError(
             f"--diffusion-block-size must be one of {BLOCK_SIZE_NAMES}; got {diffusion_block_size}."
@@ -139,10 +121,10 @@ def make_plan(
         **names,
         "family": family.name,
         "diffusion_block_size": block.size,
-        "gpu": {"name": gpu, "memory": GPUS[gpu]},
+        "gpu": {"name": gpu, "memory": published.GPUS[gpu]},
         "weight_bytes": {key: part.weight_bytes for key, part in memory.items()},
         "weight_bytes_exact": {key: not part.doubt for key, part in memory.items()},
-        "weights_fit": sum(part.weight_bytes for part in memory.values()) <= GPUS[gpu],
+        "weights_fit": sum(part.weight_bytes for part in memory.values()) <= published.GPUS[gpu],
         "kv_bytes_per_token": kv,
         "drafter_share_of_kv": kv["drafter"] / sum(kv.values()),
         "verification_logits_bytes": NUM_SEQS * (DRAFT_LEN + 1) * vocab_size * 4,
@@ -150,13 +132,11 @@ def make_plan(
     }
 
 
-def load_config(
-    name: str, published: Mapping[str, Mapping[str, Any]]
-) -> tuple[str, Mapping[str, Any]]:
-    """The config of a checkpoint directory, a config.json, or a published model.
+def load_config(name: str, known: Mapping[str, Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
+    """The directory or hub id, and the config, of a checkpoint, a config.json or a published model.
 
-    Returns:
-        The directory or the hub id, and the config.
+    Raises:
+        ValueError: none of them, or no JSON object.
     """
     path = Path(name)
     if path.exists():
@@ -168,11 +148,11 @@ def load_config(
         if not isinstance(config, dict):
             raise ValueError(f"{path} holds no JSON object; give a config.json.")
         return str(path.parent), config
-    for hub_id, config in published.items():
+    for hub_id, config in known.items():
         if name.lower() in (hub_id.lower(), hub_id.split("/")[1].lower()):
             return hub_id, config
     raise ValueError(
-        f"{name!r} is neither a path nor one of {', '.join(published)}; "
+        f"{name!r} is neither a path nor one of {', '.join(known)}; "
         "give a checkpoint directory or a config.json."
     )
 
@@ -180,15 +160,16 @@ def load_config(
 def render(plan: Mapping[str, Any]) -> str:
     """The report for a reader."""
     kv, gpu = plan["kv_bytes_per_token"], plan["gpu"]
-    weights = ", ".join(
-        f"{key} {_size_text(count)}{'' if plan['weight_bytes_exact'][key] else ' (not exact)'}"
-        for key, count in plan["weight_bytes"].items()
-    )
+    weights = []
+    for key, count in plan["weight_bytes"].items():
+        size = f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+        doubt = "" if plan["weight_bytes_exact"][key] else " (not exact)"
+        weights.append(f"{key} {size}{doubt}")
     fit = "the weights fit" if plan["weights_fit"] else "the weights do not fit"
     lines = (
         f"target    {plan['target']}",
         f"drafter   {plan['drafter']} ({plan['family']}, blocks of {plan['diffusion_block_size']})",
-        f"weights   {weights}",
+        f"weights   {', '.join(weights)}",
         f"KV        target {kv['target'] / 1024:g} KiB per token, drafter "
         f"{kv['drafter'] / 1024:g} KiB: {plan['drafter_share_of_kv']:.0%} of the pool",
         f"logits    {plan['verification_logits_bytes'] / 1e6:.0f} MB float32 at most: "
@@ -200,25 +181,18 @@ def render(plan: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _size_text(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `failfast plan`."""
-    parser.add_argument(
-        "target", metavar="TARGET", help="checkpoint directory, config.json or name"
-    )
-    parser.add_argument("--drafter", metavar="PATH_OR_ID", help="default: the family's own")
-    parser.add_argument(
-        "--diffusion-block-size", type=positive, metavar="N", help="as in the speculative config"
-    )
-    parser.add_argument("--gpu", default="H200", metavar="NAME", help="default: H200")
+    add = parser.add_argument
+    add("target", metavar="TARGET", help="checkpoint directory, config.json or name")
+    add("--drafter", metavar="PATH_OR_ID", help="default: the family's own")
+    text = "as in the speculative config"
+    add("--diffusion-block-size", type=positive, metavar="N", help=text)
+    add("--gpu", default=GPU, metavar="NAME", help=f"default: {GPU}")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what the pair takes."""
-    size = args.diffusion_block_size
-    plan = make_plan(args.target, args.drafter, diffusion_block_size=size, gpu=args.gpu)
+    plan = make_plan(args.target, args.drafter, args.diffusion_block_size, args.gpu)
     print(json.dumps(plan, indent=2) if args.json else render(plan))
     return 0
