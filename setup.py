@@ -33,7 +33,7 @@ setup(
         "failfast_vllm": ["py.typed", "small_pair/*", "small_pair/*/*"],
     },
     install_requires=["vllm>=0.32,<0.34", "torch", "transformers", "triton", "safetensors"],
-    extras_require={"bench": ["matplotlib"]},
+    extras_require={"bench": ["matplotlib"], "smollm2": ["gguf"]},
     entry_points={
         "vllm.general_plugins": ["failfast = failfast_vllm.plugin:register"],
         "console_scripts": ["failfast = failfast_vllm.tools.cli:main"],

@@ -10,11 +10,13 @@ The first round of every point is a warm-up (a CPU compiles its matrix kernels p
 import argparse
 import contextlib
 import importlib.util
+import json
 import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ from failfast_vllm.policies.table import POLICIES
 from failfast_vllm.tools import shipped
 from failfast_vllm.tools.load_generator import EngineProcess, Run, Sums
 from failfast_vllm.tools.offline import Prompt, engine_environment, read_prompts
-from failfast_vllm.tools.report import Row, check_writable, provenance, report, save
+from failfast_vllm.tools.report import Row, by_task, check_writable, provenance, report, save
 
 BASELINE = "none"
 DEFAULT_METHODS = ["ngram", "draft_model", "fixed K8", "failfast"]
@@ -41,14 +43,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(flag: str, text: str, **options: Any) -> None:
         parser.add_argument(flag, help=text, **options)
 
-    text = "what to compare, besides none: " + ", ".join(methods())
+    text = (
+        "what to compare, besides none: NAME or NAME:KEY=VALUE,... with keys of the speculative "
+        "config (of ngram: min, max, k); names: " + ", ".join(methods())
+    )
     add("--methods", text, nargs="+", default=DEFAULT_METHODS)
     many = {"type": int, "nargs": "+", "default": [1, 2, 4, 8, 16, 32, 64], "metavar": "N"}
     add("--concurrency", "requests in flight; default: 1 to 64", **many)
     add("--repeats", "counted rounds per point; default: 3", type=int, default=3, metavar="N")
     add("--requests-per-point", "default: 4 x concurrency, at least 32", type=int, metavar="N")
-    add("--prompts", 'JSON lines with "messages" or "prompt"; default: held-out', metavar="FILE")
-    add("--num-prompts", "prompts in use; default: 64", type=int, default=64, metavar="N")
+    text = (
+        'JSON lines with "messages" or "prompt", or of Spec-Bench, GSM8K or HumanEval as published'
+    )
+    add("--prompts", f"{text}; default: held-out", nargs="+", metavar="FILE")
+    text = "prompts in use, spread evenly over all lines; default: 64"
+    add("--num-prompts", text, type=int, default=64, metavar="N")
     add("--max-tokens", "per answer; default: 200", type=int, default=200, metavar="N")
     add("--target", "checkpoint or hub id; default: the shipped one", metavar="MODEL")
     add("--drafter", "of failfast; default: the target's own", metavar="MODEL")
@@ -83,6 +92,37 @@ def methods(drafter: str | None = None, ar_drafter: str = "") -> dict[str, dict[
     }
 
 
+SHORT_KEYS = {  # of the speculative config, in --methods
+    "min": "prompt_lookup_min",
+    "max": "prompt_lookup_max",
+    "k": "num_speculative_tokens",
+}
+
+
+def with_settings(name: str, known: Mapping[str, dict[str, Any] | None]) -> dict[str, Any] | None:
+    """The config of a method, NAME or NAME:KEY=VALUE,...; raises ValueError."""
+    base, colon, settings = name.partition(":")
+    if base not in known:
+        raise ValueError(f"unknown method {base!r}; choose from {', '.join(known)}.")
+    config = dict(known[base] or {})
+    is_ours = config.get("method") == "failfast"
+    short_keys = [short for short, key in SHORT_KEYS.items() if key in config]
+    for setting in settings.split(",") if colon else ():
+        short, _, text = setting.partition("=")
+        is_count = text.isdecimal() and int(text) > 0
+        if not is_ours and not (is_count and short in short_keys):
+            takes = ", ".join(f"{each}=N" for each in short_keys) or "no settings"
+            raise ValueError(f"{base} takes {takes} with N from 1; got {setting!r} in {name!r}.")
+        try:
+            value = json.loads(text)
+        except ValueError:  # a text
+            value = text
+        config[SHORT_KEYS.get(short, short)] = value
+    if is_ours:
+        FailFastConfig.from_user(config)
+    return config or None
+
+
 class Job(NamedTuple):
     """A checked command."""
 
@@ -102,14 +142,14 @@ def prepare(args: argparse.Namespace) -> Job:
                 raise ValueError(f"{flag} must be at least 1; got {value}.")
     known, left_out = methods(), dict[str, str]()
     for name in args.methods:
-        if name not in known:
-            raise ValueError(f"unknown method {name!r}; choose from {', '.join(known)}.")
-        if name == "suffix" and importlib.util.find_spec("arctic_inference") is None:
+        method = (with_settings(name, known) or {}).get("method")
+        if method == "suffix" and importlib.util.find_spec("arctic_inference") is None:
             left_out[name] = "arctic_inference is not installed"
-        if name == "draft_model" and args.target and not args.ar_drafter:
+        if method == "draft_model" and args.target and not args.ar_drafter:
             left_out[name] = "no --ar-drafter for this target"
-    prompts = read_prompts(Path(args.prompts or shipped.PROMPTS))
-    prompts = prompts[:: max(1, len(prompts) // args.num_prompts)][: args.num_prompts]
+    prompts = [p for file in args.prompts or [shipped.PROMPTS] for p in read_prompts(Path(file))]
+    num_prompts = min(args.num_prompts, len(prompts))
+    prompts = [prompts[i * len(prompts) // num_prompts] for i in range(num_prompts)]
     random.Random(0).shuffle(prompts)  # a point that asks few meets all kinds, too
     for model in filter(None, (args.target, args.drafter, args.ar_drafter)):
         looks_local = Path(model).exists() or model.startswith((".", "/", "~"))
@@ -226,8 +266,10 @@ def measure(job: Job) -> dict[str, Any]:
                     found |= measure_point(started, concurrency, args.repeats, num_requests, bar)
                     if len(found) < len(job.methods):
                         continue
+                    tasks = list(islice(cycle(p["task"] for p in job.prompts), num_requests))
                     for name, each in found.items():
-                        rows.append(make_row(name, concurrency, each, found[BASELINE]))
+                        row = make_row(name, concurrency, each, found[BASELINE])
+                        rows.append({**row, "tasks": by_task(each, found[BASELINE], tasks)})
                     if args.json:
                         save(result, args.json)
     if args.plots:
@@ -257,13 +299,13 @@ def engine_settings(job: Job, on_cpu: bool, take_turns: bool) -> dict[str, Any]:
 def _facts(job: Job, engine_args: dict[str, Any], take_turns: bool) -> dict[str, Any]:
     args = job.args
     shown = methods(args.drafter, args.ar_drafter or "shipped")  # without a temporary folder
-    prompts = Path(args.prompts).name if args.prompts else "held-out"
+    prompts = " ".join(Path(file).name for file in args.prompts or []) or "held-out"
     return provenance(
         target=args.target or shipped.SHIPPED_PAIR,
         drafter=args.drafter or ("the target's own" if args.target else shipped.SHIPPED_PAIR),
         compiled=args.compile,
         **{name: engine_args[name] for name in ("dtype", "max_model_len", "max_num_seqs")},
-        methods={name: shown[name] for name in job.methods},
+        methods={name: with_settings(name, shown) for name in job.methods},
         engines="in turns" if take_turns else "one after another",
         prompts=f"{prompts}, {len(job.prompts)} of them",
         max_tokens=args.max_tokens,
@@ -281,14 +323,14 @@ def engines(
     args, started = job.args, dict[str, EngineProcess]()
     with contextlib.ExitStack() as stack:
         ar_drafter = args.ar_drafter or ""
-        if "draft_model" in names and not ar_drafter:
+        if not ar_drafter and any(name.startswith("draft_model") for name in names):
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             ar_drafter = str(shipped.padded_ar_drafter(Path(folder)))
         stack.callback(EngineProcess.close, started.values())
         configs = methods(args.drafter, ar_drafter)
         for name in names:
             bar.set_description(f"starting {name}")
-            settings = (configs[name], engine_args, job.prompts, args.max_tokens)
+            settings = (with_settings(name, configs), engine_args, job.prompts, args.max_tokens)
             started[name] = EngineProcess(name, *settings)
             bar.update()
         yield started

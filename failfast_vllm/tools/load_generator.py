@@ -8,7 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from itertools import cycle, islice, takewhile
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ class Served(NamedTuple):
     token_ids: list[int]
     ttft_ms: float  # to the first token
     latency_ms: float
+    num_steps: int  # of the engine, that brought tokens
 
     @property
     def num_tokens(self) -> int:
@@ -165,6 +166,7 @@ def closed_loop(
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     waiting = enumerate(islice(cycle(prompts), num_requests))
     began, first, served = dict[int, float](), dict[int, float](), dict[int, Served]()
+    steps = Counter[int]()
     watch.begin()
     start = turn = time.perf_counter()
     stood_still, prompt_len = 0.0, 0
@@ -176,10 +178,12 @@ def closed_loop(
         for output in llm.llm_engine.step():
             i, now = int(output.request_id.split("-")[0]), time.perf_counter() - stood_still
             first.setdefault(i, now)
+            steps[i] += 1
             prompt_len = prompt_len if i else len(output.prompt_token_ids)
             if output.finished:
                 ttft_ms, latency_ms = 1e3 * (first[i] - began[i]), 1e3 * (now - began[i])
-                served[i] = Served(list(output.outputs[0].token_ids), ttft_ms, latency_ms)
+                token_ids = list(output.outputs[0].token_ids)
+                served[i] = Served(token_ids, ttft_ms, latency_ms, steps[i])
         paused = time.perf_counter()
         if paused - turn >= TURN_SECONDS and len(served) < num_requests:
             yield None

@@ -13,7 +13,7 @@ from typing import Any
 
 from failfast_vllm.config import MODELS_DIR
 
-Prompt = dict[str, Any]  # "messages": [...] or "prompt": text, and what else its line holds
+Prompt = dict[str, Any]  # "messages": [...] or "prompt": text; "task"; what else its line holds
 
 ENGINE_ENVIRONMENT = {  # one process, a small cache, no hub; what the user has set stays
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -88,7 +88,11 @@ def adapter(llm: Any) -> Any:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file of JSON lines; raises ValueError naming the line."""
+    """The prompts of a file of JSON lines; raises ValueError naming the line.
+
+    Reads the files of Spec-Bench, GSM8K and HumanEval as they are published: each line is the
+    user's message of a chat, of Spec-Bench its first turn.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -101,32 +105,47 @@ def read_prompts(path: Path) -> list[Prompt]:
             entry = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON ({error}).") from None
-        if not isinstance(entry, dict) or not _is_prompt(entry):
+        prompt = _as_prompt(entry) if isinstance(entry, dict) else None
+        if prompt is None:
             raise ValueError(
                 f'{path}, line {number} must hold "messages" (a list of objects with "role" and '
-                f'"content") or "prompt" (a text); got {line[:60]}'
+                f'"content"), "prompt" or "question" (a text), or "turns" (a list of texts); got '
+                f"{line[:60]}"
             )
-        prompts.append(entry)
+        prompts.append({"task": path.stem, **prompt})
     if not prompts:
         raise ValueError(f"{path} holds no prompts.")
     return prompts
 
 
-def _is_prompt(entry: dict[str, Any]) -> bool:
-    if isinstance(entry.get("prompt"), str):
-        return True
-    found = entry.get("messages")
-    return (
-        isinstance(found, list)
-        and bool(found)
-        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in found)
-    )
+def _as_prompt(entry: dict[str, Any]) -> Prompt | None:
+    """A line's prompt; of a published file's line, as a chat with its task's name."""
+    text, task_id = entry.get("prompt"), entry.get("task_id")
+    if isinstance(text, str):
+        if not isinstance(task_id, str):
+            return entry
+        task = task_id.split("/")[0]  # HumanEval
+    elif isinstance(found := entry.get("messages"), list):
+        is_chat = all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in found)
+        return entry if found and is_chat else None
+    elif isinstance(text := entry.get("question"), str):
+        task = "GSM8K"
+    elif isinstance(turns := entry.get("turns"), list) and turns and isinstance(turns[0], str):
+        text, task = turns[0], str(entry.get("category", "turns"))
+    else:
+        return None
+    return {"task": task, "messages": [{"role": "user", "content": text}]}
 
 
 def encode(tokenizer: Any, prompt: Prompt) -> dict[str, Any]:
-    """A prompt as vLLM takes it, after the chat template."""
+    """A prompt as vLLM takes it, after the chat template.
+
+    A target without one, a base model, gets a lone message's text.
+    """
     if isinstance(prompt.get("prompt"), str):
         return {"prompt": prompt["prompt"]}
+    if len(prompt["messages"]) == 1 and getattr(tokenizer, "chat_template", "") is None:
+        return {"prompt": prompt["messages"][0]["content"]}
     text = tokenizer.apply_chat_template(
         prompt["messages"], add_generation_prompt=True, tokenize=False
     )

@@ -8,10 +8,12 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import failfast_vllm
+from failfast_vllm.tools.load_generator import Run, Served
 
 Row = dict[str, Any]
 
@@ -92,6 +94,39 @@ def report(result: dict[str, Any]) -> str:
     )
     tables = (speedups_table(result["rows"]), full_table(result["rows"]))
     return "\n\n".join(("\n".join(facts), *tables))
+
+
+def by_task(runs: list[Run], baselines: list[Run], tasks: list[str]) -> dict[str, Row]:
+    """Task -> figures of its requests alone; request i of each run has task `tasks[i]`.
+
+    The speed-up is that of a request's tokens per second, over all repeats; the tokens per step
+    are those after an answer's first.
+    """
+    found: dict[str, list[tuple[Served, Served]]] = {}
+    for run, base in zip(runs, baselines, strict=True):
+        for task, ours, others in zip(tasks, run.served, base.served, strict=True):
+            found.setdefault(task, []).append((ours, others))
+    return {task: _task_row(pairs) for task, pairs in found.items()}
+
+
+def _task_row(pairs: list[tuple[Served, Served]]) -> Row:
+    """Figures of requests, each with its twin without drafts."""
+    ours, others = zip(*pairs, strict=True)
+    equal = [a.token_ids == b.token_ids for a, b in pairs]
+    num_steps = sum(s.num_steps - 1 for s in ours)
+    num_tokens = sum(s.num_tokens - 1 for s in ours)
+    return {
+        "requests": len(pairs),
+        "tokens_per_second_per_request": round(_speed(ours), 2),
+        "speedup": round(_speed(ours) / _speed(others), 3),
+        "tokens_per_step": round(num_tokens / num_steps, 3) if num_steps else None,
+        "answers_equal_to_none": round(sum(equal) / len(equal), 4),
+    }
+
+
+def _speed(served: Sequence[Served]) -> float:
+    """Tokens per second of a request."""
+    return 1e3 * sum(s.num_tokens for s in served) / sum(s.latency_ms for s in served)
 
 
 def speedups_table(rows: list[Row]) -> str:

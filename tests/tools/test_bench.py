@@ -24,7 +24,7 @@ FIGURES = ("throughput", "trajectory")
 
 def made_up(seconds, answers, **sums):
     """A run of requests with 10 ms to the first token and 5 ms for each that follows."""
-    served = [Served(ids, 10.0, 10.0 + 5.0 * (len(ids) - 1)) for ids in answers]
+    served = [Served(ids, 10.0, 10.0 + 5.0 * (len(ids) - 1), len(ids)) for ids in answers]
     traced = [TracedRound([], [], [1]), TracedRound([2, 3], [4], [5])]
     return Run(seconds, served, Sums(float, sums), traced)
 
@@ -195,6 +195,7 @@ def test_a_request_that_ends_is_replaced_at_once(monkeypatch):
     assert llm.in_flight == [4, 4, 4, 4, 1, 1]  # after the third step none is left to start
     assert run.trajectory == []
     assert [s.num_tokens for s in run.served] == [2, 3, 1] * 3
+    assert [s.num_steps for s in run.served] == [2, 3, 1] * 3
 
 
 def test_rounds_without_a_draft_are_put_between():

@@ -197,8 +197,8 @@ def comparison(failfast_ids):
     rounds = [TracedRound([], [], [0]), TracedRound([1, 2], [9, 9], [3])]
     sums = Sums(float, drafts=1, drafted=4, accepted=2, passes=1, longest=2)
     prompt = {"task": "task", "messages": [{"role": "user", "content": "why\nnot"}]}
-    baseline = Run(2.0, [Served([0, 1, 2, 3], 1.0, 2.0)], Sums(float), [])
-    failfast = Run(1.0, [Served(failfast_ids, 1.0, 2.0)], sums, rounds)
+    baseline = Run(2.0, [Served([0, 1, 2, 3], 1.0, 2.0, 4)], Sums(float), [])
+    failfast = Run(1.0, [Served(failfast_ids, 1.0, 2.0, 2)], sums, rounds)
     return demo.Comparison([prompt], baseline, failfast, "cpu", Letters())
 
 
