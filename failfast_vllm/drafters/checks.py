@@ -1,33 +1,66 @@
-"""What a drafter must be, checked once, before any weight is read. No vLLM, no torch.
+"""What a drafter must be, checked once, before any weight is read. No vLLM, no torch."""
 
-Errors are one line: what is wrong, what was got, what to do.
-"""
-
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
-from failfast_vllm.drafters.checkpoint import check_files, read_json
-from failfast_vllm.drafters.errors import echo
+from failfast_vllm.drafters.checkpoint import check_files, expert_layers, read_json
+from failfast_vllm.drafters.errors import echo, refusal
 from failfast_vllm.drafters.families import (
     BLOCK_SIZE,
     BLOCK_SIZE_NAMES,
     FAMILIES,
     FAMILY_NAMES,
     MODELS_DIR,
-    VOCAB_SIZES,
     Family,
     family_of,
     is_block_size,
     published_names,
 )
-from failfast_vllm.drafters.layout import check_config, is_integer
 
 # vLLM's SpeculativeConfig changes the method of a draft model whose path contains one of these
 METHOD_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+
+MAX_LAYERS = 512
+SIZE_LIMITS = {  # far beyond any drafter; a larger value is a slip
+    "hidden_size": 1 << 16,
+    "intermediate_size": 1 << 18,
+    "num_hidden_layers": MAX_LAYERS,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "vocab_size": 1 << 20,
+    "max_position_embeddings": 1 << 24,
+}
+MAX_HEAD_DIM = 512
+EXPERT_LIMITS = {"num_experts": 1 << 12, "moe_intermediate_size": 1 << 18}
+# what a key may say, the default first; anything else is not vLLM's Qwen2 or Qwen3
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "tie_word_embeddings": (False, True),
+    "use_sliding_window": (False, None),
+    "is_causal": (True, None),
+    "dual_chunk_attention_config": (None,),
+    "shared_expert_intermediate_size": (None, 0),
+    "n_routed_experts": (None, 0),
+}
+NO_EXPERTS: dict[str, tuple[Any, ...]] = {"num_experts": (None, 0), "num_local_experts": (None, 0)}
+MAX_ROPE_NUMBER = 1e12
+ROPE_NUMBERS = {  # what each type of scaling cannot do without
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+# what transformers fills in where it is absent, and would break on null
+ROPE_OPTIONAL = ("original_max_position_embeddings", "beta_fast", "beta_slow")
+
+Problem = tuple[str, str, Any, str]  # a key, what it must be, what it is, what to do
+CORRECT = "Correct its config.json."
 
 
 def choose_drafter(target: str, model_type: str, vocab_size: int) -> str:
@@ -35,7 +68,7 @@ def choose_drafter(target: str, model_type: str, vocab_size: int) -> str:
     if Path(target).exists() and Path(target).resolve() == (MODELS_DIR / "target").resolve():
         return str(MODELS_DIR / "drafter")
     for family in FAMILIES:
-        if model_type in family.targets and vocab_size in VOCAB_SIZES:
+        if model_type in family.targets and vocab_size in family.vocab_sizes:
             return family.drafter
     raise ValueError(
         f"failfast: no drafter is known for the target {target!r} (model type {model_type!r}, "
@@ -49,9 +82,8 @@ def check_local_drafter(
 ) -> dict[str, Any] | None:
     """Refuse a local drafter that cannot be one, before vLLM loads anything; raises ValueError.
 
-    vLLM's `load_format` "dummy" reads no weights, so none are asked for.
-
     Args:
+        load_format: vLLM's; with "dummy" no weights are asked for.
         asked_size: the user's diffusion block size.
 
     Returns:
@@ -59,10 +91,8 @@ def check_local_drafter(
     """
     for word in METHOD_WORDS:
         if word in model.lower():
-            raise ValueError(
-                f"failfast: vLLM takes a drafter with {word!r} in its path for another method; "
-                f"got {echo(model)}. Rename the directory."
-            )
+            must = f"vLLM takes a drafter with {word!r} in its path for another method"
+            raise refusal(must, echo(model), "Rename the directory.")
     if not os.path.isdir(model):  # where Path.is_dir raises on an impossible name, this is False
         if model.startswith(("/", ".", "~")) or not HUB_ID.fullmatch(model):
             raise ValueError(
@@ -89,7 +119,7 @@ def check_drafter_config(
 ) -> Family:
     """The drafter's family; raises ValueError on another architecture, layout or block size."""
     architectures = config.get("architectures")
-    family = family_of(architectures)
+    family, must = family_of(architectures), f"the drafter {model!r} must"
     if family is None:
         found = map(str, architectures) if isinstance(architectures, list) else ()
         known = " or ".join(family.architecture for family in FAMILIES)
@@ -98,18 +128,15 @@ def check_drafter_config(
             if config.get("auto_map")
             else "For an autoregressive drafter use vLLM's own method 'draft_model'."
         )
-        raise ValueError(
-            f"failfast: the drafter {model!r} must be a {known}; "
-            f"got {', '.join(found) or 'no architecture'}. {hint}"
-        )
+        raise refusal(f"{must} be a {known}", ", ".join(found) or "no architecture", hint)
     if config.get("model_type") not in family.model_types:
-        raise ValueError(
-            f"failfast: the drafter {model!r} must have the 'model_type' "
-            f"{family.model_types[0]!r}; got {config.get('model_type')!r}. "
-            "Set it in its config.json."
-        )
+        must = f"{must} have the 'model_type' {family.model_types[0]!r}"
+        raise refusal(must, repr(config.get("model_type")), "Set it in its config.json.")
     find_block_size(model, family, config, asked_size)
-    check_config(model, family, config)
+    filled = family.filled(config)
+    for problems in (_other_layout, _wrong_sizes, _wrong_experts, _wrong_rope):
+        for key, what, got, remedy in problems(family, filled):
+            raise refusal(f"{must} have {key!r} {what}", echo(got), remedy)
     return family
 
 
@@ -147,29 +174,127 @@ def find_block_size(
         )
         return BlockSize(family.default_block_size, doubt)
     if not is_block_size(size):
-        raise ValueError(
-            f"failfast: the drafter {model!r} must have blocks of {BLOCK_SIZE_NAMES} tokens; "
-            f"got {size} (from the name {name!r}). Use another checkpoint, or set {BLOCK_SIZE!r} "
-            "if the name means something else."
-        )
+        must = f"the drafter {model!r} must have blocks of {BLOCK_SIZE_NAMES} tokens"
+        remedy = f"Use another checkpoint, or set {BLOCK_SIZE!r} if the name means something else."
+        raise refusal(must, f"{size} (from the name {name!r})", remedy)
     return BlockSize(size, None)
 
 
 def _stated_size(
     model: str, family: Family, config: Mapping[str, Any], asked_size: int | None
 ) -> BlockSize:
-    key = family.block_size_key
-    if not is_block_size(config[key]):
-        raise ValueError(
-            f"failfast: the drafter {model!r} must have a {key!r} of {BLOCK_SIZE_NAMES}; "
-            f"got {config[key]!r}. Use another checkpoint."
+    key, size = family.block_size_key, config[family.block_size_key]
+    if not is_block_size(size):
+        must = f"the drafter {model!r} must have a {key!r} of {BLOCK_SIZE_NAMES}"
+        raise refusal(must, repr(size), "Use another checkpoint.")
+    if asked_size not in (None, size):
+        whose = f"in the config.json of the drafter {model!r}, {size}"
+        raise refusal(
+            f"{BLOCK_SIZE!r} must be the {key!r} {whose}", f"{asked_size}", "Leave it out."
         )
-    if asked_size not in (None, config[key]):
-        raise ValueError(
-            f"failfast: {BLOCK_SIZE!r} must be the {key!r} in the config.json of the drafter "
-            f"{model!r}, {config[key]}; got {asked_size}. Leave it out."
-        )
-    return BlockSize(config[key], None)
+    return BlockSize(size, None)
+
+
+def _other_layout(family: Family, config: Mapping[str, Any]) -> Iterator[Problem]:
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key) is not None:
+            yield key, "absent", config[key], "Use its unquantised weights."
+    projections = {
+        "attention_bias": (True,) if family.qkv_bias else (False, True),
+        "qk_norm": (family.qk_norm,),
+    }
+    experts = {"norm_topk_prob": (False, True)} if family.has_experts else NO_EXPERTS
+    for key, allowed in (ALLOWED | projections | experts).items():
+        value = config.get(key, allowed[0])
+        if repr(value) not in map(repr, allowed):  # True is no 1 here
+            what = "as " + " or ".join(map(json.dumps, allowed))
+            yield key, what, value, "Another layout cannot be loaded."
+
+
+def _wrong_sizes(family: Family, config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Later checks rely on earlier ones: only the first problem counts."""
+    for key, high in SIZE_LIMITS.items():
+        yield from _no_integer(config, key, high)
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads, stated = config["num_key_value_heads"], config.get("head_dim")
+    if heads % kv_heads:
+        what = f"as a divisor of 'num_attention_heads' ({heads})"
+        yield "num_key_value_heads", what, kv_heads, CORRECT
+    if family.qk_norm:
+        yield from _no_integer(config, "head_dim", MAX_HEAD_DIM)
+        if config["head_dim"] % 2:
+            yield "head_dim", "even", stated, CORRECT
+    elif hidden % heads or hidden // heads % 2:
+        what = f"that splits 'hidden_size' ({hidden}) into heads of even size"
+        yield "num_attention_heads", what, heads, CORRECT
+    elif stated not in (None, hidden // heads):
+        what = f"equal to 'hidden_size' / 'num_attention_heads' ({hidden // heads})"
+        yield "head_dim", what, stated, CORRECT
+    if config.get("layer_types") not in (None, ["full_attention"] * config["num_hidden_layers"]):
+        what = "with 'full_attention' for each layer"
+        yield "layer_types", what, config["layer_types"], "Others cannot be loaded."
+    epsilon = config.get("rms_norm_eps", 1e-6)
+    if not _is_positive(epsilon) or epsilon >= 1:
+        yield "rms_norm_eps", "between 0 and 1", epsilon, CORRECT
+
+
+def _wrong_experts(family: Family, config: Mapping[str, Any]) -> Iterator[Problem]:
+    if not family.has_experts:
+        return
+    for key, high in EXPERT_LIMITS.items():
+        yield from _no_integer(config, key, high)
+    yield from _no_integer(config, "num_experts_per_tok", config["num_experts"])
+    if "norm_topk_prob" not in config:  # both occur
+        yield "norm_topk_prob", "as false or true", None, CORRECT
+    yield from _no_integer({"decoder_sparse_step": 1, **config}, "decoder_sparse_step", MAX_LAYERS)
+    dense = config.get("mlp_only_layers")
+    if dense is not None and not (isinstance(dense, list) and all(map(is_integer, dense))):
+        yield "mlp_only_layers", "as a list of layer numbers", dense, CORRECT
+    if not expert_layers(config):
+        what = "and 'decoder_sparse_step' that leave a layer with experts"
+        yield "mlp_only_layers", what, dense, "Without experts it is another model."
+
+
+def _wrong_rope(family: Family, config: Mapping[str, Any]) -> Iterator[Problem]:
+    theta = config.get("rope_theta")
+    for key in ("rope_scaling", "rope_parameters"):  # the older name first
+        rope = config.get(key)
+        if rope is not None:
+            for what, remedy in _wrong_scaling(rope if isinstance(rope, dict) else {"type": None}):
+                yield key, what, rope, remedy
+            theta = rope.get("rope_theta", theta)
+    if not _is_positive(theta):
+        yield "rope_theta", "as a positive number", theta, CORRECT
+
+
+def _wrong_scaling(scaling: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    kind = str(scaling.get("rope_type", scaling.get("type", "default")))
+    if kind not in ROPE_NUMBERS or "mrope_section" in scaling:
+        yield f"with a 'rope_type' among {', '.join(ROPE_NUMBERS)}", "Others cannot be loaded."
+    for number in ROPE_NUMBERS[kind]:
+        if not _is_positive(scaling.get(number)):
+            yield f"with a positive {number!r}", CORRECT
+    for number in ROPE_OPTIONAL:
+        if number in scaling and not _is_positive(scaling[number]):
+            yield f"with a positive {number!r}, or none", CORRECT
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        yield "with a 'high_freq_factor' above its 'low_freq_factor'", CORRECT
+
+
+def _no_integer(config: Mapping[str, Any], key: str, high: int) -> Iterator[Problem]:
+    value = config.get(key)
+    if not is_integer(value) or not 1 <= value <= high:
+        yield key, f"as an integer from 1 to {high}", value, CORRECT
+
+
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Whether a value of a JSON file is an integer; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value <= MAX_ROPE_NUMBER
 
 
 def undivided_size(config: Mapping[str, Any], num_ranks: int) -> str | None:
@@ -225,10 +350,10 @@ def mask_token_id(
             raise ValueError(
                 f"failfast: 'mask_token_id' must be an integer from 0 to {last}; got {mask!r}."
             )
-        return int(mask)
+        return mask
     if family.mask_token in drafter_vocab:
         return drafter_vocab[family.mask_token]
-    if config.get("vocab_size") in VOCAB_SIZES:
+    if config.get("vocab_size") in family.vocab_sizes:
         return family.published_mask_token_id
     raise ValueError(
         f"failfast: the drafter's MASK token is unknown (no {family.mask_token!r} in its "

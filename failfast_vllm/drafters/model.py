@@ -13,9 +13,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 
 from failfast_vllm.drafters.attention import BlockDiffusionBackend
-from failfast_vllm.drafters.checkpoint import check_tensors
+from failfast_vllm.drafters.checkpoint import check_tensors, expected_shapes
 from failfast_vllm.drafters.families import FAMILIES, Family
-from failfast_vllm.drafters.layout import expected_shapes
 
 
 def _attend_in_blocks(decoder: Any, vllm_config: VllmConfig) -> None:

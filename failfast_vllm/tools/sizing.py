@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from failfast_vllm.config import FailFastConfig
+from failfast_vllm.drafters.checkpoint import expected_shapes
 from failfast_vllm.drafters.checks import (
     check_drafter_config,
     choose_drafter,
     find_block_size,
+    is_integer,
 )
 from failfast_vllm.drafters.families import (
     BLOCK_SIZE_NAMES,
@@ -23,7 +25,6 @@ from failfast_vllm.drafters.families import (
     Family,
     family_of,
 )
-from failfast_vllm.drafters.layout import expected_shapes, is_integer
 from failfast_vllm.tools.offline import positive
 from failfast_vllm.tools.published_models import GPUS, PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
 
@@ -39,7 +40,7 @@ SIZES = (
 )
 EXPERT_SIZES = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
 # a family has the tensors of the target that it was trained from
-LAYOUTS = {family.base_type: family for family in reversed(FAMILIES)}
+LAYOUTS = {family.base_model.split(".")[0]: family for family in reversed(FAMILIES)}
 
 
 class Memory(NamedTuple):

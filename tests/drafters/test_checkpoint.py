@@ -24,9 +24,8 @@ from checkpoints import (
 from engine import engine, generate, proposer
 from failfast_vllm.config import METHOD, MODELS_DIR
 from failfast_vllm.drafters import checks
-from failfast_vllm.drafters.checkpoint import INDEX
+from failfast_vllm.drafters.checkpoint import INDEX, expected_shapes
 from failfast_vllm.drafters.families import FAMILIES, FAST_DLLM_V2, SDAR, SDAR_MOE
-from failfast_vllm.drafters.layout import expected_shapes
 from published import (
     FAST_DLLM_1_5B,
     FAST_DLLM_7B,

@@ -1,6 +1,6 @@
 """Write small random checkpoints of the drafter families, as they are published.
 
-The layout is spelt out here a second time, so that `drafters.layout` is not its own judge.
+The layout is spelt out here a second time, so that `drafters.checkpoint` is not its own judge.
 """
 
 import json
