@@ -35,19 +35,19 @@ def expected_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, Shap
     `lm_head.weight` besides.
     """
     config = family.filled(config)
-    hidden = config["hidden_size"]
-    attention = _attention_shapes(family, config)
-    dense = _mlp_shapes("mlp", hidden, config["intermediate_size"])
-    with_experts = expert_layers(config) if family.has_experts else frozenset()
-    sparse: dict[str, Shape] = {}
-    if with_experts:
-        sparse["mlp.gate.weight"] = (config["num_experts"], hidden)
-        for i in range(config["num_experts"]):
-            sparse |= _mlp_shapes(f"mlp.experts.{i}", hidden, config["moe_intermediate_size"])
+    hidden, layer = config["hidden_size"], _attention_shapes(family, config)
+    if family.has_experts:
+        layer["mlp.gate.weight"] = (config["num_experts"], hidden)
+        mlps = [f"mlp.experts.{i}" for i in range(config["num_experts"])]
+        width = config["moe_intermediate_size"]
+    else:
+        mlps, width = ["mlp"], config["intermediate_size"]
+    for mlp in mlps:
+        layer[f"{mlp}.gate_proj.weight"] = layer[f"{mlp}.up_proj.weight"] = (width, hidden)
+        layer[f"{mlp}.down_proj.weight"] = (hidden, width)
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for i in range(config["num_hidden_layers"]):
-        for name, shape in (attention | (sparse if i in with_experts else dense)).items():
-            shapes[f"model.layers.{i}.{name}"] = shape
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     shapes["model.norm.weight"] = (hidden,)
     if not config.get("tie_word_embeddings", False):
         shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
@@ -71,18 +71,6 @@ def _attention_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, Sh
         if family.qk_norm and name != "v":
             shapes[f"self_attn.{name}_norm.weight"] = (head_dim,)
     return shapes
-
-
-def _mlp_shapes(name: str, hidden: int, width: int) -> dict[str, Shape]:
-    sides = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
-    return {f"{name}.{side}_proj.weight": shape for side, shape in sides.items()}
-
-
-def expert_layers(config: Mapping[str, Any]) -> frozenset[int]:
-    """The layers that have experts in place of a dense MLP, by Qwen3-MoE's rule."""
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
-    layers = range(config["num_hidden_layers"])
-    return frozenset(i for i in layers if i not in dense and (i + 1) % step == 0)
 
 
 def check_files(path: Path, family: Family, config: Mapping[str, Any]) -> None:

@@ -5,9 +5,9 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
-from failfast_vllm.drafters.checkpoint import check_files, expert_layers, read_json
+from failfast_vllm.drafters.checkpoint import check_files, read_json
 from failfast_vllm.drafters.errors import echo, refusal
 from failfast_vllm.drafters.families import (
     BLOCK_SIZE,
@@ -25,18 +25,9 @@ from failfast_vllm.drafters.families import (
 METHOD_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
-MAX_LAYERS = 512
-SIZE_LIMITS = {  # far beyond any drafter; a larger value is a slip
-    "hidden_size": 1 << 16,
-    "intermediate_size": 1 << 18,
-    "num_hidden_layers": MAX_LAYERS,
-    "num_attention_heads": 1024,
-    "num_key_value_heads": 1024,
-    "vocab_size": 1 << 20,
-    "max_position_embeddings": 1 << 24,
-}
-MAX_HEAD_DIM = 512
-EXPERT_LIMITS = {"num_experts": 1 << 12, "moe_intermediate_size": 1 << 18}
+MAX_COUNT, MAX_SIZE = 1 << 12, 1 << 24  # far beyond any drafter; a larger value is a slip
+COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SIZES = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
 # what a key may say, the default first; anything else is not vLLM's Qwen2 or Qwen3
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -48,7 +39,11 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "n_routed_experts": (None, 0),
 }
 NO_EXPERTS: dict[str, tuple[Any, ...]] = {"num_experts": (None, 0), "num_local_experts": (None, 0)}
-MAX_ROPE_NUMBER = 1e12
+EXPERTS: dict[str, tuple[Any, ...]] = {  # in every layer
+    "norm_topk_prob": (False, True),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([], None),
+}
 ROPE_NUMBERS = {  # what each type of scaling cannot do without
     "default": (),
     "linear": ("factor",),
@@ -65,7 +60,7 @@ CORRECT = "Correct its config.json."
 
 def choose_drafter(target: str, model_type: str, vocab_size: int) -> str:
     """The drafter for a target when the user names none; raises ValueError if there is none."""
-    if Path(target).exists() and Path(target).resolve() == (MODELS_DIR / "target").resolve():
+    if Path(target).resolve() == (MODELS_DIR / "target").resolve():
         return str(MODELS_DIR / "drafter")
     for family in FAMILIES:
         if model_type in family.targets and vocab_size in family.vocab_sizes:
@@ -80,14 +75,11 @@ def choose_drafter(target: str, model_type: str, vocab_size: int) -> str:
 def check_local_drafter(
     model: str, load_format: str = "auto", asked_size: int | None = None
 ) -> dict[str, Any] | None:
-    """Refuse a local drafter that cannot be one, before vLLM loads anything; raises ValueError.
+    """The `config.json` of a local drafter, or None where it is not a directory; raises ValueError.
 
     Args:
         load_format: vLLM's; with "dummy" no weights are asked for.
         asked_size: the user's diffusion block size.
-
-    Returns:
-        Its `config.json`, or None where it is not a directory.
     """
     for word in METHOD_WORDS:
         if word in model.lower():
@@ -134,7 +126,7 @@ def check_drafter_config(
         raise refusal(must, repr(config.get("model_type")), "Set it in its config.json.")
     find_block_size(model, family, config, asked_size)
     filled = family.filled(config)
-    for problems in (_other_layout, _wrong_sizes, _wrong_experts, _wrong_rope):
+    for problems in (_other_layout, _wrong_sizes, _wrong_rope):
         for key, what, got, remedy in problems(family, filled):
             raise refusal(f"{must} have {key!r} {what}", echo(got), remedy)
     return family
@@ -152,13 +144,11 @@ def find_block_size(
 ) -> BlockSize:
     """What a drafter's config.json states, else the user, else its name, else the family's default.
 
-    Args:
-        model: hub id or directory.
-        config: its `config.json` as published, not as a configuration class has filled it.
-        asked_size: `diffusion_block_size` of the speculative config.
+    Raises ValueError on a size that no kernel has, or one that contradicts the config.json.
 
-    Raises:
-        ValueError: a size that no kernel has, or one that contradicts the config.json.
+    Args:
+        config: the `config.json` as published, not as a configuration class has filled it.
+        asked_size: `diffusion_block_size` of the speculative config.
     """
     if family.block_size_key in config:
         return _stated_size(model, family, config, asked_size)
@@ -188,10 +178,8 @@ def _stated_size(
         must = f"the drafter {model!r} must have a {key!r} of {BLOCK_SIZE_NAMES}"
         raise refusal(must, repr(size), "Use another checkpoint.")
     if asked_size not in (None, size):
-        whose = f"in the config.json of the drafter {model!r}, {size}"
-        raise refusal(
-            f"{BLOCK_SIZE!r} must be the {key!r} {whose}", f"{asked_size}", "Leave it out."
-        )
+        stated = f"the {key!r} in the config.json of the drafter {model!r}, {size}"
+        raise refusal(f"{BLOCK_SIZE!r} must be {stated}", str(asked_size), "Leave it out.")
     return BlockSize(size, None)
 
 
@@ -203,25 +191,31 @@ def _other_layout(family: Family, config: Mapping[str, Any]) -> Iterator[Problem
         "attention_bias": (True,) if family.qkv_bias else (False, True),
         "qk_norm": (family.qk_norm,),
     }
-    experts = {"norm_topk_prob": (False, True)} if family.has_experts else NO_EXPERTS
+    experts = EXPERTS if family.has_experts else NO_EXPERTS
     for key, allowed in (ALLOWED | projections | experts).items():
         value = config.get(key, allowed[0])
         if repr(value) not in map(repr, allowed):  # True is no 1 here
             what = "as " + " or ".join(map(json.dumps, allowed))
             yield key, what, value, "Another layout cannot be loaded."
+    if family.has_experts and "norm_topk_prob" not in config:  # both occur
+        yield "norm_topk_prob", "as false or true", None, CORRECT
 
 
 def _wrong_sizes(family: Family, config: Mapping[str, Any]) -> Iterator[Problem]:
     """Later checks rely on earlier ones: only the first problem counts."""
-    for key, high in SIZE_LIMITS.items():
-        yield from _no_integer(config, key, high)
+    for key in COUNTS + SIZES:
+        yield from _no_integer(config, key, MAX_COUNT if key in COUNTS else MAX_SIZE)
+    if family.has_experts:
+        yield from _no_integer(config, "num_experts", MAX_COUNT)
+        yield from _no_integer(config, "num_experts_per_tok", config["num_experts"])
+        yield from _no_integer(config, "moe_intermediate_size", MAX_SIZE)
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     kv_heads, stated = config["num_key_value_heads"], config.get("head_dim")
     if heads % kv_heads:
         what = f"as a divisor of 'num_attention_heads' ({heads})"
         yield "num_key_value_heads", what, kv_heads, CORRECT
     if family.qk_norm:
-        yield from _no_integer(config, "head_dim", MAX_HEAD_DIM)
+        yield from _no_integer(config, "head_dim", MAX_COUNT)
         if config["head_dim"] % 2:
             yield "head_dim", "even", stated, CORRECT
     elif hidden % heads or hidden // heads % 2:
@@ -236,23 +230,6 @@ def _wrong_sizes(family: Family, config: Mapping[str, Any]) -> Iterator[Problem]
     epsilon = config.get("rms_norm_eps", 1e-6)
     if not _is_positive(epsilon) or epsilon >= 1:
         yield "rms_norm_eps", "between 0 and 1", epsilon, CORRECT
-
-
-def _wrong_experts(family: Family, config: Mapping[str, Any]) -> Iterator[Problem]:
-    if not family.has_experts:
-        return
-    for key, high in EXPERT_LIMITS.items():
-        yield from _no_integer(config, key, high)
-    yield from _no_integer(config, "num_experts_per_tok", config["num_experts"])
-    if "norm_topk_prob" not in config:  # both occur
-        yield "norm_topk_prob", "as false or true", None, CORRECT
-    yield from _no_integer({"decoder_sparse_step": 1, **config}, "decoder_sparse_step", MAX_LAYERS)
-    dense = config.get("mlp_only_layers")
-    if dense is not None and not (isinstance(dense, list) and all(map(is_integer, dense))):
-        yield "mlp_only_layers", "as a list of layer numbers", dense, CORRECT
-    if not expert_layers(config):
-        what = "and 'decoder_sparse_step' that leave a layer with experts"
-        yield "mlp_only_layers", what, dense, "Without experts it is another model."
 
 
 def _wrong_rope(family: Family, config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -271,30 +248,21 @@ def _wrong_scaling(scaling: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     kind = str(scaling.get("rope_type", scaling.get("type", "default")))
     if kind not in ROPE_NUMBERS or "mrope_section" in scaling:
         yield f"with a 'rope_type' among {', '.join(ROPE_NUMBERS)}", "Others cannot be loaded."
-    for number in ROPE_NUMBERS[kind]:
+    for number in (*ROPE_NUMBERS[kind], *(n for n in ROPE_OPTIONAL if n in scaling)):
         if not _is_positive(scaling.get(number)):
             yield f"with a positive {number!r}", CORRECT
-    for number in ROPE_OPTIONAL:
-        if number in scaling and not _is_positive(scaling[number]):
-            yield f"with a positive {number!r}, or none", CORRECT
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         yield "with a 'high_freq_factor' above its 'low_freq_factor'", CORRECT
 
 
 def _no_integer(config: Mapping[str, Any], key: str, high: int) -> Iterator[Problem]:
     value = config.get(key)
-    if not is_integer(value) or not 1 <= value <= high:
+    if type(value) is not int or not 1 <= value <= high:
         yield key, f"as an integer from 1 to {high}", value, CORRECT
 
 
-def is_integer(value: Any) -> TypeGuard[int]:
-    """Whether a value of a JSON file is an integer; true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_positive(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value <= MAX_ROPE_NUMBER
+    return type(value) in (int, float) and 0 < value <= 1e12
 
 
 def undivided_size(config: Mapping[str, Any], num_ranks: int) -> str | None:
@@ -309,9 +277,8 @@ def undivided_size(config: Mapping[str, Any], num_ranks: int) -> str | None:
         "num_key_value_heads": num_kv_heads % num_ranks and num_ranks % num_kv_heads,
         "intermediate_size": config["intermediate_size"] % num_ranks,
         "vocab_size": -(-config["vocab_size"] // 64) * 64 % num_ranks,
+        "moe_intermediate_size": config.get("moe_intermediate_size", 0) % num_ranks,
     }
-    if "moe_intermediate_size" in config:
-        remainders["moe_intermediate_size"] = config["moe_intermediate_size"] % num_ranks
     return next((f"'{key}': {config[key]}" for key, rest in remainders.items() if rest), None)
 
 
@@ -346,10 +313,9 @@ def mask_token_id(
     mask = config.get("mask_token_id")
     if mask is not None:
         last = config["vocab_size"] - 1
-        if not is_integer(mask) or not 0 <= mask <= last:
-            raise ValueError(
-                f"failfast: 'mask_token_id' must be an integer from 0 to {last}; got {mask!r}."
-            )
+        if type(mask) is not int or not 0 <= mask <= last:
+            must = f"'mask_token_id' must be an integer from 0 to {last}"
+            raise ValueError(f"failfast: {must}; got {mask!r}.")
         return mask
     if family.mask_token in drafter_vocab:
         return drafter_vocab[family.mask_token]

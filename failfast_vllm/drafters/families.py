@@ -120,11 +120,9 @@ FAMILY_NAMES = " or ".join(family.name for family in FAMILIES)
 def published_names(path: str, config: Mapping[str, Any]) -> list[str]:
     """The names under which a checkpoint may have been published, the likeliest first.
 
-    Args:
-        path: a hub id or a directory, also one inside a hub cache.
-        config: its `config.json`; where it was trained from may stand under `_name_or_path`.
+    `path` is a hub id or a directory, also one inside a hub cache.
     """
-    origin = config.get("_name_or_path")
+    origin = config.get("_name_or_path")  # what it was trained from
     origin = origin if isinstance(origin, str) else ""
     names = []
     for each in (Path(path), Path(path).resolve(), Path(origin)):  # through "." and links

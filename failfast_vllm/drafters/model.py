@@ -1,8 +1,4 @@
-"""The drafter families as vLLM models: their base models of vLLM with block attention.
-
-Only the attention layer differs; everything else is vLLM's. Loaded natively: a checkpoint's remote
-code is never run.
-"""
+"""The drafter families as vLLM models: vLLM's base models with block attention."""
 
 import importlib
 from collections.abc import Iterable

@@ -16,7 +16,6 @@ from failfast_vllm.drafters.checks import (
     check_drafter_config,
     choose_drafter,
     find_block_size,
-    is_integer,
 )
 from failfast_vllm.drafters.families import (
     BLOCK_SIZE_NAMES,
@@ -98,7 +97,7 @@ def _layout_of(name: str, config: Mapping[str, Any]) -> tuple[Family, dict[str, 
     filled = family.filled(config) if family else dict(config)
     for key in SIZES + (EXPERT_SIZES if layout.has_experts else ("intermediate_size",)):
         value = filled.get(key)
-        if not is_integer(value) or value < 1:
+        if type(value) is not int or value < 1:
             raise ValueError(f"{name!r} must have a positive integer {key!r}; got {value!r}.")
     is_mixed = filled.get("mlp_only_layers") or filled.get("decoder_sparse_step", 1) != 1
     if layout.has_experts and is_mixed:
