@@ -44,13 +44,8 @@ EXPERTS: dict[str, tuple[Any, ...]] = {  # in every layer
     "decoder_sparse_step": (1,),
     "mlp_only_layers": ([], None),
 }
-ROPE_NUMBERS = {  # what each type of scaling cannot do without
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+LLAMA3_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor")
 # what transformers fills in where it is absent, and would break on null
 ROPE_OPTIONAL = ("original_max_position_embeddings", "beta_fast", "beta_slow")
 
@@ -236,23 +231,23 @@ def _wrong_rope(family: Family, config: Mapping[str, Any]) -> Iterator[Problem]:
     theta = config.get("rope_theta")
     for key in ("rope_scaling", "rope_parameters"):  # the older name first
         rope = config.get(key)
-        if rope is not None:
-            for what, remedy in _wrong_scaling(rope if isinstance(rope, dict) else {"type": None}):
-                yield key, what, rope, remedy
-            theta = rope.get("rope_theta", theta)
+        if rope is None:
+            continue
+        scaling: dict[str, Any] = rope if isinstance(rope, dict) else {"type": None}
+        kind = str(scaling.get("rope_type", scaling.get("type", "default")))
+        if kind not in ROPE_TYPES or "mrope_section" in scaling:
+            what = f"with a 'rope_type' among {', '.join(ROPE_TYPES)}"
+            yield key, what, rope, "Others cannot be loaded."
+        needed = {"default": (), "llama3": LLAMA3_NUMBERS}.get(kind, ("factor",))
+        for number in (*needed, *(name for name in ROPE_OPTIONAL if name in scaling)):
+            if not _is_positive(scaling.get(number)):
+                what = f"with a positive {number!r}" + ("" if number in needed else ", or none")
+                yield key, what, rope, CORRECT
+        if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+            yield key, "with a 'high_freq_factor' above its 'low_freq_factor'", rope, CORRECT
+        theta = scaling.get("rope_theta", theta)
     if not _is_positive(theta):
         yield "rope_theta", "as a positive number", theta, CORRECT
-
-
-def _wrong_scaling(scaling: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    kind = str(scaling.get("rope_type", scaling.get("type", "default")))
-    if kind not in ROPE_NUMBERS or "mrope_section" in scaling:
-        yield f"with a 'rope_type' among {', '.join(ROPE_NUMBERS)}", "Others cannot be loaded."
-    for number in (*ROPE_NUMBERS[kind], *(n for n in ROPE_OPTIONAL if n in scaling)):
-        if not _is_positive(scaling.get(number)):
-            yield f"with a positive {number!r}", CORRECT
-    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        yield "with a 'high_freq_factor' above its 'low_freq_factor'", CORRECT
 
 
 def _no_integer(config: Mapping[str, Any], key: str, high: int) -> Iterator[Problem]:
@@ -296,10 +291,10 @@ def check_tokenizers(
     by_id = {i: token for token, i in drafter.items() if i != mask_token_id}
     clash = next((i for token, i in target.items() if i in by_id and by_id[i] != token), None)
     missing = len([i for i in target.values() if i not in by_id and i != mask_token_id])
+    reason = f"{missing} of its {len(target)} tokens are unknown to the drafter"
+    if clash is not None:
+        reason = f"id {clash} is {by_id[clash]!r} there"
     if clash is not None or missing > len(target) // 100:
-        reason = f"{missing} of its {len(target)} tokens are unknown to the drafter"
-        if clash is not None:
-            reason = f"id {clash} is {by_id[clash]!r} there"
         raise ValueError(
             f"failfast: the drafter {drafter_name!r} has another tokenizer than the target "
             f"{target_name!r} ({reason}); use a drafter of the target's family."
