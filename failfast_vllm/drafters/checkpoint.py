@@ -124,11 +124,7 @@ def check_tensors(
 def _wanted(
     source: str, held: Iterable[tuple[Path | None, str, Shape, Any]], shapes: Mapping[str, Shape]
 ) -> Iterator[tuple[Path | None, str, Any]]:
-    """(file, name, value) of the tensors to load; raises ValueError at the first bad one.
-
-    Args:
-        held: (file, name, shape, value) of all that the checkpoint holds.
-    """
+    """(file, name, value) of the tensors to load; raises ValueError at the first bad one."""
     files: dict[str, Path | None] = {}
     for file, name, shape, value in held:
         where = f"the drafter's {file}" if file else f"the drafter {source!r}"

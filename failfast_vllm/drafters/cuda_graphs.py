@@ -61,14 +61,9 @@ def choose_bucket(buckets: list[Bucket], num_seqs: int, num_rows: int) -> Bucket
 
 
 class PassGraphs:
-    """Captured passes and their buffers, which never move.
+    """Captured passes and their buffers, which never move; `table_width` is in pages.
 
-    Each bucket is captured twice, with and without the kernels that commit blocks: most passes
-    commit none.
-
-    Args:
-        buckets: see `make_buckets`.
-        table_width: columns of every block table.
+    A bucket is captured with and without the kernels that commit blocks: most passes commit none.
     """
 
     def __init__(self, buckets: list[Bucket], table_width: int, device: torch.device) -> None:
@@ -84,10 +79,9 @@ class PassGraphs:
         self.hidden_states: torch.Tensor | None = None  # [num_rows, hidden_size], of all replays
 
     def capture(self, capture: Capture, run: Run) -> None:
-        """Capture `run` for every bucket, the largest first; after a failure there are no graphs.
+        """Capture every bucket, the largest first; after a failure there are no graphs.
 
-        Args:
-            run: a pass as it is: hidden states [num_rows, hidden_size] of a `DraftBatch`.
+        `run` is a pass as it is: hidden states [num_rows, hidden_size] of a `DraftBatch`.
         """
         self.replays.clear()
         try:
@@ -106,10 +100,7 @@ class PassGraphs:
         self.hidden_states[: len(hidden_states)] = hidden_states
 
     def replay(self, batch: DraftBatch) -> torch.Tensor | None:
-        """Hidden states [num_rows, hidden_size] of a pass, valid until the next; None: no graph.
-
-        Padding keeps what an earlier pass left in the buffers.
-        """
+        """Hidden states [num_rows, hidden_size] of a pass, valid until the next; None: no graph."""
         num_seqs, num_rows = batch.committed_lens.numel(), batch.input_ids.numel()
         bucket = choose_bucket(self.buckets, num_seqs, num_rows) if self.replays else None
         if bucket is None:

@@ -26,11 +26,7 @@ def row_class(num_rows: int) -> int:
 
 
 class HostedDraftModel:
-    """`interfaces.DraftModel` on a model that vLLM has loaded.
-
-    Args:
-        table_width: columns of the block tables that passes will bring.
-    """
+    """`interfaces.DraftModel` on a model that vLLM has loaded; `table_width` is in pages."""
 
     def __init__(
         self,

@@ -39,8 +39,8 @@ def drafter_group(vllm_config: VllmConfig) -> Iterator[None]:
 def draft_context(attn_metadata: Any, vllm_config: VllmConfig) -> AbstractContextManager[None]:
     """vLLM's forward context for a draft pass.
 
-    Not `set_forward_context`: with a mixture-of-experts target it asks the other data-parallel
-    ranks for their numbers of tokens, and they may be taking no pass.
+    `set_forward_context` would ask the other data-parallel ranks, which may take no pass, for their
+    numbers of tokens if the target has experts.
     """
     context: AbstractContextManager[None] = override_forward_context(
         create_forward_context(attn_metadata, vllm_config)
