@@ -1,7 +1,4 @@
-"""What a user may ask for, checked once, before any weight is read. No vLLM, no torch.
-
-Errors are one line: what is wrong, what was got, what to do.
-"""
+"""What a user may ask for, checked once, before any weight is read. No vLLM, no torch."""
 
 import difflib
 from collections.abc import Mapping
@@ -11,14 +8,13 @@ from typing import Any
 
 from failfast_vllm import METHOD as METHOD
 from failfast_vllm.drafters import families
-from failfast_vllm.drafters.errors import MAX_ECHO, echo
+from failfast_vllm.drafters.errors import MAX_ECHO, echo, refusal
 from failfast_vllm.observe.trace import is_trace
 from failfast_vllm.policies.parameters import read_flag, read_integer
 from failfast_vllm.policies.table import PARAMETERS, POLICIES, policy_parameters
 
 MODELS_DIR = families.MODELS_DIR
 BLOCK_SIZE = families.BLOCK_SIZE
-MAX_DRAFT_BUDGET = 65536
 MAX_SPECULATIVE_TOKENS = 128  # MAX_SPEC_LEN of vLLM's rejection sampler
 
 
@@ -48,28 +44,21 @@ class FailFastConfig:
         rule, most = POLICIES[policy], MAX_SPECULATIVE_TOKENS
         cap = read_integer(given, "num_speculative_tokens", rule.default_cap, 1, most)
         increment = cap if rule.one_pass else min(10, cap)
-        increment = read_integer(given, "draft_increment", increment, 1, cap)
-        budget = read_integer(given, "draft_budget", 512, 1, MAX_DRAFT_BUDGET)
-        path_search = read_flag(given, "path_search", False)
         load_aware = read_flag(given, "load_aware", True)
         copies = read_flag(given, "copies", load_aware)
         if copies and not load_aware:
-            raise ValueError(
-                "failfast: what to copy is decided by measured times; got 'copies' true and "
-                "'load_aware' false. Remove one of them."
-            )
+            must = "what to copy is decided by measured times"
+            raise refusal(must, "'load_aware' false", "Remove one of the two keys.")
         if rule.needs_planner and not load_aware:
-            raise ValueError(
-                f"failfast: the policy {policy!r} is made of measured times; "
-                "got 'load_aware' false. Remove it or take another policy."
-            )
+            must = f"the policy {policy!r} is made of measured times"
+            raise refusal(must, "'load_aware' false", "Remove it or take another policy.")
         return FailFastConfig(
             num_speculative_tokens=cap,
-            draft_increment=increment,
+            draft_increment=read_integer(given, "draft_increment", increment, 1, cap),
             policy=policy,
-            draft_budget=budget,
+            draft_budget=read_integer(given, "draft_budget", 512, 1, 65536),
             copies=copies,
-            path_search=path_search,
+            path_search=read_flag(given, "path_search", False),
             load_aware=load_aware,
             parameters=policy_parameters(policy, given, cap),
             trace=_trace_file(given),
@@ -110,17 +99,12 @@ def is_bare_word(text: str) -> bool:
 
 
 def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The keys that the user gave, or None when failfast was not asked for.
-
-    Raises:
-        ValueError: an unknown key, with the nearest known one, or a wrong value.
-    """
+    """The keys that the user gave, or None when failfast was not asked for; raises ValueError."""
     if isinstance(speculative_config, str):
-        return {} if is_bare_word(speculative_config) else None
+        speculative_config = {"method": speculative_config}
     if not isinstance(speculative_config, Mapping):
         return None
-    method = speculative_config.get("method")
-    if not isinstance(method, str) or not is_bare_word(method):
+    if not is_bare_word(str(speculative_config.get("method"))):
         return None
     given = _known_keys(speculative_config)
     for key in ("model", "revision"):
@@ -129,13 +113,10 @@ def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any] 
             continue  # no drafter: all drafts are copies
         if key in given and (not isinstance(value, str) or not value.strip()):
             raise ValueError(f"failfast: {key!r} must be a non-empty string; got {echo(value)}.")
-    if "draft_tensor_parallel_size" in given:
-        read_integer(given, "draft_tensor_parallel_size", 1, 1, 1024)
+    read_integer(given, "draft_tensor_parallel_size", 1, 1, 1024)
     if BLOCK_SIZE in given and not families.is_block_size(given[BLOCK_SIZE]):
-        raise ValueError(
-            f"failfast: {BLOCK_SIZE!r} must be one of {families.BLOCK_SIZE_NAMES}; "
-            f"got {given[BLOCK_SIZE]!r}."
-        )
+        sizes, got = families.BLOCK_SIZE_NAMES, given[BLOCK_SIZE]
+        raise ValueError(f"failfast: {BLOCK_SIZE!r} must be one of {sizes}; got {got!r}.")
     del given["method"]
     return given
 
@@ -161,29 +142,22 @@ def _trace_file(given: Mapping[str, Any]) -> str | None:
     """The absolute path of the trace, or None."""
     if "trace" not in given:
         if given.get("trace_ids"):
-            raise ValueError(
-                "failfast: 'trace_ids' belongs to a trace; got none. Name a file: 'trace'."
-            )
+            raise refusal("'trace_ids' belongs to a trace", "none", "Name a file: 'trace'.")
         return None
     value = given["trace"]
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
         raise ValueError(f"failfast: 'trace' must be the name of a file; got {echo(value)}.")
     path = Path(value).expanduser().absolute()
     try:
-        if not path.parent.is_dir():
-            raise OSError("no such folder")
         is_new = not path.exists()
         if not is_new and not is_trace(path):
-            raise ValueError(
-                f"failfast: 'trace' must be a new file, or a trace to go on with; got {value!r}. "
-                "Name another file."
-            )
+            must = "'trace' must be a new file, or a trace to go on with"
+            raise refusal(must, repr(value), "Name another file.")
         path.open("ab").close()  # /proc lets nobody write, whatever its permissions say
         if is_new:
             path.unlink()
     except OSError as error:
-        raise ValueError(
-            "failfast: 'trace' must be a file in an existing, writable folder; "
-            f"got {echo(value)} ({error.strerror or error}). Create the folder."
-        ) from None
+        must = "'trace' must be a file in an existing, writable folder"
+        got = f"{echo(value)} ({error.strerror or error})"
+        raise refusal(must, got, "Create the folder.") from None
     return str(path)

@@ -13,7 +13,6 @@ from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
-    AttentionType,
     MultipleOf,
 )
 from vllm.v1.attention.backends.registry import register_backend
@@ -74,41 +73,26 @@ class BlockDiffusionMetadataBuilder(AttentionMetadataBuilder[BlockDiffusionMetad
     # vLLM takes the least of all groups, and no layer of ours runs in a step of the target
     _cudagraph_support = AttentionCGSupport.ALWAYS
 
-    def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+    def __init__(self, *args: Any, **more: Any) -> None:  # abstract in vLLM
+        super().__init__(*args, **more)
 
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
-    ) -> None:
+    def build(self, *args: Any, **more: Any) -> None:
         return None
 
 
 class BlockDiffusionImpl(AttentionImpl[BlockDiffusionMetadata]):
     """Commits the complete blocks of a pass, then attends."""
 
+    kv_cache_dtype = "auto"
+
     def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int | None = None,
-        alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
+        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, *defaults: Any
     ) -> None:
-        assert attn_type == AttentionType.DECODER
-        unsupported = (alibi_slopes, sliding_window, logits_soft_cap, kv_sharing_target_layer_name)
-        assert unsupported == (None,) * 4
+        """`defaults` are vLLM's for no biases, windows, caps or shared layers."""
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = scale
-        self.num_kv_heads = num_kv_heads or num_heads
-        self.kv_cache_dtype = kv_cache_dtype
+        self.num_kv_heads = num_kv_heads
 
     def forward(
         self,
@@ -119,8 +103,8 @@ class BlockDiffusionImpl(AttentionImpl[BlockDiffusionMetadata]):
         kv_cache: torch.Tensor,
         attn_metadata: BlockDiffusionMetadata | None,
         output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
+        *scales: Any,
+        **more: Any,
     ) -> torch.Tensor:
         """See `failfast_kernels.block_diffusion_attention`; `output` is written in place."""
         if attn_metadata is None:  # memory profiling and warm-up: shapes only

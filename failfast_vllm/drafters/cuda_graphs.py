@@ -1,12 +1,11 @@
 """Draft passes of fixed shapes, so that a captured CUDA graph can be replayed for many batches.
 
-A pass is padded to the smallest bucket of (sequences, rows) that holds it, in buffers that never
-move. Padding sequences have no rows; padding rows belong to no sequence, commit nothing, and what
-they compute is dropped. Each bucket is captured twice, with and without the kernels that commit
-blocks: most passes commit none. Beyond the largest bucket, and wherever capturing failed, passes
-run as they are. **No GPU has run the capture**; the padding is tested on a CPU.
+Padding sequences have no rows; padding rows belong to no sequence, commit nothing, and what they
+compute is dropped. Beyond the largest bucket, and wherever capturing failed, passes run as they
+are. **No GPU has run the capture**; the padding is tested on a CPU.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -40,12 +39,9 @@ def rows_per_seq(group_size: int, diffusion_block_size: int, draft_increment: in
     holds `group_size` query heads of each row: 64 packed rows are 10 rows of six heads.
     """
     longest = diffusion_block_size + draft_increment
-    found: list[int] = []
-    for packed in TILE_ROWS:
-        rows = packed // group_size
-        if rows >= draft_increment and (not found or found[-1] < longest):
-            found.append(rows)
-    return found or [longest]
+    fitting = [rows for p in TILE_ROWS if (rows := p // group_size) >= draft_increment]
+    num_shorter = sum(rows < longest for rows in fitting)
+    return fitting[: num_shorter + 1] or [longest]
 
 
 def make_buckets(max_num_seqs: int, max_num_rows: int, rows: list[int]) -> list[Bucket]:
@@ -65,11 +61,9 @@ def choose_bucket(buckets: list[Bucket], num_seqs: int, num_rows: int) -> Bucket
 
 
 class PassGraphs:
-    """Captured passes and their buffers.
+    """Captured passes and their buffers, which never move; `table_width` is in pages.
 
-    Args:
-        buckets: see `make_buckets`.
-        table_width: columns of every block table.
+    A bucket is captured with and without the kernels that commit blocks: most passes commit none.
     """
 
     def __init__(self, buckets: list[Bucket], table_width: int, device: torch.device) -> None:
@@ -85,48 +79,41 @@ class PassGraphs:
         self.hidden_states: torch.Tensor | None = None  # [num_rows, hidden_size], of all replays
 
     def capture(self, capture: Capture, run: Run) -> None:
-        """Capture `run` for every bucket, the largest first; after a failure there are no graphs.
+        """Capture every bucket, the largest first; after a failure there are no graphs.
 
-        Args:
-            run: a pass as it is: hidden states [num_rows, hidden_size] of a `DraftBatch`.
+        `run` is a pass as it is: hidden states [num_rows, hidden_size] of a `DraftBatch`.
         """
         self.replays.clear()
         try:
             for bucket in sorted(self.buckets, key=lambda bucket: -bucket.num_rows):
                 for commits in (True, False):
-                    batch = self._view(bucket, commits)
-
-                    def keep(batch: DraftBatch = batch) -> None:
-                        hidden_states = run(batch)
-                        if self.hidden_states is None:  # the largest bucket comes first
-                            self.hidden_states = torch.empty_like(hidden_states)
-                        self.hidden_states[: len(hidden_states)] = hidden_states
-
+                    keep = functools.partial(self._keep, run, self._view(bucket, commits))
                     self.replays[bucket, commits] = capture(keep)
         except Exception as error:  # whatever it is, drafting works without graphs
             self.replays.clear()
             logger.warning("failfast: draft passes run eagerly; capturing failed: %s", error)
 
-    def replay(self, batch: DraftBatch) -> torch.Tensor | None:
-        """Hidden states [num_rows, hidden_size] of a pass, valid until the next; None: no graph.
+    def _keep(self, run: Run, batch: DraftBatch) -> None:
+        hidden_states = run(batch)
+        if self.hidden_states is None:  # the largest bucket comes first
+            self.hidden_states = torch.empty_like(hidden_states)
+        self.hidden_states[: len(hidden_states)] = hidden_states
 
-        Padding keeps what an earlier pass left in the buffers.
-        """
+    def replay(self, batch: DraftBatch) -> torch.Tensor | None:
+        """Hidden states [num_rows, hidden_size] of a pass, valid until the next; None: no graph."""
         num_seqs, num_rows = batch.committed_lens.numel(), batch.input_ids.numel()
         bucket = choose_bucket(self.buckets, num_seqs, num_rows) if self.replays else None
         if bucket is None:
             return None
-        view = self._view(bucket, batch.slot_mapping is not None)
-        view.input_ids[:num_rows] = batch.input_ids
-        view.positions[:num_rows] = batch.positions
-        view.query_start_loc[: num_seqs + 1] = batch.query_start_loc
+        commits = batch.slot_mapping is not None
+        view = self._view(bucket, commits)
+        for ours, theirs in zip(view, batch, strict=True):
+            if ours is not None and theirs is not None:
+                ours[: len(theirs)] = theirs
         view.query_start_loc[num_seqs:] = num_rows
-        view.committed_lens[:num_seqs] = batch.committed_lens
-        view.block_table[:num_seqs] = batch.block_table
-        if view.slot_mapping is not None and batch.slot_mapping is not None:
-            view.slot_mapping[:num_rows] = batch.slot_mapping
+        if view.slot_mapping is not None:
             view.slot_mapping[num_rows:] = -1
-        self.replays[bucket, batch.slot_mapping is not None]()
+        self.replays[bucket, commits]()
         assert self.hidden_states is not None
         return self.hidden_states[:num_rows]
 

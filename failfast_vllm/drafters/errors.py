@@ -1,8 +1,13 @@
-"""What others wrote, in an error of one line."""
+"""Errors of one line: what must be, what was got, what to do."""
 
 from typing import Any
 
 MAX_ECHO = 100  # characters
+
+
+def refusal(must: str, got: str, remedy: str) -> ValueError:
+    """The error to raise."""
+    return ValueError(f"failfast: {must}; got {got}. {remedy}")
 
 
 def echo(value: Any) -> str:

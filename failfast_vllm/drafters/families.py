@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 MODELS_DIR = Path(__file__).parents[1] / "small_pair"  # the shipped target and its drafter
-VOCAB_SIZES = (151936, 152064)  # of Qwen's one vocabulary: up to 3B and Qwen3, from 7B on
+QWEN_VOCAB_SIZES = (151936, 152064)  # of one vocabulary: up to 3B and Qwen3, from 7B on
 MAX_DIFFUSION_BLOCK_SIZE = 32  # every KV page is a multiple of it, so of every smaller block too
 DIFFUSION_BLOCK_SIZES = (4, 8, 16, MAX_DIFFUSION_BLOCK_SIZE)
 BLOCK_SIZE = "diffusion_block_size"  # the user's key
 BLOCK_SIZE_NAMES = ", ".join(map(str, DIFFUSION_BLOCK_SIZES))
-SIZE_IN_NAME = re.compile(r"-b(\d+)(?=-|$)")  # JetLM/SDAR-1.7B-Chat-b32
 
 
 @dataclass(frozen=True)
@@ -35,16 +34,12 @@ class Family:
     qk_norm: bool  # Qwen3: RMSNorm on heads of `head_dim`; else of hidden_size / heads, without
     drafter: str  # hub id of the smallest published checkpoint that fits
     targets: tuple[str, ...]  # model types of the targets that it drafts for
+    vocab_sizes: tuple[int, ...]  # of the published checkpoints and their targets, padding included
     defaults: Mapping[str, Any]  # the published configuration class's, for what a file leaves out
     # The names of checkpoints of `default_block_size` whose config.json does not say so: others of
     # the family have their size in their name. None: the configuration class has the default.
     plain_names: re.Pattern[str] | None = None
     has_experts: bool = False  # layers of Qwen3-MoE
-
-    @property
-    def base_type(self) -> str:
-        """The model type of the targets whose tensors have the same names and shapes."""
-        return self.base_model.split(".")[0]
 
     def filled(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """`config` as the published configuration class would read it; block and MASK apart."""
@@ -61,7 +56,7 @@ class Family:
         """The diffusion block size that a checkpoint's published name stands for, or None."""
         if self.plain_names is None:
             return self.default_block_size
-        if found := SIZE_IN_NAME.search(name):
+        if found := re.search(r"-b(\d+)(?=-|$)", name):  # JetLM/SDAR-1.7B-Chat-b32
             return int(found[1])
         return self.default_block_size if self.plain_names.fullmatch(name) else None
 
@@ -81,6 +76,7 @@ FAST_DLLM_V2 = Family(  # arXiv 2509.26328; MASK from the authors' code, the con
     qk_norm=False,
     drafter="Efficient-Large-Model/Fast_dLLM_v2_1.5B",
     targets=("qwen2",),
+    vocab_sizes=QWEN_VOCAB_SIZES,
     defaults=DEFAULTS,
 )
 # arXiv 2510.06303; the plain checkpoints have blocks of 4, "-b32" of 32. TraDo is SDAR-4B and -8B
@@ -99,6 +95,7 @@ SDAR = Family(
     qk_norm=True,
     drafter="JetLM/SDAR-1.7B-Chat-b32",
     targets=("qwen3", "qwen3_moe"),
+    vocab_sizes=QWEN_VOCAB_SIZES,
     defaults={"head_dim": 128, **DEFAULTS},
     plain_names=re.compile(
         r"SDAR-(1\.7|4|8)B-Chat|TraDo-[48]B-Instruct|TraDo-8B-Thinking", re.IGNORECASE
@@ -123,16 +120,12 @@ FAMILY_NAMES = " or ".join(family.name for family in FAMILIES)
 def published_names(path: str, config: Mapping[str, Any]) -> list[str]:
     """The names under which a checkpoint may have been published, the likeliest first.
 
-    Args:
-        path: a hub id or a directory, also one inside a hub cache.
-        config: its `config.json`; where it was trained from may stand under `_name_or_path`.
+    `path` is a hub id or a directory, also one inside a hub cache.
     """
-    given, origin = Path(path), config.get("_name_or_path")
-    paths = [given, *([given.resolve()] if given.is_dir() else [])]  # through "." and links
-    if isinstance(origin, str):
-        paths.append(Path(origin))
+    origin = config.get("_name_or_path")  # what it was trained from
+    origin = origin if isinstance(origin, str) else ""
     names = []
-    for each in paths:
+    for each in (Path(path), Path(path).resolve(), Path(origin)):  # through "." and links
         # models--JetLM--SDAR-1.7B-Chat-b32/snapshots/<commit>
         inside = [part for part in each.parts if part.startswith("models--")]
         names.append(inside[-1].rsplit("--", 1)[1] if inside else each.name)

@@ -1,7 +1,4 @@
-"""The drafter families' `config.json` for transformers and vLLM.
-
-The published `auto_map` to remote code is ignored.
-"""
+"""The families' `config.json` for transformers and vLLM, in place of the published remote code."""
 
 from typing import Any
 
@@ -12,14 +9,14 @@ from failfast_vllm.drafters.families import FAMILIES, Family
 
 def _config_class(family: Family) -> type[Any]:
     """The base's fields, with the family's block size and MASK where a file states them."""
+    base, name = family.base_model.split(".")[1], family.architecture
+    bases = (getattr(transformers, base.replace("ForCausalLM", "Config")),)
     fields = {
         "__module__": __name__,
         "__doc__": f"The config of {family.name}.",
         "model_type": family.model_types[0],
         "attribute_map": {},  # every field keeps its published name
     }
-    base, name = family.base_model.split(".")[1], family.architecture
-    bases = (getattr(transformers, base.replace("ForCausalLM", "Config")),)
     return type(name.replace("ForCausalLM", "Config"), bases, fields)
 
 

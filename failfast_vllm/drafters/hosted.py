@@ -26,11 +26,7 @@ def row_class(num_rows: int) -> int:
 
 
 class HostedDraftModel:
-    """`interfaces.DraftModel` on a model that vLLM has loaded.
-
-    Args:
-        table_width: columns of the block tables that passes will bring.
-    """
+    """`interfaces.DraftModel` on a model that vLLM has loaded; `table_width` is in pages."""
 
     def __init__(
         self,
@@ -56,7 +52,7 @@ class HostedDraftModel:
 
     @property
     def attention(self) -> Any:
-        """The first layer's attention: all layers have its shape."""
+        """Of the first layer: all have its shape."""
         layers = self.vllm_config.compilation_config.static_forward_context
         return layers[self.layer_names[0]]
 
@@ -92,9 +88,7 @@ class HostedDraftModel:
             query_start_loc=starts,
             committed_lens=torch.zeros_like(starts[1:]),
             slot_mapping=None,
-            block_table=torch.zeros(
-                num_seqs, self.table_width, dtype=torch.int32, device=self.device
-            ),
+            block_table=starts.new_zeros(num_seqs, self.table_width, dtype=torch.int32),
         )
 
     def forward(self, batch: DraftBatch) -> torch.Tensor:
@@ -103,15 +97,15 @@ class HostedDraftModel:
             hidden_states = self._run(self._widened(batch))[: batch.input_ids.numel()]
         return hidden_states
 
-    def _num_padding(self, num_rows: int) -> int:
-        """Rows that a CPU adds, whose kernels are made for one row count."""
+    def _padding(self, num_rows: int) -> tuple[int, int]:
+        """Rows to add before and after: kernels of a CPU are made for one row count."""
         if self.device.type != "cpu":
-            return 0
-        return max(0, min(row_class(num_rows), self.max_num_rows) - num_rows)
+            return 0, 0
+        return 0, max(0, min(row_class(num_rows), self.max_num_rows) - num_rows)
 
     def _widened(self, batch: DraftBatch) -> DraftBatch:
         """The pass with rows that belong to no sequence and commit nothing."""
-        slots, pad = batch.slot_mapping, (0, self._num_padding(batch.input_ids.numel()))
+        slots, pad = batch.slot_mapping, self._padding(batch.input_ids.numel())
         if pad == (0, 0):
             return batch
         return batch._replace(
@@ -152,9 +146,8 @@ class HostedDraftModel:
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         num_rows = len(hidden_states)
         with drafter_group(self.vllm_config):
-            logits: torch.Tensor = self.model.compute_logits(
-                F.pad(hidden_states, (0, 0, 0, self._num_padding(num_rows)))
-            )
+            widened = F.pad(hidden_states, (0, 0, *self._padding(num_rows)))
+            logits: torch.Tensor = self.model.compute_logits(widened)
         return logits[:num_rows]
 
     def _confidence(self, logits: torch.Tensor, details: bool) -> TokenConfidence:
@@ -168,9 +161,8 @@ def profile_pass(
 ) -> None:
     """A pass without attention, and the memory of the largest step: for vLLM's memory profile.
 
-    vLLM profiles the verification of one token per request. Ours has `draft_budget` over all of
-    them, for each of which the target makes a row of logits. V1 copies them up to three times in
-    float32, V2 once and in parts of at most `get_max_chunk_logits` rows.
+    vLLM profiles one row of the target's logits per request, and ours has `draft_budget` more. V1
+    copies them up to three times in float32, V2 once and in parts of `get_max_chunk_logits` rows.
     """
     positions = torch.arange(num_tokens, device=device) % max_positions(vllm_config)
     knobs = vllm_config.additional_config[METHOD]  # type: ignore[index]

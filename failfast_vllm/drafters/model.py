@@ -1,8 +1,4 @@
-"""The drafter families as vLLM models: their base models of vLLM with block attention.
-
-Only the attention layer differs; everything else is vLLM's. Loaded natively: a checkpoint's remote
-code is never run.
-"""
+"""The drafter families as vLLM models: vLLM's base models with block attention."""
 
 import importlib
 from collections.abc import Iterable
@@ -13,9 +9,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 
 from failfast_vllm.drafters.attention import BlockDiffusionBackend
-from failfast_vllm.drafters.checkpoint import check_tensors
+from failfast_vllm.drafters.checkpoint import check_tensors, expected_shapes
 from failfast_vllm.drafters.families import FAMILIES, Family
-from failfast_vllm.drafters.layout import expected_shapes
 
 
 def _attend_in_blocks(decoder: Any, vllm_config: VllmConfig) -> None:

@@ -1,8 +1,6 @@
 """Several ranks: which of them share the drafter, and draft passes that wait for no others.
 
-Tensor parallel: the drafter is sharded like the target, or every rank holds the whole of it and its
-passes need no communication. Data parallel: ranks take different numbers of draft passes, so no
-pass may enter a collective of the data-parallel group.
+Data-parallel ranks take different numbers of passes: none may enter a collective of their group.
 """
 
 import contextlib
@@ -19,9 +17,9 @@ from vllm.forward_context import create_forward_context, override_forward_contex
 def drafter_group(vllm_config: VllmConfig) -> Iterator[None]:
     """Inside, vLLM's tensor-parallel group is the drafter's: the target's, or this rank alone.
 
-    The data-parallel and the expert-parallel group are this rank alone: vLLM would spread the
-    experts of a drafter over the first, and has no second beside a target without experts.
-    Layers are built and run inside: compilation and some layers read the groups late.
+    The data- and the expert-parallel group are this rank alone: vLLM would spread the experts of a
+    drafter over the first, and has no second beside a target without experts. Layers are built and
+    run inside: compilation and some layers read the groups late.
     """
     alone = parallel_state.get_pp_group()  # its only rank is this one: nothing is pipelined
     assert alone.world_size == 1, "pipeline parallelism is refused at start-up"
@@ -41,8 +39,8 @@ def drafter_group(vllm_config: VllmConfig) -> Iterator[None]:
 def draft_context(attn_metadata: Any, vllm_config: VllmConfig) -> AbstractContextManager[None]:
     """vLLM's forward context for a draft pass.
 
-    Not `set_forward_context`: with a mixture-of-experts target it asks the other data-parallel
-    ranks for their numbers of tokens, and they may be taking no pass.
+    `set_forward_context` would ask the other data-parallel ranks, which may take no pass, for their
+    numbers of tokens if the target has experts.
     """
     context: AbstractContextManager[None] = override_forward_context(
         create_forward_context(attn_metadata, vllm_config)

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from failfast_vllm.config import FailFastConfig
-from failfast_vllm.drafters.checks import check_drafter_config, choose_drafter, find_block_size
+from failfast_vllm.drafters.checkpoint import expected_shapes
+from failfast_vllm.drafters.checks import (
+    check_drafter_config,
+    choose_drafter,
+    find_block_size,
+)
 from failfast_vllm.drafters.families import (
     BLOCK_SIZE_NAMES,
     DIFFUSION_BLOCK_SIZES,
@@ -19,7 +24,6 @@ from failfast_vllm.drafters.families import (
     Family,
     family_of,
 )
-from failfast_vllm.drafters.layout import expected_shapes, is_integer
 from failfast_vllm.tools import published_models as published
 from failfast_vllm.tools.offline import positive
 
@@ -29,7 +33,7 @@ DRAFT_LEN = FailFastConfig.from_user({}).num_speculative_tokens
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 EXPERT_SIZES = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
 # a family has the tensors of the target that it was trained from
-LAYOUTS = {family.base_type: family for family in reversed(FAMILIES)}
+LAYOUTS = {family.base_model.split(".")[0]: family for family in reversed(FAMILIES)}
 
 
 class Memory(NamedTuple):
@@ -83,7 +87,7 @@ def _layout_of(name: str, config: Mapping[str, Any]) -> tuple[Family, dict[str, 
     filled = family.filled(config) if family else dict(config)
     for key in published.SIZES + EXPERT_SIZES * layout.has_experts:
         value = filled.get(key)
-        if not is_integer(value) or value < 1:
+        if type(value) is not int or value < 1:
             raise ValueError(f"{name!r} must have a positive integer {key!r}; got {value!r}.")
     is_mixed = filled.get("mlp_only_layers") or filled.get("decoder_sparse_step", 1) != 1
     if layout.has_experts and is_mixed:

@@ -30,8 +30,8 @@ CASES = [
     pytest.param((SDAR, 32, torch.bfloat16, {}), id="SDAR, blocks of 32, bfloat16"),
     pytest.param((SDAR_MOE, 4, torch.float32, {}), id="SDAR MoE, blocks of 4, float32"),
     pytest.param(
-        (SDAR_MOE, 32, torch.float32, {"norm_topk_prob": False, "mlp_only_layers": [0]}),
-        id="SDAR MoE, blocks of 32, first layer dense, float32",
+        (SDAR_MOE, 32, torch.float32, {"norm_topk_prob": False}),
+        id="SDAR MoE, blocks of 32, shares that do not add up to 1, float32",
     ),
 ]
 

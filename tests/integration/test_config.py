@@ -4,6 +4,7 @@ All configs go through vLLM's own door, `EngineArgs.create_engine_config`. The w
 drafters here are headers with a hole behind them.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from build_config import build, edit, refusal
 from checkpoints import tiny_config, write_checkpoint, write_headers
 from failfast_vllm.config import METHOD, MODELS_DIR, FailFastConfig
 from failfast_vllm.drafters import checks
-from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR
+from failfast_vllm.drafters.families import FAMILIES, FAST_DLLM_V2, SDAR
 from failfast_vllm.policies.table import PARAMETERS, make_policy
 from failfast_vllm.tools import sizing as plan
 from failfast_vllm.tools.published_models import PUBLISHED_TARGETS
@@ -694,6 +695,21 @@ def test_qwen3_targets_have_the_published_drafter(model_type):
 def test_other_families_have_no_drafter(model_type, vocab_size):
     with pytest.raises(ValueError, match="failfast: no drafter is known"):
         checks.choose_drafter("Qwen/Any", model_type, vocab_size)
+
+
+def test_a_family_has_the_vocabulary_of_its_targets(monkeypatch):
+    """Catches a family of another vocabulary that is paired, or given a MASK, by Qwen's sizes."""
+    other = dataclasses.replace(
+        SDAR, name="Other", drafter="a/drafter", targets=("llama",), vocab_sizes=(128256,)
+    )
+    monkeypatch.setattr(checks, "FAMILIES", (*FAMILIES, other))
+    assert checks.choose_drafter("a/target", "llama", 128256) == "a/drafter"
+    for model_type, vocab_size in (("llama", 151936), ("qwen2", 128256), ("qwen3", 128256)):
+        with pytest.raises(ValueError, match="failfast: no drafter is known"):
+            checks.choose_drafter("a/target", model_type, vocab_size)
+    assert checks.mask_token_id(other, {"vocab_size": 128256}, {}) == 151669
+    with pytest.raises(ValueError, match="failfast: the drafter's MASK token is unknown"):
+        checks.mask_token_id(other, {"vocab_size": 151936}, {})
 
 
 @pytest.mark.parametrize("sizes", [(152064, 151936), (151936, 152064)])

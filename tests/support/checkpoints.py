@@ -1,6 +1,6 @@
 """Write small random checkpoints of the drafter families, as they are published.
 
-The layout is spelt out here a second time, so that `drafters.layout` is not its own judge.
+The layout is spelt out here a second time, so that `drafters.checkpoint` is not its own judge.
 """
 
 import json
@@ -85,10 +85,7 @@ def published_shapes(family, config):
         if family.qk_norm:
             shapes[f"{layer}.self_attn.q_norm.weight"] = [head_dim]
             shapes[f"{layer}.self_attn.k_norm.weight"] = [head_dim]
-        has_experts = i not in config.get("mlp_only_layers", []) and (
-            i % config.get("decoder_sparse_step", 1) == config.get("decoder_sparse_step", 1) - 1
-        )
-        if config.get("num_experts") and has_experts:
+        if config.get("num_experts"):
             shapes[f"{layer}.mlp.gate.weight"] = [config["num_experts"], hidden]
             width = config["moe_intermediate_size"]
             experts = [f"{layer}.mlp.experts.{e}" for e in range(config["num_experts"])]
