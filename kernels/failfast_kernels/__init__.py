@@ -1,9 +1,8 @@
 """Masked-block attention over a paged KV cache, and the confidence of a draft token.
 
-Every operation has one signature and two homes: `reference` (plain PyTorch, the specification,
-runs anywhere) and a Triton launcher. CUDA tensors go to Triton, which is imported at that moment;
-others go to the reference, unless FAILFAST_TRITON=1 sends them to Triton's interpreter (which
-also needs TRITON_INTERPRET=1). This package imports neither vLLM nor `failfast_vllm`.
+Each operation is a specification in `reference` (plain PyTorch) and a Triton launcher. CUDA tensors
+go to Triton, which is imported at that moment; others go to the reference, unless FAILFAST_TRITON=1
+sends them to Triton's interpreter (which also needs TRITON_INTERPRET=1).
 """
 
 import functools

@@ -12,16 +12,9 @@ def _commit_kernel(  # type: ignore[no-untyped-def]
     kv_cache,  # [num_pages, num_kv_heads, page_size, 2 * HEAD_DIM]
     slot_mapping,  # [num_rows]
     page_size,
-    stride_k_row,
-    stride_k_head,
-    stride_k_dim,
-    stride_v_row,
-    stride_v_head,
-    stride_v_dim,
-    stride_page,
-    stride_page_head,
-    stride_page_slot,
-    stride_page_dim,
+    key_strides,
+    value_strides,
+    cache_strides,
     HEAD_DIM: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -30,12 +23,12 @@ def _commit_kernel(  # type: ignore[no-untyped-def]
     if slot < 0:
         return
     dims = tl.arange(0, HEAD_DIM)
-    k = tl.load(key + row * stride_k_row + head * stride_k_head + dims * stride_k_dim)
-    v = tl.load(value + row * stride_v_row + head * stride_v_head + dims * stride_v_dim)
-    cache = kv_cache + slot // page_size * stride_page + head * stride_page_head
-    cache += slot % page_size * stride_page_slot
-    tl.store(cache + dims * stride_page_dim, k)
-    tl.store(cache + (HEAD_DIM + dims) * stride_page_dim, v)
+    k = tl.load(key + row * key_strides[0] + head * key_strides[1] + dims * key_strides[2])
+    v = tl.load(value + row * value_strides[0] + head * value_strides[1] + dims * value_strides[2])
+    cache = kv_cache + slot // page_size * cache_strides[0] + head * cache_strides[1]
+    cache += slot % page_size * cache_strides[2]
+    tl.store(cache + dims * cache_strides[3], k)
+    tl.store(cache + (HEAD_DIM + dims) * cache_strides[3], v)
 
 
 def commit_kv(
@@ -52,9 +45,9 @@ def commit_kv(
         kv_cache,
         slot_mapping,
         kv_cache.shape[2],
-        *key.stride(),
-        *value.stride(),
-        *kv_cache.stride(),
+        key.stride(),
+        value.stride(),
+        kv_cache.stride(),
         HEAD_DIM=head_dim,
         num_warps=1,
     )

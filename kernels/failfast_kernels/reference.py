@@ -8,9 +8,6 @@ The rows of one pass are ragged: sequence s owns rows `query_start_loc[s]:query_
 at positions `committed_lens[s], committed_lens[s] + 1, ...`. Keys below `committed_lens[s]` come
 from the paged cache, the others from this pass. `committed_lens` is a multiple of the block size,
 so the mask of the pass's own keys depends on row offsets alone.
-
-Never materialised: per-sequence loops (sequences are padded in a few groups of similar length),
-a softmax over the vocabulary (`confidence_argmax` runs over column tiles).
 """
 
 from collections.abc import Sequence

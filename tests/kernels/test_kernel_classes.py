@@ -71,9 +71,8 @@ def test_confidence_classes(recorders, num_columns, details):
     confidence.launch_every_class(logits, num_columns, (3,), details=details)
     warm = classes(recorders)
     for num_rows in range(1, 700):
-        num_splits = confidence._num_splits(
-            num_rows, -(-num_columns // launch_table.CONFIDENCE[2].block_n)
-        )
+        num_tiles = -(-num_columns // launch_table.CONFIDENCE[2].block_n)
+        num_splits = launch_table.num_splits(confidence.SPLITS, num_rows, num_tiles)
         confidence.confidence_argmax(
             logits, num_columns, (3,), details=details, num_splits=num_splits
         )
