@@ -14,17 +14,10 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from failfast_kernels import reference
-from failfast_kernels.reference import PaddedGroup, TokenConfidence, plan_padding
+from failfast_kernels.reference import PaddedGroup as PaddedGroup
+from failfast_kernels.reference import TokenConfidence as TokenConfidence
+from failfast_kernels.reference import plan_padding as plan_padding
 
-__all__ = [
-    "PaddedGroup",
-    "TokenConfidence",
-    "block_diffusion_attention",
-    "commit_kv",
-    "confidence_argmax",
-    "plan_padding",
-    "uses_triton",
-]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -49,5 +42,5 @@ def _at_home(specification: Callable[P, R], module: str) -> Callable[P, R]:
 
 
 block_diffusion_attention = _at_home(reference.block_diffusion_attention, "block_attention")
-commit_kv = _at_home(reference.commit_kv, "kv_commit")
+commit_kv = _at_home(reference.commit_kv, "block_attention")
 confidence_argmax = _at_home(reference.confidence_argmax, "confidence")

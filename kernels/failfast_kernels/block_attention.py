@@ -1,9 +1,9 @@
-"""Block-diffusion attention in Triton; `reference` says what they compute.
+"""Block-diffusion attention and KV commits in Triton; `reference` says what they compute.
 
-One program owns BLOCK_M packed rows of one sequence and one KV head: packed row p is query row
-p // GROUP_SIZE with head p % GROUP_SIZE of the KV head's group, so each key is read once for all
-heads. It walks over the committed prefix page by page, then over the pass's own keys up to the end
-of its last row's block, with an online softmax (Milakov and Gimelshein, arXiv 1805.02867).
+A program of the attention owns BLOCK_M packed rows of one sequence and one KV head: packed row p is
+query row p // GROUP_SIZE with head p % GROUP_SIZE of the KV head's group, so each key is read once
+for all heads. It walks over the committed prefix, then over the pass's own keys up to the end of
+its last row's block, with an online softmax (Milakov and Gimelshein, arXiv 1805.02867).
 
 Only the device knows the number of tiles of a sequence. Sequence s starts at tile
 `query_start_loc[s] * GROUP_SIZE // BLOCK_M + s`, which leaves each enough tiles and bounds their
@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 
 from failfast_kernels import launch_table
-from failfast_kernels.kv_commit import commit_kv
 from failfast_kernels.launch_table import ATTENTION
 from failfast_kernels.reference import PaddedGroup
 
@@ -234,7 +233,7 @@ def block_diffusion_attention(
     num_kv_heads, page_size = kv_cache.shape[1], kv_cache.shape[2]
     if output is None:
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    _check(query, key, value, kv_cache, output, diffusion_block_size)
+    _check(diffusion_block_size, kv_cache, query, key, value, output)
     num_seqs, max_pages = block_table.shape
     if num_rows == 0 or num_seqs == 0:
         return output
@@ -250,26 +249,15 @@ def block_diffusion_attention(
         shape = (num_splits, num_rows, num_heads)
         pieces = torch.empty(*shape, head_dim, dtype=torch.float32, device=query.device)
         log_mass = torch.empty(shape, dtype=torch.float32, device=query.device)
+    batch = (query, key, value, kv_cache, block_table, committed_lens, query_start_loc)
+    sizes = (num_seqs, num_rows, page_size, launch_table.MIN_SPLIT_KEYS)
     _attention_kernel[num_tiles, num_kv_heads, num_splits](
         pieces,
         log_mass,
-        query,
-        key,
-        value,
-        kv_cache,
-        block_table,
-        committed_lens,
-        query_start_loc,
-        num_seqs,
-        num_rows,
-        page_size,
-        launch_table.MIN_SPLIT_KEYS,
+        *batch,
+        *sizes,
         scale * LOG2_E,
-        output.stride(),
-        query.stride(),
-        key.stride(),
-        value.stride(),
-        kv_cache.stride(),
+        *(tensor.stride() for tensor in (output, query, key, value, kv_cache)),
         block_table.stride(0),
         HEAD_DIM=head_dim,
         GROUP_SIZE=group_size,
@@ -295,6 +283,47 @@ def block_diffusion_attention(
     return output
 
 
+@triton.jit(do_not_specialize=["page_size"], do_not_specialize_on_alignment=["slot_mapping"])
+def _commit_kernel(  # type: ignore[no-untyped-def]
+    key,  # [num_rows, num_kv_heads, HEAD_DIM]
+    value,
+    kv_cache,  # [num_pages, num_kv_heads, page_size, 2 * HEAD_DIM]
+    slot_mapping,  # [num_rows]
+    page_size,
+    key_strides,
+    value_strides,
+    cache_strides,
+    HEAD_DIM: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slot_mapping + row).to(tl.int64)
+    if slot < 0:
+        return
+    dims = tl.arange(0, HEAD_DIM)
+    k = tl.load(key + row * key_strides[0] + head * key_strides[1] + dims * key_strides[2])
+    v = tl.load(value + row * value_strides[0] + head * value_strides[1] + dims * value_strides[2])
+    cache = kv_cache + slot // page_size * cache_strides[0] + head * cache_strides[1]
+    cache += slot % page_size * cache_strides[2]
+    tl.store(cache + dims * cache_strides[3], k)
+    tl.store(cache + (HEAD_DIM + dims) * cache_strides[3], v)
+
+
+def commit_kv(
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """See `reference.commit_kv`."""
+    num_rows, num_kv_heads, head_dim = key.shape
+    assert key.dtype == value.dtype == kv_cache.dtype
+    if num_rows == 0:
+        return
+    tensors = (key, value, kv_cache)
+    strides = (tensor.stride() for tensor in tensors)
+    _commit_kernel[num_rows, num_kv_heads](
+        *tensors, slot_mapping, kv_cache.shape[2], *strides, HEAD_DIM=head_dim, num_warps=1
+    )
+
+
 def launch_every_class(num_heads: int, kv_cache: torch.Tensor, diffusion_block_size: int) -> None:
     """Compile each class of the kernels for queries of `num_heads` over `kv_cache`: launch it.
 
@@ -315,19 +344,13 @@ def launch_every_class(num_heads: int, kv_cache: torch.Tensor, diffusion_block_s
         commit_kv(key, key, kv_cache, zero.new_full((num_rows,), -1))
 
 
-def _check(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    output: torch.Tensor,
-    diffusion_block_size: int,
-) -> None:
-    num_heads, head_dim = query.shape[1:]
-    num_kv_heads, page_size = kv_cache.shape[1], kv_cache.shape[2]
+def _check(diffusion_block_size: int, kv_cache: torch.Tensor, *rows: torch.Tensor) -> None:
+    query, key, value, output = rows
+    num_rows, num_heads, head_dim = query.shape
+    num_kv_heads, page_size, width = kv_cache.shape[1:]
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"failfast: head_dim must be one of {HEAD_DIMS}; got {head_dim}.")
-    dtypes = {tensor.dtype for tensor in (query, key, value, kv_cache, output)}
+    dtypes = {tensor.dtype for tensor in (kv_cache, *rows)}
     if len(dtypes) > 1 or not query.is_floating_point():
         raise ValueError(
             f"failfast: rows and cache must share one float type; got {sorted(map(str, dtypes))}. "
@@ -338,8 +361,8 @@ def _check(
             f"failfast: the KV page must be a multiple of {diffusion_block_size} tokens; "
             f"got {page_size}."
         )
-    assert kv_cache.shape[3] == 2 * head_dim
-    assert key.shape == value.shape == (query.shape[0], num_kv_heads, head_dim)
+    assert width == 2 * head_dim
+    assert key.shape == value.shape == (num_rows, num_kv_heads, head_dim)
     assert num_heads % num_kv_heads == 0
     assert output.shape == query.shape
     assert output.stride(2) == 1

@@ -171,15 +171,12 @@ def confidence_argmax(
         states, split_tokens = planes[:3], planes[3].view(torch.int32)
     outputs = (token_ids, floats[0], floats[-1], states, split_tokens)
     forbidden = _on_device(tuple(forbidden_ids), logits.device)
+    sizes = (num_rows, forbidden.numel(), num_valid_tokens, fallback, num_columns)
     _confidence_kernel[num_rows, num_splits](
         *outputs,
         logits,
         forbidden,
-        num_rows,
-        forbidden.numel(),
-        num_valid_tokens,
-        fallback,
-        num_columns,
+        *sizes,
         logits.stride(),
         LEAST_FLOAT=LEAST,
         DETAILS=details,
