@@ -24,8 +24,8 @@ class ConfidenceLaunch(NamedTuple):
 
 def num_splits(classes: Sequence[int], num_programs: int, most: int) -> int:
     """The smallest class of splits, at most `most`, with which `num_programs` fill the device."""
-    enough = (s for s in classes if s * num_programs >= TARGET_PROGRAMS)
-    return max(s for s in classes if s <= min(next(enough, classes[-1]), most))
+    wanted = next((s for s in classes if s * num_programs >= TARGET_PROGRAMS), classes[-1])
+    return max(s for s in classes if s <= min(wanted, most))
 
 
 # Below this line `benchmarks/tune_kernels.py` writes.
