@@ -151,7 +151,8 @@ def read(path: str | Path) -> Trace:
     headers: list[dict[str, Any]] = []
     rounds: list[Round] = []
     first_request = 0  # of this run
-    for number, (line, after) in enumerate(zip(lines, [*lines[1:], ""], strict=True), 1):
+    pairs = itertools.zip_longest(lines, lines[1:], fillvalue="")
+    for number, (line, after) in enumerate(pairs, 1):
         where, fields = f"{path}, line {number}:", _object(line)
         if FORMAT in fields:
             if fields[FORMAT] != VERSION:
