@@ -6,7 +6,7 @@ TRITON_INTERPRET=1 python benchmarks/gpu/every_kernel.py      # where there is n
 
 import torch
 
-from failfast_kernels import block_attention, confidence, kv_commit, launch_table, reference
+from failfast_kernels import block_attention, confidence, launch_table, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter multiplies the bit patterns of bfloat16 (triton-lang/triton#11584)
@@ -30,7 +30,7 @@ def attention(lens, prefixes, num_splits, pages=16):
     slots[0] = 5
     expected_cache = cache.clone()
     reference.commit_kv(key, value, expected_cache, slots)
-    kv_commit.commit_kv(key, value, cache, slots)
+    block_attention.commit_kv(key, value, cache, slots)
     assert torch.equal(cache, expected_cache)
     output = torch.full(query.shape, torch.nan, device=DEVICE, dtype=DTYPE)
     block_attention.block_diffusion_attention(

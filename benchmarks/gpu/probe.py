@@ -33,11 +33,11 @@ def card():
 
 
 def triton_kernel():
-    from failfast_kernels import kv_commit
+    from failfast_kernels import block_attention
 
     key, value = random(2, 3, 2, 64)
     cache = torch.zeros(1, 2, 32, 128, device="cuda", dtype=torch.bfloat16)
-    kv_commit.commit_kv(key, value, cache, torch.tensor([4, -1, 0], device="cuda"))
+    block_attention.commit_kv(key, value, cache, torch.tensor([4, -1, 0], device="cuda"))
     expected = torch.cat([key[0], value[0]], -1)
     return assert_close(cache[0, :, 4], expected)
 

@@ -1,6 +1,6 @@
 """Prometheus metrics: counted in the worker, added up by the scheduler, shown by the API server.
 
-A worker's `Counts` go with the drafts that vLLM fetches, a list of integers per step, and from the
+A worker's counts go with the drafts that vLLM fetches, a list of integers per step, and from the
 scheduler on after the positions of `SpecDecodingStats`, where no reader of vLLM looks.
 docs/metrics.md lists the series.
 """

@@ -68,7 +68,7 @@ class Session:
         report = DraftTokenIds([], [])  # nothing for the scheduler to go through
         if any(lists):
             report = DraftTokenIds(view.req_ids, lists)
-        report.failfast_counts = self.stats.counts.take()  # type: ignore[attr-defined]
+        report.failfast_counts = self.stats.take()  # type: ignore[attr-defined]
         return report
 
     @torch.inference_mode()
@@ -88,7 +88,7 @@ class Session:
             step=stats.num_steps,
             plain=stats.wants_plain,
         )
-        stats.observe(rounds)
+        stats.tell(rounds)
         if rests:
             return []
         self.learn([r for r in rounds if r.num_verified])
@@ -103,7 +103,7 @@ class Session:
         """Tell those who learn from verified drafts, always in this order."""
         drafter, policy = self.drafter, self.drafter.policy
         calibrations = () if policy.calibration is None else (policy.calibration,)
-        for learner in (self.stats.counts, *calibrations, policy, drafter.planner):
+        for learner in (self.stats, *calibrations, policy, drafter.planner):
             learner.observe(rounds)
 
     def forget(self, req_ids: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,66 +14,17 @@ from failfast_vllm.observe.trace import TraceWriter
 NUM_BINS = 10  # of confidence
 CONFIDENCE_SCALE = 1000  # confidences are added up as integers
 SCALARS = ("draft_passes", "draft_rows", "draft_us", "verify_us", "steps")
+Confidences = npt.NDArray[np.float32]
 NUM_COUNTS = len(SCALARS) + len(STOP_REASONS) + 3 * NUM_BINS
-
-
-class Counts:
-    """What a worker has counted for `metrics` since it was last asked: integers, cheap to send."""
-
-    def __init__(self) -> None:
-        self.scalars = dict.fromkeys(SCALARS, 0)
-        self._array = np.zeros(NUM_COUNTS - len(SCALARS), dtype=np.int64)  # its two parts:
-        self.stops = self._array[: len(STOP_REASONS)]  # drafts made, by reason
-        bins = self._array[len(STOP_REASONS) :]
-        self.bins = bins.reshape(3, NUM_BINS)  # judged, accepted, confidence
-
-    def drafted(
-        self, passes: int, rows: int, milliseconds: float, reasons: npt.NDArray[np.int64]
-    ) -> None:
-        """A step's drafts are made; `reasons`, [num_drafts], say why each is not longer."""
-        self.scalars["draft_passes"] += passes
-        self.scalars["draft_rows"] += rows
-        self.scalars["draft_us"] += int(milliseconds * 1e3)
-        self.scalars["steps"] += 1
-        self.stops += np.bincount(reasons, minlength=len(STOP_REASONS))
-
-    def observe(self, rounds: Sequence[Round]) -> None:
-        """Fill the bins of the reliability diagram."""
-        seen = [r.judged_confidences for r in rounds]
-        if not seen:
-            return
-        confidences = np.concatenate(seen)
-        bins = np.minimum((confidences * NUM_BINS).astype(np.int64), NUM_BINS - 1)
-        judged = np.bincount(bins, minlength=NUM_BINS)
-        self.bins[:2] += judged
-        end, rejected = 0, []
-        for found, part in zip(rounds, seen, strict=True):
-            end += len(part)
-            if found.num_accepted < len(part):  # the last one was not accepted
-                rejected.append(end - 1)
-        if rejected:
-            self.bins[1] -= np.bincount(bins[rejected], minlength=NUM_BINS)
-        weights = np.bincount(bins, confidences * CONFIDENCE_SCALE, minlength=NUM_BINS)
-        self.bins[2] += weights.round().astype(np.int64)
-
-    def take(self) -> list[int]:
-        """`NUM_COUNTS` integers, which are zero again afterwards; none if nothing was counted."""
-        counts = [*self.scalars.values(), *self._array.tolist()]
-        if not any(counts):
-            return []
-        self.scalars = dict.fromkeys(SCALARS, 0)
-        self._array.fill(0)
-        return counts
 
 
 class DraftStats:
     """Counters since the engine started, and who is told of its rounds.
 
-    `benchmarks/` and `failfast demo` read and set them.
+    `failfast bench` and `benchmarks/` read and set them.
     """
 
     def __init__(self) -> None:
-        self.counts = Counts()
         self.on_round: Callable[[Round], None] | None = None
         self.drafts_only = False  # it wants no rounds without a draft
         self.trace: TraceWriter | None = None
@@ -81,10 +33,14 @@ class DraftStats:
     def reset(self) -> None:
         """Count from zero; receivers of rounds stay."""
         self.num_steps = self.num_forwards = self.num_rows = 0
-        self.total_ms = 0.0  # in steps that drafted, the draft model included
+        self.num_drafting_steps = 0  # the planner did not rest
+        self.total_ms = 0.0  # in these, the draft model included
         self.forward_ms = 0.0  # inside the draft model
+        self.verify_ms = 0.0
+        self.stops = np.zeros(len(STOP_REASONS), dtype=np.int64)  # drafts made, by reason
+        self.bins = np.zeros((3, NUM_BINS), dtype=np.int64)  # judged, accepted, confidence
+        self._taken = np.zeros(NUM_COUNTS, dtype=np.int64)
         self._began = self._waits_since = 0.0  # the latter for a verification; 0.0 = for none
-        self.counts.take()
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
@@ -108,21 +64,30 @@ class DraftStats:
         self._began = time.perf_counter()
         self.num_steps += 1
         if self._waits_since:
-            self.counts.scalars["verify_us"] += int((self._began - self._waits_since) * 1e6)
+            self.verify_ms += (self._began - self._waits_since) * 1e3
             self._waits_since = 0.0
 
     def step_ended(self, drafts: Drafts) -> None:
         """The drafts of the step are made and handed out."""
         now = time.perf_counter()
-        ms = (now - self._began) * 1e3
+        self.num_drafting_steps += 1
         self.num_forwards += drafts.num_forwards
         self.num_rows += drafts.num_rows
-        self.total_ms += ms
+        self.total_ms += (now - self._began) * 1e3
         reasons = drafts.stop_reasons[drafts.lens > 0]
-        self.counts.drafted(drafts.num_forwards, drafts.num_rows, ms, reasons)
+        self.stops += np.bincount(reasons, minlength=len(STOP_REASONS))
         self._waits_since = now if drafts.lens.any() else 0.0
 
     def observe(self, rounds: Sequence[Round]) -> None:
+        """Fill the bins of the reliability diagram."""
+        if not rounds:
+            return
+        judged = np.concatenate([r.judged_confidences for r in rounds])
+        accepted = np.concatenate([r.confidences[: r.num_accepted] for r in rounds])
+        sums = _by_bin(judged), _by_bin(accepted), _by_bin(judged, judged * CONFIDENCE_SCALE)
+        self.bins += np.stack(sums).round().astype(np.int64)
+
+    def tell(self, rounds: Sequence[Round]) -> None:
         """Tell the receivers, rounds without a draft included where they want them."""
         if self.on_round is not None:
             for found in rounds:
@@ -131,7 +96,20 @@ class DraftStats:
         if self.trace is not None:
             self.trace.observe(rounds)
 
+    def take(self) -> list[int]:
+        """What was counted since it was last asked, `NUM_COUNTS` integers; [] if nothing was."""
+        times = self.total_ms * 1e3, self.verify_ms * 1e3
+        scalars = self.num_forwards, self.num_rows, *map(int, times), self.num_drafting_steps
+        counts = np.concatenate((scalars, self.stops, self.bins.ravel()))
+        news, self._taken = counts - self._taken, counts
+        return news.tolist() if news.any() else []
+
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended."""
         if self.trace is not None:
             self.trace.forget(req_ids)
+
+
+def _by_bin(confidences: Confidences, weights: Confidences | None = None) -> npt.NDArray[Any]:
+    bins = np.minimum((confidences * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+    return np.bincount(bins, weights, NUM_BINS)

@@ -1,28 +1,11 @@
-"""Rounds on disk: what a server drafted and the target accepted, one JSON object per line.
-
-The first rank writes it if the speculative config says `"trace": "FILE.jsonl"`; `failfast trace`
-reads it. The first line of each run is a header, each other line a round:
-
-    step         of the engine, from 1: the one that verified the round
-    seqs         sequences in that step
-    request      0, 1, ... in the order of their first rounds
-    known        tokens of prompt and answer before the round
-    drafted      tokens that the target verified; 0 = a plain step
-    passes       draft passes that the draft took
-    rows         rows of this sequence in them, blocks that they committed included
-    accepted     drafted tokens that the target kept; it adds one of its own
-    confidences  of the drafted tokens, as far as a pass drafted them
-
-and with `"trace_ids": true` also `id`, `draft_ids` and `emitted_ids`. Never the prompt. An answer
-may end inside the last round that its request emitted. No vLLM, no torch.
-"""
+"""Rounds on disk, one JSON object per line: a header for each run, and a `Round` for each round."""
 
 import itertools
 import json
 import logging
 import os
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -42,25 +25,20 @@ MAX_PENDING = 32768  # lines that wait for a slow disk, some 50 MB
 class TraceWriter:
     """Appends rounds to a file from a thread of its own; the engine never waits for the disk.
 
-    What fails (a full disk, say) ends the trace with one warning, and nothing else.
-
-    Args:
-        header: of the run, in addition to the format, this package's version and the date.
-        with_ids: whether lines hold the request's id and the round's token ids.
+    What fails (a full disk, say) ends the trace with one warning. `header` goes after the format,
+    this package's version and the date; `with_ids` adds the ids to the lines.
     """
 
     def __init__(self, path: str | Path, header: Mapping[str, Any], with_ids: bool = False) -> None:
         self.path = Path(path)
         self.with_ids = with_ids
-        self._requests: dict[str, int] = {}
-        self._numbers = itertools.count()  # of requests
+        self._numbers = defaultdict[str, int](itertools.count().__next__)  # of requests
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         about = {FORMAT: VERSION, "version": failfast_vllm.__version__, "date": date}
         self._pending = deque([{**about, **header}])
         self._stopped = threading.Event()
         self._lock = threading.Lock()  # one flush at a time
-        self._thread = threading.Thread(target=self._run, name="failfast-trace", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="failfast-trace", daemon=True).start()
 
     def observe(self, rounds: Sequence[Verified]) -> None:
         """Take down verified rounds."""
@@ -71,12 +49,10 @@ class TraceWriter:
             self._stop(f"{MAX_PENDING} rounds wait for the disk")
 
     def _line(self, verified: Verified) -> dict[str, Any]:
-        if verified.req_id not in self._requests:
-            self._requests[verified.req_id] = next(self._numbers)
         line = {
             "step": verified.step,
             "seqs": verified.num_seqs,
-            "request": self._requests[verified.req_id],
+            "request": self._numbers[verified.req_id],
             "known": verified.known_len,
             "drafted": verified.num_verified,
             "passes": verified.num_passes,
@@ -85,14 +61,14 @@ class TraceWriter:
             "confidences": [round(p, 3) for p in verified.verified_confidences.tolist()],
         }
         if self.with_ids:
-            line |= {"id": verified.req_id, "draft_ids": verified.drafted}
-            line["emitted_ids"] = list(verified.emitted)
+            ids = {"draft_ids": verified.drafted, "emitted_ids": list(verified.emitted)}
+            line |= {"id": verified.req_id, **ids}
         return line
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended; another with such an id is another."""
         for req_id in req_ids:
-            self._requests.pop(req_id, None)
+            self._numbers.pop(req_id, None)
 
     def flush(self) -> None:
         """Write what waits."""
@@ -103,10 +79,11 @@ class TraceWriter:
                 return
             text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
             try:
-                if FORMAT in lines[0] and _ends_inside_a_line(self.path):
-                    text = "\n" + text  # of a run that was killed
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(text)
+                with self.path.open("a+b") as file:
+                    if FORMAT in lines[0] and file.tell():
+                        file.seek(-1, os.SEEK_END)
+                        text = text if file.read() == b"\n" else "\n" + text  # a run was killed
+                    file.write(text.encode())
             except OSError as error:
                 self._stop(str(error))
 
@@ -125,26 +102,21 @@ class TraceWriter:
         logger.warning("failfast: the trace %s ends here (%s).", self.path, reason)
 
 
-def _ends_inside_a_line(path: Path) -> bool:
-    if not path.is_file() or not path.stat().st_size:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"
-
-
 class Round(NamedTuple):
-    """One line of a trace; see the module's docstring."""
+    """One line of a trace; with `"trace_ids": true` also `id`, `draft_ids` and `emitted_ids`.
 
-    step: int
-    seqs: int
-    request: int  # over all runs of the file
-    known: int
-    drafted: int
-    passes: int
-    rows: int
-    accepted: int
-    confidences: tuple[float, ...]
+    Never the prompt. An answer may end inside the last round that its request emitted.
+    """
+
+    step: int  # of the engine, from 1: the one that verified the round
+    seqs: int  # sequences in that step
+    request: int  # 0, 1, ... in the order of their first rounds; read back: over all runs
+    known: int  # tokens of prompt and answer before the round
+    drafted: int  # tokens that the target verified; 0 = a plain step
+    passes: int  # draft passes that the draft took
+    rows: int  # rows of this sequence in them, blocks that they committed included
+    accepted: int  # drafted tokens that the target kept; it adds one of its own
+    confidences: tuple[float, ...]  # of the drafted tokens, as far as a pass drafted them
 
 
 class Trace(NamedTuple):
@@ -155,20 +127,24 @@ class Trace(NamedTuple):
 
 
 def read(path: str | Path) -> Trace:
-    """Read a trace, also while it grows.
-
-    A line that is cut at the end of the file, or before the next run, is left out.
+    """Read a trace, also while it grows; a line cut at its end or before another run is left out.
 
     Raises:
         ValueError: no trace, or a damaged line, with its number.
     """
-    lines = _whole_lines(path)
-    objects = [_object(line) for line in lines]
+    try:
+        text = Path(path).read_bytes().decode("utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {path} ({error.strerror}); give a file that a server has written."
+        ) from None
+    lines = text.split("\n")[:-1]  # after the last newline: nothing, or a line that is cut
     headers: list[dict[str, Any]] = []
     rounds: list[Round] = []
     first_request = 0  # of this run
-    for number, (line, fields) in enumerate(zip(lines, objects, strict=True), 1):
-        where = f"{path}, line {number}:"
+    pairs = itertools.zip_longest(lines, lines[1:], fillvalue="")
+    for number, (line, after) in enumerate(pairs, 1):
+        where, fields = f"{path}, line {number}:", _object(line)
         if FORMAT in fields:
             if fields[FORMAT] != VERSION:
                 raise ValueError(
@@ -181,21 +157,11 @@ def read(path: str | Path) -> Trace:
             raise ValueError(f"{where} must be a trace's header; got {line[:40]!r}.")
         elif found := _round(fields):
             rounds.append(found._replace(request=found.request + first_request))
-        elif number == len(lines) or FORMAT not in objects[number]:
+        elif FORMAT not in _object(after):
             raise ValueError(f"{where} must be a round; got {line[:40]!r}. Remove the line.")
     if not headers:
         raise ValueError(f"{path} is empty; wait until the server has run a step.")
     return Trace(headers, rounds)
-
-
-def _whole_lines(path: str | Path) -> list[str]:
-    try:
-        text = Path(path).read_bytes().decode("utf-8", errors="replace")
-    except OSError as error:
-        raise ValueError(
-            f"cannot read {path} ({error.strerror}); give a file that a server has written."
-        ) from None
-    return text.split("\n")[:-1]  # after the last newline: nothing, or a line that is cut
 
 
 def is_trace(path: Path) -> bool:

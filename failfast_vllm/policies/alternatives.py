@@ -1,22 +1,18 @@
-"""Rules of other papers; none measured better than `failfast` beyond noise (docs/policies.md).
-
-State of a request lives from its first draft to its end; of requests whose end nobody reports only
-the latest `ledger.MAX_REQUESTS` are kept.
-"""
+"""Rules of other papers; none measured better than `failfast` beyond noise (docs/policies.md)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from failfast_vllm.drafting.interfaces import DraftSoFar, Policy, Verdict
 from failfast_vllm.drafting.ledger import PerRequest
-from failfast_vllm.drafting.records import Lengths, Round
-from failfast_vllm.policies.parameters import arm_names, choice, integer, length, number
-from failfast_vllm.policies.rules import NamedPolicy, TokenRule
+from failfast_vllm.drafting.records import Lengths, Round, to_device
+from failfast_vllm.policies.parameters import arm_names, choice, integer, number
+from failfast_vllm.policies.rules import Fixed, NamedPolicy, TokenRule
 
 if TYPE_CHECKING:
     import torch
@@ -66,21 +62,17 @@ class AdaEdl(TokenRule):
     entropy_factor: float = number(0.2, 0, 100, "factor of the entropy in nats")
     target_acceptance: float = number(0.9, 0, 1, "acceptance rate that the threshold steers to")
     initial_threshold: float = number(0.4, 0, 1, "threshold until a request has its first outcome")
-    states: PerRequest[tuple[float, float]] = field(init=False)  # lambda, r
-    _thresholds: torch.Tensor = field(init=False, repr=False)  # [num_seqs] lambda, of this step
 
     def __post_init__(self) -> None:
-        self.states = PerRequest((self.initial_threshold, self.target_acceptance))
+        self.states = PerRequest((self.initial_threshold, self.target_acceptance))  # lambda, r
 
     def begin(self, req_ids: Sequence[str], max_draft_lens: Lengths) -> Lengths:
-        import torch
-
-        self._thresholds = torch.tensor([self.states[r][0] for r in req_ids], dtype=torch.float32)
+        self._thresholds = np.array([self.states[r][0] for r in req_ids], np.float32)  # [num_seqs]
         return max_draft_lens
 
     def fires(self, draft: DraftSoFar) -> torch.Tensor:
         assert draft.entropies is not None
-        thresholds = self._thresholds.to(draft.seqs.device, non_blocking=True)[draft.seqs]
+        thresholds = to_device(self._thresholds, draft.seqs.device)[draft.seqs]
         bounds = 1.0 - (self.entropy_factor * draft.entropies).sqrt()
         return bounds < thresholds[:, None]
 
@@ -97,7 +89,7 @@ class AdaEdl(TokenRule):
 
 
 @dataclass(eq=False)
-class DiffuSpecAdl(NamedPolicy):
+class DiffuSpecAdl(Fixed):
     """The length is set before the round (DiffuSpec's adaptive length, arXiv 2510.02358).
 
     k = clip(floor(G) + d * [A >= G], k_min, k_max), where G and A are moving averages, per request,
@@ -106,15 +98,16 @@ class DiffuSpecAdl(NamedPolicy):
     """
 
     default_cap = 30
-    one_pass = True
-
-    min_draft_len: int = length(20, 1, "least length, and the length of a request's first draft")
-    length_step: int = length(10, 0, "tokens added while the average draft is accepted whole")
+    min_draft_len: int = integer(
+        20, 1, None, "least length, and the length of a request's first draft"
+    )
+    length_step: int = integer(
+        10, 0, None, "tokens added while the average draft is accepted whole"
+    )
     smoothing: float = number(0.5, 0, 1, "weight of the latest outcome in the averages")
-    averages: PerRequest[tuple[float, float] | None] = field(init=False)  # G, A
 
     def __post_init__(self) -> None:
-        self.averages = PerRequest(None)
+        self.averages = PerRequest[tuple[float, float] | None](None)  # G, A
 
     def begin(self, req_ids: Sequence[str], max_draft_lens: Lengths) -> Lengths:
         wanted = np.zeros_like(max_draft_lens)
@@ -123,9 +116,6 @@ class DiffuSpecAdl(NamedPolicy):
             wanted[i] = int(generated) + self.length_step * (accepted >= generated)
         lens: Lengths = np.minimum(np.maximum(wanted, self.min_draft_len), max_draft_lens)
         return lens
-
-    def extend(self, draft: DraftSoFar) -> Verdict:
-        return Verdict(draft.lens, draft.lens > 0)  # always, up to the length set before
 
     def observe(self, rounds: Sequence[Round]) -> None:
         for outcome in rounds:
@@ -170,7 +160,6 @@ class TapOut(NamedPolicy):
         self.sum_rewards = np.zeros(num_arms)
         self._generator = np.random.default_rng(self.seed)
         self._arm_of = PerRequest(0)  # of each request's current draft
-        self._chosen = np.empty(0, dtype=np.int64)  # [num_seqs] of the current step
 
     def choose(self) -> int:
         """The arm of the next draft; it counts as played."""
@@ -188,7 +177,7 @@ class TapOut(NamedPolicy):
         return arm
 
     def begin(self, req_ids: Sequence[str], max_draft_lens: Lengths) -> Lengths:
-        self._chosen = np.zeros(len(req_ids), dtype=np.int64)
+        self._chosen = np.zeros(len(req_ids), dtype=np.int64)  # [num_seqs] arms
         for i in np.flatnonzero(max_draft_lens > 0).tolist():
             self._chosen[i] = self._arm_of[req_ids[i]] = self.choose()
         lens = np.stack([policy.begin(req_ids, max_draft_lens) for policy in self.policies])
@@ -196,14 +185,12 @@ class TapOut(NamedPolicy):
         return picked
 
     def extend(self, draft: DraftSoFar) -> Verdict:
-        import torch
-
-        chosen = torch.from_numpy(self._chosen).to(draft.seqs.device, non_blocking=True)[draft.seqs]
+        chosen = to_device(self._chosen, draft.seqs.device)[draft.seqs]
         lens, goes_on = draft.lens, draft.lens > 0
         for i in np.unique(self._chosen).tolist():
             verdict = self.policies[i].extend(draft)
-            lens = torch.where(chosen == i, verdict.lens, lens)
-            goes_on = torch.where(chosen == i, verdict.goes_on, goes_on)
+            lens = verdict.lens.where(chosen == i, lens)
+            goes_on = verdict.goes_on.where(chosen == i, goes_on)
         return Verdict(lens, goes_on)
 
     def observe(self, rounds: Sequence[Round]) -> None:

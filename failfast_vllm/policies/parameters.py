@@ -10,13 +10,8 @@ from dataclasses import field, fields
 from typing import Any, NamedTuple
 
 PARAMETER = "parameter"  # key of a field's metadata
-
-
-class Limits(NamedTuple):
-    """What the range of a parameter may depend on."""
-
-    cap: int  # num_speculative_tokens
-    arms: Sequence[str]  # the policies that a bandit may choose among
+# (keys of the user, key, the cap, what a bandit may choose among) -> the checked value
+Check = Callable[[Mapping[str, Any], str, int, Sequence[str]], Any]
 
 
 class Parameter(NamedTuple):
@@ -25,8 +20,7 @@ class Parameter(NamedTuple):
     default: Any
     values: str  # the range, as the documentation states it
     meaning: str
-    # (keys of the user, key, limits) -> the checked value; raises ValueError
-    check: Callable[[Mapping[str, Any], str, Limits], Any]
+    check: Check  # raises ValueError
 
 
 def parameters_of(policy: type) -> dict[str, Parameter]:
@@ -36,85 +30,74 @@ def parameters_of(policy: type) -> dict[str, Parameter]:
 
 def number(default: float, low: float, high: float, meaning: str) -> Any:
     """Declare a number from `low` to `high`."""
-    return _ranged(read_number, default, low, high, meaning)
+
+    def fits(value: Any) -> bool:
+        return (
+            isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        )
+
+    def check(given: Mapping[str, Any], key: str, cap: int, arms: Sequence[str]) -> float:
+        return float(_read(given, key, default, fits, f"a number from {low} to {high}"))
+
+    return _declare(default, f"{low} to {high}", meaning, check)
 
 
-def integer(default: int, low: int, high: int, meaning: str) -> Any:
-    """Declare an integer from `low` to `high`."""
-    return _ranged(read_integer, default, low, high, meaning)
+def integer(default: int, low: int, high: int | None, meaning: str) -> Any:
+    """Declare an integer; no `high`: draft tokens, at most the cap, and so is the default."""
 
+    def check(given: Mapping[str, Any], key: str, cap: int, arms: Sequence[str]) -> int:
+        most = cap if high is None else high
+        return read_integer(given, key, min(default, most), low, most)
 
-def length(default: int, low: int, meaning: str) -> Any:
-    """Declare a number of draft tokens, at most the cap; so is the default."""
-    return _ranged(read_integer, default, low, None, meaning)
-
-
-def _ranged(read: Any, default: float, low: float, high: float | None, meaning: str) -> Any:
-    def check(given: Mapping[str, Any], key: str, limits: Limits) -> Any:
-        most = limits.cap if high is None else high
-        return read(given, key, min(default, most), low, most)
-
-    values = f"{low} to {'the cap' if high is None else high}"
-    return _declare(default, values, meaning, check)
+    return _declare(default, f"{low} to {'the cap' if high is None else high}", meaning, check)
 
 
 def choice(default: str, options: Sequence[str], meaning: str) -> Any:
     """Declare one of some names."""
     known = " or ".join(map(repr, options))
 
-    def check(given: Mapping[str, Any], key: str, limits: Limits) -> str:
-        name = given.get(key, default)
-        if name not in options:
-            raise ValueError(f"failfast: {key!r} must be {known}; got {name!r}.")
-        return str(name)
+    def check(given: Mapping[str, Any], key: str, cap: int, arms: Sequence[str]) -> str:
+        return str(_read(given, key, default, lambda name: name in options, known))
 
     return _declare(default, known, meaning, check)
 
 
 def arm_names(default: Sequence[str], meaning: str) -> Any:
     """Declare a list of different policies that a bandit may choose among."""
+    known = "a list of different policies"
 
-    def check(given: Mapping[str, Any], key: str, limits: Limits) -> list[str]:
-        names = given.get(key, default)
-        listed = names if isinstance(names, list | tuple) else ()
-        if not listed or any(n not in limits.arms or listed.count(n) > 1 for n in listed):
-            raise ValueError(
-                f"failfast: {key!r} must be a list of different policies among "
-                f"{', '.join(limits.arms)}; got {names!r}."
-            )
-        return list(listed)
+    def check(given: Mapping[str, Any], key: str, cap: int, arms: Sequence[str]) -> list[str]:
+        def fits(names: Any) -> bool:
+            listed = names if isinstance(names, list | tuple) else ()
+            return bool(listed) and all(n in arms and listed.count(n) == 1 for n in listed)
 
-    return _declare(default, "a list of different policies", meaning, check)
+        return list(_read(given, key, default, fits, f"{known} among {', '.join(arms)}"))
+
+    return _declare(default, known, meaning, check)
 
 
-def _declare(default: Any, values: str, meaning: str, check: Any) -> Any:
+def _declare(default: Any, values: str, meaning: str, check: Check) -> Any:
     return field(default=default, metadata={PARAMETER: Parameter(default, values, meaning, check)})
 
 
 def read_flag(given: Mapping[str, Any], key: str, default: bool) -> bool:
     """The user's boolean, or `default`; raises ValueError."""
-    value = given.get(key, default)
-    if not isinstance(value, bool):
-        raise ValueError(f"failfast: {key!r} must be true or false; got {value!r}.")
-    return value
+    return bool(_read(given, key, default, lambda value: isinstance(value, bool), "true or false"))
 
 
 def read_integer(given: Mapping[str, Any], key: str, default: int, low: int, high: int) -> int:
     """The user's integer, or `default`; raises ValueError."""
+
+    def fits(value: Any) -> bool:
+        return type(value) is int and low <= value <= high
+
+    return int(_read(given, key, default, fits, f"an integer from {low} to {high}"))
+
+
+def _read(
+    given: Mapping[str, Any], key: str, default: Any, fits: Callable[[Any], bool], what: str
+) -> Any:
     value = given.get(key, default)
-    if type(value) is not int or not low <= value <= high:
-        raise ValueError(
-            f"failfast: {key!r} must be an integer from {low} to {high}; got {value!r}."
-        )
+    if not fits(value):
+        raise ValueError(f"failfast: {key!r} must be {what}; got {value!r}.")
     return value
-
-
-def read_number(
-    given: Mapping[str, Any], key: str, default: float, low: float, high: float
-) -> float:
-    """The user's number, or `default`; raises ValueError."""
-    value = given.get(key, default)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
-        raise ValueError(f"failfast: {key!r} must be a number from {low} to {high}; got {value!r}.")
-    return float(value)

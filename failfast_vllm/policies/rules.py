@@ -1,11 +1,7 @@
 """How long a draft gets: one rule per class, on per-sequence tensors.
 
-`failfast` and `fixed` judge increments, which they keep whole. The token rules judge tokens: the
-draft ends *after* the first token at which the rule fires, so that no token is dropped for its own
-probability, and goes on while no token has fired.
-
-Here are the default and the rules that it is worth comparing with; `alternatives` holds
-those of other papers. Torch is imported in functions, for configurations are checked without it.
+These are the default and the rules worth comparing it with; `alternatives` holds those of other
+papers. Torch is imported in functions, for configurations are checked without it.
 """
 
 from __future__ import annotations
@@ -16,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from failfast_vllm.drafting.interfaces import DraftSoFar, Policy, Verdict
-from failfast_vllm.drafting.records import LOAD, Lengths
+from failfast_vllm.drafting.records import LOAD, Lengths, to_device
 from failfast_vllm.planning.acceptance import CONFIDENCE_EDGES, Calibration, position_buckets
-from failfast_vllm.policies.parameters import length, number
+from failfast_vllm.policies.parameters import integer, number
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +43,7 @@ class FailFast(NamedPolicy):
         return Verdict(draft.lens, draft.confidences.amin(dim=1) >= self.confidence_threshold)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Fixed(NamedPolicy):
     """Always draft up to the cap: the static baseline."""
 
@@ -69,7 +66,7 @@ class Goodput(NamedPolicy):
 
 
 class TokenRule(NamedPolicy):
-    """A rule that fires at a token: the draft ends after it."""
+    """The draft ends after the first token at which the rule fires, and goes on while none has."""
 
     @abstractmethod
     def fires(self, draft: DraftSoFar) -> torch.Tensor:
@@ -104,30 +101,21 @@ class SpecDecPlusPlus(TokenRule):
     rejection_threshold: float = number(
         0.3, 0, 1, "a draft ends where a rejection is more probable than this"
     )
-    min_draft_len: int = length(2, 1, "the rule ends no draft before this many tokens")
+    min_draft_len: int = integer(2, 1, None, "the rule ends no draft before this many tokens")
     calibration: Calibration = field(default_factory=Calibration)
-    _table: torch.Tensor = field(init=False, repr=False)  # [longest draft, num_bins]
-    _edges: torch.Tensor = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        import torch
-
-        self._edges = torch.from_numpy(CONFIDENCE_EDGES)
+    _table: npt.NDArray[np.float32] = field(init=False, repr=False)  # [longest draft, num_bins]
 
     def begin(self, req_ids: Sequence[str], max_draft_lens: Lengths) -> Lengths:
-        import torch
-
         buckets = position_buckets(np.arange(max_draft_lens.max(initial=0)))
-        self._table = torch.from_numpy(self.calibration.table()[buckets]).float()
+        self._table = self.calibration.table()[buckets].astype(np.float32)
         return max_draft_lens
 
     def fires(self, draft: DraftSoFar) -> torch.Tensor:
         import torch
 
         device = draft.seqs.device
-        table = self._table.to(device, non_blocking=True)
-        self._edges = self._edges.to(device)
-        bins = torch.bucketize(draft.confidences, self._edges, right=True)
+        table, edges = to_device(self._table, device), to_device(CONFIDENCE_EDGES, device)
+        bins = torch.bucketize(draft.confidences, edges, right=True)
         rows = torch.arange(bins.shape[1], device=device)
         rejection = 1.0 - table[rows, bins].cumprod(dim=1)
         return (rejection > self.rejection_threshold) & (rows >= self.min_draft_len - 1)

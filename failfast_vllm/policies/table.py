@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from failfast_vllm.policies import alternatives, rules
-from failfast_vllm.policies.parameters import Limits, parameters_of
+from failfast_vllm.policies.parameters import parameters_of
 
 POLICIES: dict[str, type[rules.NamedPolicy]] = {
     "failfast": rules.FailFast,
@@ -26,9 +26,7 @@ ARMS = tuple(n for n, p in POLICIES.items() if not p.needs_planner and n != "tap
 def policy_parameters(name: str, given: Mapping[str, Any], cap: int) -> dict[str, Any]:
     """All parameters of a policy, checked; raises ValueError, also on another policy's.
 
-    Args:
-        given: the keys of the user; the others have their defaults.
-        cap: `num_speculative_tokens`.
+    `given` are the keys of the user, `cap` is `num_speculative_tokens`.
     """
     for key in given:
         owners = [owner for owner, parameters in PARAMETERS.items() if key in parameters]
@@ -37,17 +35,11 @@ def policy_parameters(name: str, given: Mapping[str, Any], cap: int) -> dict[str
                 f"failfast: {key!r} belongs to the policy {' or '.join(map(repr, owners))}; "
                 f"got the policy {name!r}. Remove the key or change 'policy'."
             )
-    limits = Limits(cap, ARMS)
-    return {key: item.check(given, key, limits) for key, item in PARAMETERS[name].items()}
+    return {key: item.check(given, key, cap, ARMS) for key, item in PARAMETERS[name].items()}
 
 
 def make_policy(name: str, knobs: Mapping[str, Any], cap: int) -> rules.NamedPolicy:
-    """Build the policy that the configuration names.
-
-    Args:
-        knobs: all of its parameters, checked; other keys are ignored.
-        cap: `num_speculative_tokens`.
-    """
+    """Build a policy from `knobs`, among them all its parameters, checked; `cap` as above."""
     parameters = {key: knobs[key] for key in PARAMETERS[name]}
     policy = POLICIES[name]
     if policy is alternatives.TapOut:

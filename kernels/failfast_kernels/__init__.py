@@ -1,9 +1,8 @@
 """Masked-block attention over a paged KV cache, and the confidence of a draft token.
 
-Every operation has one signature and two homes: `reference` (plain PyTorch, the specification,
-runs anywhere) and a Triton launcher. CUDA tensors go to Triton, which is imported at that moment;
-others go to the reference, unless FAILFAST_TRITON=1 sends them to Triton's interpreter (which
-also needs TRITON_INTERPRET=1). This package imports neither vLLM nor `failfast_vllm`.
+Each operation is a specification in `reference` (plain PyTorch) and a Triton launcher. CUDA tensors
+go to Triton, which is imported at that moment; others go to the reference, unless FAILFAST_TRITON=1
+sends them to Triton's interpreter (which also needs TRITON_INTERPRET=1).
 """
 
 import functools
@@ -15,18 +14,10 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from failfast_kernels import copy_reference, reference
-from failfast_kernels.reference import PaddedGroup, TokenConfidence, plan_padding
+from failfast_kernels.reference import PaddedGroup as PaddedGroup
+from failfast_kernels.reference import TokenConfidence as TokenConfidence
+from failfast_kernels.reference import plan_padding as plan_padding
 
-__all__ = [
-    "PaddedGroup",
-    "TokenConfidence",
-    "block_diffusion_attention",
-    "commit_kv",
-    "confidence_argmax",
-    "copy_match",
-    "plan_padding",
-    "uses_triton",
-]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -51,6 +42,6 @@ def _at_home(specification: Callable[P, R], module: str) -> Callable[P, R]:
 
 
 block_diffusion_attention = _at_home(reference.block_diffusion_attention, "block_attention")
-commit_kv = _at_home(reference.commit_kv, "kv_commit")
+commit_kv = _at_home(reference.commit_kv, "block_attention")
 copy_match = _at_home(copy_reference.copy_match, "copy_match")
 confidence_argmax = _at_home(reference.confidence_argmax, "confidence")

@@ -1,16 +1,15 @@
-"""Block-diffusion attention in Triton; `reference` says what they compute.
+"""Block-diffusion attention and KV commits in Triton; `reference` says what they compute.
 
-One program owns BLOCK_M packed rows of one sequence and one KV head: packed row p is query row
-p // GROUP_SIZE with head p % GROUP_SIZE of the KV head's group, so each key is read once for all
-heads. It walks over the committed prefix page by page, then over the pass's own keys up to the end
-of its last row's block, with an online softmax (Milakov and Gimelshein, arXiv 1805.02867).
+A program of the attention owns BLOCK_M packed rows of one sequence and one KV head: packed row p is
+query row p // GROUP_SIZE with head p % GROUP_SIZE of the KV head's group, so each key is read once
+for all heads. It walks over the committed prefix, then over the pass's own keys up to the end of
+its last row's block, with an online softmax (Milakov and Gimelshein, arXiv 1805.02867).
 
 Only the device knows the number of tiles of a sequence. Sequence s starts at tile
 `query_start_loc[s] * GROUP_SIZE // BLOCK_M + s`, which leaves each enough tiles and bounds their
 sum by shapes alone, so the launch needs no copy to the host. Rows after the last sequence's (the
 padding of a captured graph) are one more sequence, whose output is zero. Where few programs would
 face long prefixes, NUM_SPLITS of them share one, and `_merge_kernel` adds their results up.
-Never materialised: the gathered prefix, the mask, the scores. Addresses are computed in int64.
 """
 
 import math
@@ -21,13 +20,18 @@ import triton
 import triton.language as tl
 
 from failfast_kernels import launch_table
-from failfast_kernels.kv_commit import commit_kv
 from failfast_kernels.launch_table import ATTENTION
 from failfast_kernels.reference import PaddedGroup
 
 LOG2_E = math.log2(math.e)
 HEAD_DIMS = (16, 32, 64, 128)
 SPLITS = (1, 4, 16)  # classes: each is compiled once
+
+
+@triton.jit
+def _load_rows(pointers, dims, valid):  # type: ignore[no-untyped-def]
+    """One row of HEAD_DIM values from each pointer; 0 where not `valid`."""
+    return tl.load(pointers[:, None] + dims[None, :], mask=valid[:, None], other=0.0)
 
 
 @triton.jit
@@ -66,21 +70,11 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     page_size,
     min_split_keys,
     scores_scale,
-    stride_out_row,
-    stride_out_head,
-    stride_q_row,
-    stride_q_head,
-    stride_q_dim,
-    stride_k_row,
-    stride_k_head,
-    stride_k_dim,
-    stride_v_row,
-    stride_v_head,
-    stride_v_dim,
-    stride_page,
-    stride_page_head,
-    stride_page_slot,
-    stride_page_dim,
+    output_strides,
+    query_strides,
+    key_strides,
+    value_strides,
+    cache_strides,
     stride_table,
     HEAD_DIM: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -141,20 +135,15 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     if is_padding:
         own_end = 0
 
-    q = tl.load(
-        query
-        + (row_index * stride_q_row + head * stride_q_head)[:, None]
-        + dims[None, :] * stride_q_dim,
-        mask=row_valid[:, None],
-        other=0.0,
-    )  # [BLOCK_M, HEAD_DIM]
+    rows = query + row_index * query_strides[0] + head * query_strides[1]
+    q = _load_rows(rows, dims * query_strides[2], row_valid)  # [BLOCK_M, HEAD_DIM]
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     attended = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
 
     # every tile below has a key that every row sees, so `best` is finite after it
     table = block_table + seq * stride_table.to(tl.int64)
-    cache = kv_cache + kv_head * stride_page_head
+    cache = kv_cache + kv_head * cache_strides[1]
     for start in range(begin, end, BLOCK_N):
         committed = start + keys < end
         if TILE_IN_PAGE:
@@ -164,15 +153,9 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
             page = tl.load(table + (start + keys) // page_size, mask=committed, other=0)
             page = page.to(tl.int64)
             slot = ((start + keys) % page_size).to(tl.int64)
-        pointers = (cache + page * stride_page + slot * stride_page_slot)[:, None]
-        k = tl.load(
-            pointers + dims[None, :] * stride_page_dim, mask=committed[:, None], other=0.0
-        )  # [BLOCK_N, HEAD_DIM]
-        v = tl.load(
-            pointers + (HEAD_DIM + dims)[None, :] * stride_page_dim,
-            mask=committed[:, None],
-            other=0.0,
-        )
+        slots = cache + page * cache_strides[0] + slot * cache_strides[2]
+        k = _load_rows(slots, dims * cache_strides[3], committed)  # [BLOCK_N, HEAD_DIM]
+        v = _load_rows(slots, (HEAD_DIM + dims) * cache_strides[3], committed)
         best, mass, attended = _softmax_step(
             q, k, v, committed[None, :], scores_scale, best, mass, attended
         )
@@ -182,20 +165,10 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         own = start + keys
         fresh = own < own_end
         own_index = (seq_begin + own).to(tl.int64)
-        k = tl.load(
-            key
-            + (own_index * stride_k_row + kv_head * stride_k_head)[:, None]
-            + dims[None, :] * stride_k_dim,
-            mask=fresh[:, None],
-            other=0.0,
-        )  # [BLOCK_N, HEAD_DIM]
-        v = tl.load(
-            value
-            + (own_index * stride_v_row + kv_head * stride_v_head)[:, None]
-            + dims[None, :] * stride_v_dim,
-            mask=fresh[:, None],
-            other=0.0,
-        )
+        k_rows = key + own_index * key_strides[0] + kv_head * key_strides[1]
+        k = _load_rows(k_rows, dims * key_strides[2], fresh)  # [BLOCK_N, HEAD_DIM]
+        v_rows = value + own_index * value_strides[0] + kv_head * value_strides[1]
+        v = _load_rows(v_rows, dims * value_strides[2], fresh)
         sees = ((own // DIFFUSION_BLOCK)[None, :] <= row_block[:, None]) & fresh[None, :]
         best, mass, attended = _softmax_step(q, k, v, sees, scores_scale, best, mass, attended)
 
@@ -207,12 +180,9 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         tl.store(log_mass + piece, best + tl.log2(mass), mask=row_valid)
         out = output + piece * HEAD_DIM
     else:
-        out = output + row_index * stride_out_row + head * stride_out_head
-    tl.store(
-        out[:, None] + dims[None, :],
-        attended.to(output.dtype.element_ty),
-        mask=row_valid[:, None],
-    )
+        out = output + row_index * output_strides[0] + head * output_strides[1]
+    attended = attended.to(output.dtype.element_ty)
+    tl.store(out[:, None] + dims[None, :], attended, mask=row_valid[:, None])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -221,8 +191,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     pieces,  # [NUM_SPLITS, num_rows, num_heads, HEAD_DIM] float32; undefined where no mass is
     log_mass,  # [NUM_SPLITS, num_rows, num_heads] float32, in units of log2
     num_rows,
-    stride_out_row,
-    stride_out_head,
+    output_strides,
     HEAD_DIM: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
 ):
@@ -232,14 +201,10 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     piece = (tl.arange(0, NUM_SPLITS) * num_rows.to(tl.int64) + row) * tl.num_programs(1) + head
     masses = tl.load(log_mass + piece)  # [NUM_SPLITS]
     weights = tl.exp2(masses - tl.max(masses, 0))
-    parts = tl.load(
-        pieces + piece[:, None] * HEAD_DIM + dims[None, :], mask=(weights > 0)[:, None], other=0.0
-    )  # [NUM_SPLITS, HEAD_DIM]
+    parts = _load_rows(pieces + piece * HEAD_DIM, dims, weights > 0)  # [NUM_SPLITS, HEAD_DIM]
     attended = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
-    tl.store(
-        output + row * stride_out_row + head * stride_out_head + dims,
-        attended.to(output.dtype.element_ty),
-    )
+    out = output + row * output_strides[0] + head * output_strides[1]
+    tl.store(out + dims, attended.to(output.dtype.element_ty))
 
 
 def block_diffusion_attention(
@@ -257,10 +222,9 @@ def block_diffusion_attention(
     *,
     num_splits: int | None = None,
 ) -> torch.Tensor:
-    """See `reference.block_diffusion_attention`; `groups` is not needed and ignored.
+    """See `reference.block_diffusion_attention`; `groups` is ignored.
 
-    Args:
-        num_splits: one of `SPLITS`, programs that share a prefix; None chooses by shapes.
+    `num_splits`, one of `SPLITS`, programs share a prefix; None chooses by shapes.
 
     Raises:
         ValueError: a head_dim, type, page or layout that the kernel was not written for.
@@ -269,7 +233,7 @@ def block_diffusion_attention(
     num_kv_heads, page_size = kv_cache.shape[1], kv_cache.shape[2]
     if output is None:
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    _check(query, key, value, kv_cache, output, diffusion_block_size)
+    _check(diffusion_block_size, kv_cache, query, key, value, output)
     num_seqs, max_pages = block_table.shape
     if num_rows == 0 or num_seqs == 0:
         return output
@@ -277,34 +241,23 @@ def block_diffusion_attention(
     block_m = _tile_rows(query, group_size, num_seqs)
     launch = ATTENTION[64 if head_dim <= 64 else 128, query.element_size(), block_m]
     num_tiles = num_rows * group_size // block_m + num_seqs + 1  # see the module's docstring
-    if num_splits is None:
-        num_splits = _num_splits(num_tiles * num_kv_heads, max_pages * page_size)
+    if num_splits is None:  # prefixes must be long enough for two pieces
+        most = SPLITS[-1] if max_pages * page_size >= 2 * launch_table.MIN_SPLIT_KEYS else 1
+        num_splits = launch_table.num_splits(SPLITS, num_tiles * num_kv_heads, most)
     pieces, log_mass = output, output  # neither is touched without splits
     if num_splits > 1:
         shape = (num_splits, num_rows, num_heads)
         pieces = torch.empty(*shape, head_dim, dtype=torch.float32, device=query.device)
         log_mass = torch.empty(shape, dtype=torch.float32, device=query.device)
+    batch = (query, key, value, kv_cache, block_table, committed_lens, query_start_loc)
+    sizes = (num_seqs, num_rows, page_size, launch_table.MIN_SPLIT_KEYS)
     _attention_kernel[num_tiles, num_kv_heads, num_splits](
         pieces,
         log_mass,
-        query,
-        key,
-        value,
-        kv_cache,
-        block_table,
-        committed_lens,
-        query_start_loc,
-        num_seqs,
-        num_rows,
-        page_size,
-        launch_table.MIN_SPLIT_KEYS,
+        *batch,
+        *sizes,
         scale * LOG2_E,
-        output.stride(0),
-        output.stride(1),
-        *query.stride(),
-        *key.stride(),
-        *value.stride(),
-        *kv_cache.stride(),
+        *(tensor.stride() for tensor in (output, query, key, value, kv_cache)),
         block_table.stride(0),
         HEAD_DIM=head_dim,
         GROUP_SIZE=group_size,
@@ -322,8 +275,7 @@ def block_diffusion_attention(
             pieces,
             log_mass,
             num_rows,
-            output.stride(0),
-            output.stride(1),
+            output.stride(),
             HEAD_DIM=head_dim,
             NUM_SPLITS=num_splits,
             num_warps=1,
@@ -331,14 +283,51 @@ def block_diffusion_attention(
     return output
 
 
+@triton.jit(do_not_specialize=["page_size"], do_not_specialize_on_alignment=["slot_mapping"])
+def _commit_kernel(  # type: ignore[no-untyped-def]
+    key,  # [num_rows, num_kv_heads, HEAD_DIM]
+    value,
+    kv_cache,  # [num_pages, num_kv_heads, page_size, 2 * HEAD_DIM]
+    slot_mapping,  # [num_rows]
+    page_size,
+    key_strides,
+    value_strides,
+    cache_strides,
+    HEAD_DIM: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slot_mapping + row).to(tl.int64)
+    if slot < 0:
+        return
+    dims = tl.arange(0, HEAD_DIM)
+    k = tl.load(key + row * key_strides[0] + head * key_strides[1] + dims * key_strides[2])
+    v = tl.load(value + row * value_strides[0] + head * value_strides[1] + dims * value_strides[2])
+    cache = kv_cache + slot // page_size * cache_strides[0] + head * cache_strides[1]
+    cache += slot % page_size * cache_strides[2]
+    tl.store(cache + dims * cache_strides[3], k)
+    tl.store(cache + (HEAD_DIM + dims) * cache_strides[3], v)
+
+
+def commit_kv(
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """See `reference.commit_kv`."""
+    num_rows, num_kv_heads, head_dim = key.shape
+    assert key.dtype == value.dtype == kv_cache.dtype
+    if num_rows == 0:
+        return
+    tensors = (key, value, kv_cache)
+    strides = (tensor.stride() for tensor in tensors)
+    _commit_kernel[num_rows, num_kv_heads](
+        *tensors, slot_mapping, kv_cache.shape[2], *strides, HEAD_DIM=head_dim, num_warps=1
+    )
+
+
 def launch_every_class(num_heads: int, kv_cache: torch.Tensor, diffusion_block_size: int) -> None:
-    """Launch each class of the kernels for passes over `kv_cache`, so that it is compiled.
+    """Compile each class of the kernels for queries of `num_heads` over `kv_cache`: launch it.
 
     Nothing is read from or written to the cache.
-
-    Args:
-        num_heads: of the queries.
-        kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim].
     """
     num_kv_heads, head_dim = kv_cache.shape[1], kv_cache.shape[3] // 2
     zero = torch.zeros(1, dtype=torch.int64, device=kv_cache.device)
@@ -355,19 +344,13 @@ def launch_every_class(num_heads: int, kv_cache: torch.Tensor, diffusion_block_s
         commit_kv(key, key, kv_cache, zero.new_full((num_rows,), -1))
 
 
-def _check(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    output: torch.Tensor,
-    diffusion_block_size: int,
-) -> None:
-    num_heads, head_dim = query.shape[1:]
-    num_kv_heads, page_size = kv_cache.shape[1], kv_cache.shape[2]
+def _check(diffusion_block_size: int, kv_cache: torch.Tensor, *rows: torch.Tensor) -> None:
+    query, key, value, output = rows
+    num_rows, num_heads, head_dim = query.shape
+    num_kv_heads, page_size, width = kv_cache.shape[1:]
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"failfast: head_dim must be one of {HEAD_DIMS}; got {head_dim}.")
-    dtypes = {tensor.dtype for tensor in (query, key, value, kv_cache, output)}
+    dtypes = {tensor.dtype for tensor in (kv_cache, *rows)}
     if len(dtypes) > 1 or not query.is_floating_point():
         raise ValueError(
             f"failfast: rows and cache must share one float type; got {sorted(map(str, dtypes))}. "
@@ -378,8 +361,8 @@ def _check(
             f"failfast: the KV page must be a multiple of {diffusion_block_size} tokens; "
             f"got {page_size}."
         )
-    assert kv_cache.shape[3] == 2 * head_dim
-    assert key.shape == value.shape == (query.shape[0], num_kv_heads, head_dim)
+    assert width == 2 * head_dim
+    assert key.shape == value.shape == (num_rows, num_kv_heads, head_dim)
     assert num_heads % num_kv_heads == 0
     assert output.shape == query.shape
     assert output.stride(2) == 1
@@ -390,11 +373,3 @@ def _tile_rows(query: torch.Tensor, group_size: int, num_seqs: int) -> int:
     average = -(-query.shape[0] // num_seqs) * group_size
     classes = sorted({m for _, size, m in ATTENTION if size == query.element_size()})
     return next((m for m in classes if m >= average), classes[-1])
-
-
-def _num_splits(num_programs: int, max_prefix_len: int) -> int:
-    """The smallest class that fills the device, if prefixes can be long enough for two pieces."""
-    if max_prefix_len < 2 * launch_table.MIN_SPLIT_KEYS:
-        return 1
-    enough = (s for s in SPLITS if s * num_programs >= launch_table.TARGET_PROGRAMS)
-    return next(enough, SPLITS[-1])

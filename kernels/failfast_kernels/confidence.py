@@ -10,8 +10,6 @@ and Gimelshein, arXiv 1805.02867). Its state is four scalars:
 
 so that probability = 1 / mass and entropy = log(mass) - moment / mass. Where rows are few, several
 programs share a row's columns and `_merge_kernel` combines their states.
-
-Never materialised: a float32 copy of the logits, the softmax.
 """
 
 from collections.abc import Sequence
@@ -57,8 +55,7 @@ def _confidence_kernel(  # type: ignore[no-untyped-def]
     num_valid_tokens,
     fallback,
     num_columns,  # specialised, as the strides: the mask must not narrow the loads
-    stride_row,
-    stride_column,
+    strides,
     LEAST_FLOAT: tl.constexpr,
     DETAILS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
@@ -78,7 +75,7 @@ def _confidence_kernel(  # type: ignore[no-untyped-def]
     for start in range(begin, end, BLOCK_N):
         columns = start + offsets
         z = tl.load(
-            logits + row * stride_row + columns.to(tl.int64) * stride_column,
+            logits + row * strides[0] + columns.to(tl.int64) * strides[1],
             mask=columns < num_columns,
             other=float("-inf"),
         ).to(tl.float32)  # [BLOCK_N]
@@ -155,8 +152,7 @@ def confidence_argmax(
 ) -> TokenConfidence:
     """See `reference.confidence_argmax`.
 
-    Args:
-        num_splits: one of `SPLITS`, programs that share a row; None chooses by shapes.
+    `num_splits`, one of `SPLITS`, programs share a row; None chooses by shapes.
     """
     num_rows, num_columns = logits.shape
     fallback = lowest_allowed_id(num_columns, num_valid_tokens, forbidden_ids)
@@ -167,23 +163,21 @@ def confidence_argmax(
         return result
     launch = launch_table.CONFIDENCE[logits.element_size()]
     if num_splits is None:
-        num_splits = _num_splits(num_rows, -(-num_valid_tokens // launch.block_n))
+        num_tiles = -(-num_valid_tokens // launch.block_n)
+        num_splits = launch_table.num_splits(SPLITS, num_rows, num_tiles)
     states, split_tokens = floats, floats  # neither is touched without splits
     if num_splits > 1:
         planes = torch.empty(4, num_splits, num_rows, device=logits.device, dtype=torch.float32)
         states, split_tokens = planes[:3], planes[3].view(torch.int32)
     outputs = (token_ids, floats[0], floats[-1], states, split_tokens)
     forbidden = _on_device(tuple(forbidden_ids), logits.device)
+    sizes = (num_rows, forbidden.numel(), num_valid_tokens, fallback, num_columns)
     _confidence_kernel[num_rows, num_splits](
         *outputs,
         logits,
         forbidden,
-        num_rows,
-        forbidden.numel(),
-        num_valid_tokens,
-        fallback,
-        num_columns,
-        *logits.stride(),
+        *sizes,
+        logits.stride(),
         LEAST_FLOAT=LEAST,
         DETAILS=details,
         NUM_SPLITS=num_splits,
@@ -205,21 +199,13 @@ def confidence_argmax(
 def launch_every_class(
     logits: torch.Tensor, num_valid_tokens: int, forbidden_ids: Sequence[int], *, details: bool
 ) -> None:
-    """Launch each class of the kernels for logits like these, so that it is compiled."""
-    launch = launch_table.CONFIDENCE[logits.element_size()]
-    num_tiles = -(-num_valid_tokens // launch.block_n)
+    """Compile each class of the kernels for logits like these: launch it."""
+    num_tiles = -(-num_valid_tokens // launch_table.CONFIDENCE[logits.element_size()].block_n)
     for num_splits in SPLITS:
-        if num_splits <= max(1, num_tiles):
+        if num_splits <= num_tiles:
             confidence_argmax(
                 logits, num_valid_tokens, forbidden_ids, details=details, num_splits=num_splits
             )
-
-
-def _num_splits(num_rows: int, num_tiles: int) -> int:
-    """The smallest class that fills the device, at most one program per tile."""
-    enough = (s for s in SPLITS if s * num_rows >= launch_table.TARGET_PROGRAMS)
-    wanted = next(enough, SPLITS[-1])
-    return max(s for s in SPLITS if s <= min(wanted, max(1, num_tiles)))
 
 
 @lru_cache(maxsize=16)

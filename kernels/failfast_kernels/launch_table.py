@@ -1,14 +1,14 @@
 """Launch configurations of the Triton kernels, one per shape class. Imports no Triton.
 
-A launcher looks its class up here and nothing else decides: no autotuning, no device query, and
-no value that depends on a batch, so a server compiles each class once.
+Nothing else decides: no autotuning and no device query, so a server compiles each class once.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class AttentionLaunch(NamedTuple):
-    """How one program of the attention kernel is built."""
+    """Of one program of the attention kernel."""
 
     block_n: int  # keys per step
     num_warps: int
@@ -16,10 +16,16 @@ class AttentionLaunch(NamedTuple):
 
 
 class ConfidenceLaunch(NamedTuple):
-    """How one program of the confidence kernel is built."""
+    """Of one program of the confidence kernel."""
 
     block_n: int  # columns per step
     num_warps: int
+
+
+def num_splits(classes: Sequence[int], num_programs: int, most: int) -> int:
+    """The smallest class of splits, at most `most`, with which `num_programs` fill the device."""
+    wanted = next((s for s in classes if s * num_programs >= TARGET_PROGRAMS), classes[-1])
+    return max(s for s in classes if s <= min(wanted, most))
 
 
 # Below this line `benchmarks/tune_kernels.py` writes.

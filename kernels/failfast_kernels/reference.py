@@ -8,9 +8,6 @@ The rows of one pass are ragged: sequence s owns rows `query_start_loc[s]:query_
 at positions `committed_lens[s], committed_lens[s] + 1, ...`. Keys below `committed_lens[s]` come
 from the paged cache, the others from this pass. `committed_lens` is a multiple of the block size,
 so the mask of the pass's own keys depends on row offsets alone.
-
-Never materialised: per-sequence loops (sequences are padded in a few groups of similar length),
-a softmax over the vocabulary (`confidence_argmax` runs over column tiles).
 """
 
 from collections.abc import Sequence
@@ -53,19 +50,15 @@ def plan_padding(
     dtype: torch.dtype,
     diffusion_block_size: int = 32,
 ) -> list[PaddedGroup]:
-    """Put the sequences of a pass into rectangles of similar length.
+    """Put the sequences of a pass into rectangles of similar length; those without rows into none.
 
     Args:
         block_table: [num_seqs, max_pages] int, page ids of the paged KV cache.
-        committed_lens: [num_seqs] int, tokens of each sequence that the cache holds; multiples
-            of `diffusion_block_size`.
+        committed_lens: [num_seqs] int, tokens of each sequence that the cache holds.
         query_start_loc: [num_seqs + 1] int, first row of each sequence.
         page_size: tokens per page, a multiple of `diffusion_block_size`.
         group_size: query heads per KV head.
         dtype: of the attention's inputs.
-
-    Returns:
-        One `PaddedGroup` per range of row counts; sequences without rows are in none.
     """
     device, query_lens = block_table.device, query_start_loc.diff()
     blocks_per_page = page_size // diffusion_block_size
@@ -129,8 +122,7 @@ def block_diffusion_attention(
         output: where to write; None allocates.
 
     Returns:
-        `output`, [num_rows, num_heads, head_dim], the type of `query`; zero in rows after the last
-        sequence's, which are the padding of a captured graph.
+        `output`, like `query`; zero in rows after the last sequence's, which are padding.
     """
     _, num_heads, head_dim = query.shape
     num_kv_heads, page_size = kv_cache.shape[1], kv_cache.shape[2]
@@ -170,15 +162,11 @@ def block_diffusion_attention(
 def commit_kv(
     key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
-    """Write the rows of complete, committed blocks to their pages.
+    """Write the rows of complete, committed blocks to their pages in `kv_cache`.
 
     It must run before the same layer's attention reads the cache: another sequence of this pass
-    may share the pages through a prefix hit.
-
-    Args:
-        key, value: [num_rows, num_kv_heads, head_dim].
-        kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], changed in place.
-        slot_mapping: [num_rows] int, page * page_size + offset; -1 leaves the row out.
+    may share the pages through a prefix hit. Shapes are those of `block_diffusion_attention`;
+    `slot_mapping`, [num_rows] int, is page * page_size + offset, or -1 to leave the row out.
     """
     page_size = kv_cache.shape[2]
     rows = torch.nonzero(slot_mapping >= 0).squeeze(1)
@@ -208,17 +196,15 @@ def confidence_argmax(
 ) -> TokenConfidence:
     """Best token and its softmax probability, in one pass over column tiles.
 
+    Ties go to the lowest id, as in `torch.argmax`. A row whose softmax is undefined (a NaN, +inf,
+    or -inf in every allowed column) gets the lowest allowed id, probability 0 and entropy inf.
+
     Args:
         logits: [num_rows, vocab_size].
         num_valid_tokens: columns from here on never win and carry no mass (padding, or ids that
             the target does not have).
         forbidden_ids: further columns without mass (MASK).
         details: also the entropy.
-
-    Returns:
-        Ties go to the lowest id, as in `torch.argmax`. Probability = 1 / sum(exp(z - max z)).
-        A row whose softmax is undefined (a NaN, +inf, or -inf in every allowed column) gets
-        the lowest allowed id and the least confidence: probability 0, entropy inf.
 
     Raises:
         ValueError: no column may win, or `num_valid_tokens` exceeds the columns.

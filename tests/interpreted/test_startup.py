@@ -27,7 +27,7 @@ def test_the_warm_up_drafts_only_ids_and_leaves_nothing(load_aware, tmp_path):
         adapter = proposer(llm)
         stats, drafter = adapter.stats, adapter.drafter
         assert (stats.num_steps, stats.num_forwards, stats.num_rows) == (0, 0, 0)
-        assert stats.counts.take() == []
+        assert stats.take() == []
         assert adapter.session.stats is stats
         assert len(adapter.session.ledger) == 0
         assert not drafter.blocks.bits.any()
@@ -125,11 +125,11 @@ def test_serving_meets_no_kernel_that_start_up_has_not_compiled(monkeypatch):
     """
     from vllm import SamplingParams
 
-    from failfast_kernels import block_attention, confidence, kv_commit, launch_table
+    from failfast_kernels import block_attention, confidence, launch_table
 
     monkeypatch.setattr(launch_table, "MIN_SPLIT_KEYS", 16)  # short prefixes are split, too
     compiled = set()
-    for module in (block_attention, confidence, kv_commit):
+    for module in (block_attention, confidence):
         for name, kernel in list(vars(module).items()):
             if type(kernel).__name__ == "InterpretedFunction" and name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Watched(kernel, compiled))

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 
 import failfast_kernels
 from attention_case import LAYOUTS, Case, on_device
-from failfast_kernels import block_attention, confidence, kv_commit, launch_table, reference
+from failfast_kernels import block_attention, confidence, launch_table, reference
 from failfast_kernels.launch_table import ConfidenceLaunch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -236,7 +236,7 @@ def test_commit_kv_equals_the_reference(layout, dtype):
     reference.commit_kv(case.key, case.value, expected, slots)
     cache = on_device(case.kv_cache, DEVICE)
     key, value = on_device(case.key, DEVICE), on_device(case.value, DEVICE)
-    kv_commit.commit_kv(key, value, cache, slots.to(DEVICE))
+    block_attention.commit_kv(key, value, cache, slots.to(DEVICE))
     torch.testing.assert_close(cache.cpu(), expected, rtol=0, atol=0, equal_nan=True)
     assert int((~expected.isnan()).sum()) > 0
 
@@ -320,7 +320,7 @@ def test_confidence_over_a_whole_vocabulary(monkeypatch):
 def test_the_flag_sends_cpu_tensors_to_triton(monkeypatch):
     case = Case([(1, 3)], 32, 1, 2)
     launches = []
-    for home in (block_attention, confidence, kv_commit):
+    for home in (block_attention, confidence):
         for name in ("block_diffusion_attention", "commit_kv", "confidence_argmax"):
             if hasattr(home, name):
                 monkeypatch.setattr(home, name, lambda *a, name=name, **k: launches.append(name))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 
 pytest.importorskip("triton")
 
-from failfast_kernels import block_attention, confidence, kv_commit, launch_table
+from failfast_kernels import block_attention, confidence, launch_table
 
 PROPERTY = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
@@ -25,7 +25,7 @@ class Recorder:
 @pytest.fixture
 def recorders(monkeypatch):
     found = {}
-    for module in (block_attention, confidence, kv_commit):
+    for module in (block_attention, confidence):
         for name in ("_attention_kernel", "_commit_kernel", "_confidence_kernel", "_merge_kernel"):
             if hasattr(module, name):
                 found[module.__name__, name] = recorder = Recorder()
@@ -54,7 +54,7 @@ def test_attention_classes(recorders, num_heads, num_kv_heads, dtype):
         key = torch.empty(num_rows, num_kv_heads, 128, dtype=dtype)
         table = torch.empty(num_seqs, max_pages, dtype=torch.int32)
         lens = torch.empty(num_seqs + 1, dtype=torch.int64)
-        kv_commit.commit_kv(key, key, cache, lens)
+        block_attention.commit_kv(key, key, cache, lens)
         block_attention.block_diffusion_attention(
             query, key, key, cache, table, lens[1:], lens, 1.0, 32
         )
@@ -71,9 +71,8 @@ def test_confidence_classes(recorders, num_columns, details):
     confidence.launch_every_class(logits, num_columns, (3,), details=details)
     warm = classes(recorders)
     for num_rows in range(1, 700):
-        num_splits = confidence._num_splits(
-            num_rows, -(-num_columns // launch_table.CONFIDENCE[2].block_n)
-        )
+        num_tiles = -(-num_columns // launch_table.CONFIDENCE[2].block_n)
+        num_splits = launch_table.num_splits(confidence.SPLITS, num_rows, num_tiles)
         confidence.confidence_argmax(
             logits, num_columns, (3,), details=details, num_splits=num_splits
         )

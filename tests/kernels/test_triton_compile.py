@@ -85,12 +85,12 @@ class Compiler:
         return query, key, value, cache
 
     def launch_commit(self, num_rows, dtype=torch.bfloat16, head_dim=128):
-        from failfast_kernels import kv_commit
+        from failfast_kernels import block_attention
 
         rows = torch.empty(num_rows, 4, head_dim, dtype=dtype)
         cache = torch.empty(2, 32, 2, 2 * head_dim, dtype=dtype).transpose(1, 2)
         slots = torch.empty(num_rows + 1, dtype=torch.int64)[1:]
-        kv_commit.commit_kv(*rows.split([2, 2], dim=1), cache, slots)
+        block_attention.commit_kv(*rows.split([2, 2], dim=1), cache, slots)
 
     def launch_confidence(self, num_rows, num_columns=151_936, dtype=torch.bfloat16, **options):
         from failfast_kernels import confidence

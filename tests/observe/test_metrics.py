@@ -20,7 +20,7 @@ from failfast_vllm.drafting.records import (
 from failfast_vllm.integration import hooks
 from failfast_vllm.integration.engine_hooks import install_metrics
 from failfast_vllm.integration.metrics import FailFastStatLogger
-from failfast_vllm.observe.counters import NUM_COUNTS, Counts
+from failfast_vllm.observe.counters import NUM_COUNTS, DraftStats
 from failfast_vllm.policies.rules import FailFast
 from scripted import STOP, Script, make_drafter, make_step
 
@@ -50,9 +50,12 @@ def sample(name, **labels):
 def test_counts_arrive_by_engine():
     """Catches fields that are read in another order than written, and engines that are mixed."""
     logger = FailFastStatLogger(fake_config(), [0, 1])
-    counts = Counts()
-    counts.drafted(passes=3, rows=70, milliseconds=12.5, reasons=np.array([DOUBT, EOS, EOS]))
-    counts.scalars["verify_us"] += 8_000
+    counts = DraftStats()
+    lens, reasons = np.array([10, 4, 0, 5]), np.array([DOUBT, EOS, CAP, EOS])
+    counts.step_ended(
+        types.SimpleNamespace(num_forwards=3, num_rows=70, lens=lens, stop_reasons=reasons)
+    )
+    counts.total_ms, counts.verify_ms = 12.5, 8.0
     confidences = np.array([0.95, 0.31, 0.5], dtype=np.float32)
     counts.observe([Round("r", 3, num_verified=3, num_accepted=1, confidences=confidences)])
     sent = counts.take()
