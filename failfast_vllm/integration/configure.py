@@ -56,6 +56,7 @@ def create_speculative_config(
     speculative = original.func(asking, guarded, target_parallel_config)
     assert speculative.method == asking.speculative_config["method"], speculative.method
     speculative.target_model_config = target_model_config
+    setattr(speculative, METHOD, True)  # for who sees this config alone
     if drafter is None:
         logger.info("failfast: no drafter; drafts are copies of each sequence's own text")
         speculative.draft_model_config = target_model_config

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from failfast_vllm.config import METHOD
-from failfast_vllm.drafters.families import family_of
 from failfast_vllm.integration.hooks import asked_for, hook
 
 MAX_LEN = "failfast_max_len"
@@ -123,6 +122,5 @@ def admit_undrafted(original: Any, self: Any, speculative_config: Any) -> None:
 
     Goes when: vLLM admits them beside a drafter.
     """
-    drafter = getattr(speculative_config, "draft_model_config", None)
-    if drafter is None or not family_of(drafter.architectures):
+    if not getattr(speculative_config, METHOD, False):
         original()

@@ -13,10 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.sampling_params import RepetitionDetectionParams
 
+from copying_cases import Copying
 from engine import chat_ids, core, proposer, shipped_prompts, watch
+from failfast_vllm.drafting.copying import OwnText
+from failfast_vllm.integration.startup import NoDraftModel
 from failfast_vllm.planning.costs import Costs, CostTable
 from failfast_vllm.planning.planner import LoadPlanner
 from features import CASES, GREEDY, NAMES, SCHEMA, are_close, constrained, features_engine
@@ -206,6 +210,7 @@ MODES = {
     "drafts for some": some_requests,
     "drafts in some steps": in_turn,
     "a planner that rests": every_request,
+    "copies and drafts": every_request,
 }
 
 
@@ -226,10 +231,14 @@ def drafting_for(llm, mode):
         if mode == "a planner that rests":
             costs = Costs(CostTable([1, 1000], [1.0, 2.0]), CostTable([1, 1000], [5.0, 9.0]))
             drafter.planner = Resting(costs, 60, 1)
+        copies, alone = drafter.copies, isinstance(drafter.model, NoDraftModel)
+        if alone or mode == "copies and drafts":
+            drafter.planner = Copying(10, drafts=not alone)
+            drafter.copies = OwnText(2000, torch.device("cpu"))
         try:
             yield record
         finally:
-            drafter.planner = planner
+            drafter.planner, drafter.copies = planner, copies
 
 
 def wrong_rows(asked, outputs):
@@ -284,8 +293,19 @@ def test_row_in_a_mixed_batch(table, drafting, row, mode):
     check_steps(record, mode)
 
 
+@pytest.mark.parametrize("mode", ["drafts in every step", "drafts for some"])
+def test_all_rows_at_once_without_a_drafter(table, mode):
+    """The same, where all drafts are copies."""
+    with mixed_engine({"method": "failfast", "model": None, "load_aware": True}) as llm:
+        all_rows_at_once(table, llm, mode)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_all_rows_at_once(table, drafting, mode):
+    all_rows_at_once(table, drafting, mode)
+
+
+def all_rows_at_once(table, drafting, mode):
     """Sixteen at a time, by priority, with too few pages: rows come, go, move and are preempted.
 
     Without thinking budgets: vLLM forgets, also without speculation, which tokens of the end of
