@@ -1,9 +1,10 @@
-"""Masked-block attention over a paged KV cache, and the confidence of a draft token.
+"""Masked-block attention over a paged KV cache, confidence of a draft token, prompt lookup.
 
-Every operation has one signature and two homes: `reference` (plain PyTorch, the specification,
-runs anywhere) and a Triton launcher. CUDA tensors go to Triton, which is imported at that moment;
-others go to the reference, unless FAILFAST_TRITON=1 sends them to Triton's interpreter (which
-also needs TRITON_INTERPRET=1). This package imports neither vLLM nor `failfast_vllm`.
+Every operation has one signature and two homes: `reference` or `copy_match_reference` (plain
+PyTorch, the specification, runs anywhere) and a Triton launcher. CUDA tensors go to Triton, which
+is imported at that moment; others go to the reference, unless FAILFAST_TRITON=1 sends them to
+Triton's interpreter (which also needs TRITON_INTERPRET=1). This package imports neither vLLM nor
+`failfast_vllm`.
 """
 
 import functools
@@ -14,15 +15,18 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from failfast_kernels import reference
+from failfast_kernels import copy_match_reference, reference
+from failfast_kernels.copy_match_reference import SuffixMatches
 from failfast_kernels.reference import PaddedGroup, TokenConfidence, plan_padding
 
 __all__ = [
     "PaddedGroup",
+    "SuffixMatches",
     "TokenConfidence",
     "block_diffusion_attention",
     "commit_kv",
     "confidence_argmax",
+    "match_suffixes",
     "plan_padding",
     "uses_triton",
 ]
@@ -52,3 +56,4 @@ def _at_home(specification: Callable[P, R], module: str) -> Callable[P, R]:
 block_diffusion_attention = _at_home(reference.block_diffusion_attention, "block_attention")
 commit_kv = _at_home(reference.commit_kv, "kv_commit")
 confidence_argmax = _at_home(reference.confidence_argmax, "confidence")
+match_suffixes = _at_home(copy_match_reference.match_suffixes, "copy_match")
