@@ -40,10 +40,21 @@ def match_suffixes(
     """
     assert 1 <= min_match <= max_match
     rows = token_ids[slots, :max_known_len]
+    lens = _match_lens(rows, known_lens, max_match)
+    longest = lens.amax(dim=1)
+    positions = torch.arange(rows.shape[1], device=rows.device)
+    ends = torch.where(lens == longest[:, None], positions, 0).amax(dim=1)
+    found = longest >= min_match
+    return SuffixMatches(
+        torch.where(found, longest, 0).long(), torch.where(found, ends + 1, known_lens)
+    )
+
+
+def _match_lens(rows: torch.Tensor, known_lens: torch.Tensor, max_match: int) -> torch.Tensor:
+    """[num_seqs, width] int32, how many tokens up to each position agree with the end."""
     width = rows.shape[1]
     last = known_lens[:, None] - 1
-    positions = torch.arange(width, device=rows.device)  # of a match's last token
-    equal = positions < last
+    equal = torch.arange(width, device=rows.device) < last
     lens = torch.zeros_like(equal, dtype=torch.int32)
     for i in range(min(max_match, width)):
         token = rows.gather(1, (last - i).clamp(min=0))
@@ -53,9 +64,4 @@ def match_suffixes(
         lens += equal
         if not equal.any():
             break
-    longest = lens.amax(dim=1)
-    ends = torch.where(lens == longest[:, None], positions, 0).amax(dim=1)
-    found = longest >= min_match
-    return SuffixMatches(
-        torch.where(found, longest, 0).long(), torch.where(found, ends + 1, known_lens)
-    )
+    return lens

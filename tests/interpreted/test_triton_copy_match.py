@@ -48,22 +48,25 @@ def test_more_chunks_than_one_step_selects_from(small_chunks):
     token_ids = torch.arange(190 * 16, dtype=torch.int32)[None].repeat(2, 1)
     token_ids[:, 3:6] = token_ids[:, -3:] = torch.tensor([7001, 7002, 7003])
     token_ids[1, -9:-7] = torch.tensor([7002, 7003])
-    token_ids[1, 2000:2003] = torch.tensor([7001, 7002, 7003])
+    token_ids[1, 2500:2503] = torch.tensor([7001, 7002, 7003])
     batch = token_ids, torch.arange(2), torch.full((2,), 190 * 16), 2, 8, 190 * 16
     assert_as_brute_force(match_suffixes, batch, DEVICE)
     found = match_suffixes(*(x.to(DEVICE) for x in batch[:3]), *batch[3:])
-    assert found.starts.tolist() == [6, 2003]
+    assert found.starts.tolist() == [6, 2503]
 
 
 def test_launched_blocks_agree_with_the_reference():
-    """Rows of several blocks of the size that is launched, and one that ends at a block's end."""
+    """Rows of several blocks of the size that is launched; one's match lies across two blocks."""
     generator = torch.Generator().manual_seed(0)
-    token_ids = torch.randint(-1, 6, (3, 5000), generator=generator, dtype=torch.int32)
+    token_ids = torch.randint(0, 6, (3, 5000), generator=generator, dtype=torch.int32)
+    token_ids[:, 3::50] = -1
+    token_ids[2, 1018:1030] = token_ids[2, 4988:] = torch.arange(12)
     slots, known_lens = torch.tensor([[2, 0, 1, 1], [5000, 1025, 4096, 1]])
     batch = token_ids, slots, known_lens
     found = match_suffixes(*(x.to(DEVICE) for x in batch), 2, 16, 5000)
     expected = copy_match_reference.match_suffixes(*batch, 2, 16, 5000)
     assert [x.tolist() for x in found] == [x.tolist() for x in expected]
+    assert found.starts[0] == 1030
     assert min(found.match_lens.tolist()[:3]) >= 2
 
 
