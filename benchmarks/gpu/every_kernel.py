@@ -6,7 +6,14 @@ TRITON_INTERPRET=1 python benchmarks/gpu/every_kernel.py      # where there is n
 
 import torch
 
-from failfast_kernels import block_attention, confidence, launch_table, reference
+from failfast_kernels import (
+    block_attention,
+    confidence,
+    copy_match,
+    copy_match_reference,
+    launch_table,
+    reference,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter multiplies the bit patterns of bfloat16 (triton-lang/triton#11584)
@@ -51,6 +58,14 @@ def confident(num_rows, details):
     torch.testing.assert_close(ours.probabilities, theirs.probabilities, rtol=1e-4, atol=0)
 
 
+def lookup(dtype):
+    token_ids = torch.randint(-1, 6, (3, 2500), device=DEVICE, dtype=dtype)
+    slots, lens = torch.tensor([[2, 0, 1, 1], [2500, 0, 1025, 1]], device=DEVICE)
+    ours = copy_match.match_suffixes(token_ids, slots, lens, 2, 8, 2500)
+    theirs = copy_match_reference.match_suffixes(token_ids, slots, lens, 2, 8, 2500)
+    assert all(map(torch.equal, ours, theirs))
+
+
 def main():
     torch.manual_seed(0)
     launch_table.MIN_SPLIT_KEYS = 64  # short prefixes shall be split, too
@@ -61,6 +76,8 @@ def main():
     for num_rows in (3, 40) if DEVICE == "cuda" else (3,):
         for details in (False, True):
             confident(num_rows, details)
+    for dtype in (torch.int32, torch.int64):
+        lookup(dtype)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")

@@ -13,7 +13,7 @@ a draft stays a function of its own prefix.
 import numpy as np
 import torch
 
-from failfast_kernels import copy_match
+from failfast_kernels import match_suffixes
 from failfast_vllm.drafting.interfaces import CopyLane
 from failfast_vllm.drafting.records import NO_TOKEN, Copies, DraftStep, to_device
 
@@ -33,7 +33,9 @@ class OwnText(CopyLane):
     def find(self, step: DraftStep) -> Copies:
         wanted = step.max_draft_lens
         slots, known = to_device(np.array((step.slots, step.known_lens)), self.device)
-        match_lens, starts = copy_match(step.token_ids, slots, known, MIN_MATCH, MAX_MATCH)
+        match_lens, starts = match_suffixes(
+            step.token_ids, slots, known, MIN_MATCH, MAX_MATCH, int(step.known_lens.max())
+        )
         found = np.where(wanted > 0, match_lens.cpu().numpy(), 0)
         if not found.any():
             return Copies(found, starts[:, None])

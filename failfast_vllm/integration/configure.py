@@ -177,6 +177,12 @@ def _problems(
         sum_of = f"{MAX_DIFFUSION_BLOCK_SIZE} + num_speculative_tokens"
         what = f"max_num_batched_tokens must be at least {fewest} ({sum_of})"
         yield what, budget, "Raise it or lower 'num_speculative_tokens'."
+    yield from _target_problems(args, target, given, knobs, drafter)
+
+
+def _target_problems(
+    args: Any, target: Any, given: dict[str, Any], knobs: FailFastConfig, drafter: str | None
+) -> Problems:
     if target.runner_type != "generate":
         what = "only text generation can be drafted for"
         yield what, target.runner_type, "Leave the speculative config out."

@@ -1,8 +1,8 @@
-"""Masked-block attention over a paged KV cache, and the confidence of a draft token.
+"""Masked-block attention over a paged KV cache, confidence of a draft token, prompt lookup.
 
-Each operation is a specification in `reference` (plain PyTorch) and a Triton launcher. CUDA tensors
-go to Triton, which is imported at that moment; others go to the reference, unless FAILFAST_TRITON=1
-sends them to Triton's interpreter (which also needs TRITON_INTERPRET=1).
+Each operation is a specification in `reference` or `copy_match_reference` and a Triton launcher.
+CUDA tensors go to Triton, which is imported at that moment; others go to the reference, unless
+FAILFAST_TRITON=1 sends them to Triton's interpreter (which also needs TRITON_INTERPRET=1).
 """
 
 import functools
@@ -13,7 +13,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from failfast_kernels import copy_reference, reference
+from failfast_kernels import copy_match_reference, reference
+from failfast_kernels.copy_match_reference import SuffixMatches as SuffixMatches
 from failfast_kernels.reference import PaddedGroup as PaddedGroup
 from failfast_kernels.reference import TokenConfidence as TokenConfidence
 from failfast_kernels.reference import plan_padding as plan_padding
@@ -43,5 +44,5 @@ def _at_home(specification: Callable[P, R], module: str) -> Callable[P, R]:
 
 block_diffusion_attention = _at_home(reference.block_diffusion_attention, "block_attention")
 commit_kv = _at_home(reference.commit_kv, "block_attention")
-copy_match = _at_home(copy_reference.copy_match, "copy_match")
 confidence_argmax = _at_home(reference.confidence_argmax, "confidence")
+match_suffixes = _at_home(copy_match_reference.match_suffixes, "copy_match")

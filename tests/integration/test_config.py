@@ -61,7 +61,7 @@ BAD_VALUES = [
     ("policy", ["greedy", "FailFast", "", None, True, 1, ["failfast"]]),
     ("copies", ["true", 1, None]),
     ("path_search", ["true", 1, None]),
-    ("model", ["", "  ", None, True, 3, ["drafter"]]),
+    ("model", ["", "  ", True, 3, ["drafter"]]),
     ("revision", ["", None, 5]),
     ("draft_tensor_parallel_size", ["2", True, None, 1.0, 0]),
     ("diffusion_block_size", ["32", True, None, 4.0, 0, 5, 64, [4]]),
@@ -231,7 +231,7 @@ def test_target_with_latent_attention(target):
     architecture = "DeepseekV2ForCausalLM"
     edit(target / "config.json", architectures=[architecture], model_type="deepseek_v2", **latent)
     message = refusal(asking(model=DRAFTER), model=target)
-    assert f"got {architecture!r}. Use a target with full attention" in message
+    assert f"got {architecture!r}. Leave 'model' out" in message
 
 
 def be_whisper(path):
@@ -293,6 +293,7 @@ def test_target_with_a_sliding_window(target, overrides):
     edit(target / "config.json", use_sliding_window=True, sliding_window=64, **overrides)
     message = refusal(asking(model=DRAFTER), model=target)
     assert all(part in message for part in ("sliding-window", "got 64", "--disable-sliding-window"))
+    assert copies_alone(build("failfast", model=target))
 
 
 @pytest.mark.parametrize(
@@ -309,11 +310,35 @@ def test_target_whose_window_is_off(target, overrides, engine_args):
     assert built.speculative_config.method == "draft_model"
 
 
+def copies_alone(config):
+    """A configuration in which all drafts are copies."""
+    facts = config.additional_config[METHOD]
+    assert config.speculative_config.method == "ngram"
+    assert config.speculative_config.num_speculative_tokens == facts["num_speculative_tokens"]
+    return (facts["drafts"], facts["copies"]) == (False, True)
+
+
 def test_unknown_target_without_a_drafter(target):
     """Catches a guess: a drafter of another family would load and never be accepted."""
-    message = refusal("failfast", model=target)
-    assert f"no drafter is known for the target {str(target)!r}" in message
-    assert '{"method": "failfast", "model": "PATH_OR_HUB_ID"}' in message
+    assert copies_alone(build("failfast", model=target))
+    assert copies_alone(build(asking(num_speculative_tokens=8), model=target, block_size=16))
+
+
+def test_no_drafter_is_asked_for():
+    """`"model": null`, for a target that has one."""
+    assert copies_alone(build({"method": "failfast", "model": None}))
+
+
+@pytest.mark.parametrize("given", [{"load_aware": False}, {"copies": False}])
+def test_neither_drafter_nor_copies(target, given):
+    message = refusal({"method": "failfast", **given}, model=target)
+    assert f"no drafter is known for the target {str(target)!r}, and copies are switched" in message
+    assert f"got {given!r}. Remove these keys, or name a drafter" in message
+
+
+def test_copies_without_measured_times():
+    message = refusal({"method": "failfast", "copies": True, "load_aware": False})
+    assert message.endswith("got 'load_aware' false. Remove one of the two keys.")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere", "models/no/where"])
@@ -693,8 +718,7 @@ def test_qwen3_targets_have_the_published_drafter(model_type):
 
 @pytest.mark.parametrize(("model_type", "vocab_size"), [("llama", 151936), ("qwen2", 151646)])
 def test_other_families_have_no_drafter(model_type, vocab_size):
-    with pytest.raises(ValueError, match="failfast: no drafter is known"):
-        checks.choose_drafter("Qwen/Any", model_type, vocab_size)
+    assert checks.choose_drafter("Qwen/Any", model_type, vocab_size) is None
 
 
 def test_a_family_has_the_vocabulary_of_its_targets(monkeypatch):
@@ -705,8 +729,7 @@ def test_a_family_has_the_vocabulary_of_its_targets(monkeypatch):
     monkeypatch.setattr(checks, "FAMILIES", (*FAMILIES, other))
     assert checks.choose_drafter("a/target", "llama", 128256) == "a/drafter"
     for model_type, vocab_size in (("llama", 151936), ("qwen2", 128256), ("qwen3", 128256)):
-        with pytest.raises(ValueError, match="failfast: no drafter is known"):
-            checks.choose_drafter("a/target", model_type, vocab_size)
+        assert checks.choose_drafter("a/target", model_type, vocab_size) is None
     assert checks.mask_token_id(other, {"vocab_size": 128256}, {}) == 151669
     with pytest.raises(ValueError, match="failfast: the drafter's MASK token is unknown"):
         checks.mask_token_id(other, {"vocab_size": 151936}, {})

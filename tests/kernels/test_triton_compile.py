@@ -98,6 +98,14 @@ class Compiler:
         logits = torch.empty(num_rows, num_columns, dtype=dtype)
         confidence.confidence_argmax(logits, num_columns - 271, (num_columns - 271,), **options)
 
+    def launch_match(self, num_seqs, max_len=40_960, dtype=torch.int32, max_match=8):
+        from failfast_kernels import copy_match
+
+        token_ids = torch.empty(2, max_len, dtype=dtype)
+        numbers = torch.empty(2 * num_seqs + 1, dtype=torch.int64)
+        slots, known_lens = numbers[1 : num_seqs + 1], numbers[num_seqs + 1 :]
+        copy_match.match_suffixes(token_ids, slots, known_lens, 2, max_match, max_len)
+
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
@@ -183,6 +191,13 @@ def test_commit_and_confidence_compile_for_sm90(offline, dtype):
     assert re.search(r"ld\.global\S*\.v4\.b32", loads), "the logits must be read 16 bytes at a time"
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_prompt_lookup_compiles_for_sm90(offline, dtype):
+    offline.launch_match(64, dtype=dtype)
+    assert len(offline.kernels) == 2
+    assert_builds(offline.kernels)
+
+
 def test_no_batch_shape_compiles_again(specialisations):
     """A server that has seen every class of `launch_table` compiles nothing more."""
     for num_seqs in range(1, 150):
@@ -193,6 +208,8 @@ def test_no_batch_shape_compiles_again(specialisations):
     for num_rows in range(1, 400):
         specialisations.launch_commit(num_rows)
         specialisations.launch_confidence(num_rows, num_columns=8192 * 19)
+        specialisations.launch_match(num_rows, max_len=100 + num_rows, max_match=2 + num_rows % 16)
     names = [name for name, _ in specialisations.keys]
     assert names.count("_commit_kernel") == 1
+    assert names.count("_match_kernel") == names.count("_select_kernel") == 1
     assert names.count("_confidence_kernel") == 4  # splits

@@ -16,7 +16,7 @@ def v2_engine(speculative_config="failfast", **overrides):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
         with engine(speculative_config, **{"max_num_seqs": 8, **overrides}) as llm:
-            assert type(proposer(llm)).__name__ == "FailFastSpeculator"
+            assert type(proposer(llm)).__name__ in ("FailFastSpeculator", "CopySpeculator")
             yield llm
 
 
