@@ -158,6 +158,10 @@ class Round:
         return max(0, self.num_verified - len(self.confidences))
 
     @property
+    def num_copied_accepted(self) -> int:
+        return max(0, self.num_accepted - len(self.confidences))
+
+    @property
     def judged_confidences(self) -> npt.NDArray[np.float32]:
         """Of the tokens that it judged: it judges none beyond the first that it rejects."""
         return self.confidences[: min(self.num_verified, self.num_accepted + 1)]

@@ -23,6 +23,8 @@ COUNTERS = {  # name: text and further labels; first those of SCALARS, in their 
     "draft_seconds": ("Time spent on drafts.",),
     "verify_seconds": ("Time of steps that verified drafts.",),
     "draft_steps": ("Engine steps that looked at drafting.",),
+    "copied_tokens": ("Draft tokens that were verified and came from the copy lane.",),
+    "copied_accepted_tokens": ("Accepted ones of these.",),
     "drafted_tokens": ("Draft tokens that were verified.",),
     "accepted_tokens": ("Draft tokens that were accepted.",),
     "draft_stops": ("Drafts made, by what ended them.", "reason"),

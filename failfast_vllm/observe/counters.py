@@ -13,7 +13,15 @@ from failfast_vllm.observe.trace import TraceWriter
 
 NUM_BINS = 10  # of confidence
 CONFIDENCE_SCALE = 1000  # confidences are added up as integers
-SCALARS = ("draft_passes", "draft_rows", "draft_us", "verify_us", "steps")
+SCALARS = (
+    "draft_passes",
+    "draft_rows",
+    "draft_us",
+    "verify_us",
+    "steps",
+    "copied_tokens",
+    "copied_accepted_tokens",
+)
 Confidences = npt.NDArray[np.float32]
 NUM_COUNTS = len(SCALARS) + len(STOP_REASONS) + 3 * NUM_BINS
 
@@ -37,6 +45,7 @@ class DraftStats:
         self.total_ms = 0.0  # in these, the draft model included
         self.forward_ms = 0.0  # inside the draft model
         self.verify_ms = 0.0
+        self.num_copied = self.num_copied_accepted = 0  # tokens that were verified, accepted
         self.stops = np.zeros(len(STOP_REASONS), dtype=np.int64)  # drafts made, by reason
         self.bins = np.zeros((3, NUM_BINS), dtype=np.int64)  # judged, accepted, confidence
         self._taken = np.zeros(NUM_COUNTS, dtype=np.int64)
@@ -79,9 +88,11 @@ class DraftStats:
         self._waits_since = now if drafts.lens.any() else 0.0
 
     def observe(self, rounds: Sequence[Round]) -> None:
-        """Fill the bins of the reliability diagram."""
+        """Fill the bins of the reliability diagram, and count what was copied."""
         if not rounds:
             return
+        self.num_copied += sum(r.num_copied for r in rounds)
+        self.num_copied_accepted += sum(r.num_copied_accepted for r in rounds)
         judged = np.concatenate([r.judged_confidences for r in rounds])
         accepted = np.concatenate([r.confidences[: r.num_accepted] for r in rounds])
         sums = _by_bin(judged), _by_bin(accepted), _by_bin(judged, judged * CONFIDENCE_SCALE)
@@ -99,8 +110,9 @@ class DraftStats:
     def take(self) -> list[int]:
         """What was counted since it was last asked, `NUM_COUNTS` integers; [] if nothing was."""
         times = self.total_ms * 1e3, self.verify_ms * 1e3
+        copied = self.num_copied, self.num_copied_accepted
         scalars = self.num_forwards, self.num_rows, *map(int, times), self.num_drafting_steps
-        counts = np.concatenate((scalars, self.stops, self.bins.ravel()))
+        counts = np.concatenate((scalars, copied, self.stops, self.bins.ravel()))
         news, self._taken = counts - self._taken, counts
         return news.tolist() if news.any() else []
 

@@ -195,7 +195,12 @@ def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run
         "answers_equal_to_none": round(sum(equal) / len(equal), 4) if equal else None,
         **_means(runs),
         "trajectory": [
-            {name: len(token_ids) for name, token_ids in r._asdict().items()}
+            {
+                "accepted": len(r.accepted),
+                "rejected": len(r.rejected),
+                "bonus": len(r.bonus),
+                "copied": r.num_copied,
+            }
             for r in runs[-1].trajectory
         ],
     }
@@ -217,6 +222,8 @@ def _means(runs: list[Run]) -> dict[str, float | None]:
         "drafts": int(sums["drafts"]),
         "drafted_tokens": int(sums["drafted"]),
         "accepted_tokens": int(sums["accepted"]),
+        "copied_tokens": int(sums["copied"]),
+        "copied_accepted_tokens": int(sums["copied_accepted"]),
     }
 
 

@@ -21,7 +21,8 @@ from failfast_vllm.tools.offline import Prompt, positive
 from failfast_vllm.tools.shipped import PROMPTS, check_shipped
 
 SETTINGS = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 1}
-GREEN, YELLOW, RED_STRUCK, DIM, RESET = "\033[32m", "\033[33m", "\033[2;9;31m", "\033[2m", "\033[0m"
+GREEN, CYAN, YELLOW = "\033[32m", "\033[36m", "\033[33m"
+RED_STRUCK, DIM, RESET = "\033[2;9;31m", "\033[2m", "\033[0m"
 
 
 class Comparison(NamedTuple):
@@ -155,19 +156,23 @@ def _trajectory(result: Comparison, color: bool) -> Iterator[str]:
     question = prompt["messages"][-1]["content"].replace("\n", "\\n")
     yield f"Question ({prompt['task']}): {question}"
     yield "Answer, round by round: " + (
-        f"{paint(GREEN, 'accepted')} {paint(YELLOW, 'bonus')} {paint(RED_STRUCK, 'rejected')}"
+        f"{paint(GREEN, 'accepted')} {paint(CYAN, 'copied')} {paint(YELLOW, 'bonus')} "
+        f"{paint(RED_STRUCK, 'rejected')}"
         if color
-        else "accepted, [bonus], (number of rejected)"
+        else "accepted, {copied}, [bonus], (number of rejected)"
     )
     yield paint(DIM, "round  draft  accepted")
     for i, r in enumerate(result.failfast.trajectory):
         line = paint(DIM, f"{i:>5}  {len(r.accepted + r.rejected):>5}  {len(r.accepted):>8}") + "  "
-        line += paint(GREEN, text(r.accepted))
+        num_drafted = len(r.accepted) - r.num_copied
+        line += paint(GREEN, text(r.accepted[:num_drafted]))
+        copied = paint(CYAN, text(r.accepted[num_drafted:]))
         bonus, rejected = paint(YELLOW, text(r.bonus)), paint(RED_STRUCK, text(r.rejected))
         if not color:
+            copied = f"{{{copied}}}" if r.num_copied else ""
             bonus = f"[{bonus}]" if r.bonus else ""
             rejected = f" ({len(r.rejected)})" if r.rejected else ""
-        yield line + bonus + rejected
+        yield line + copied + bonus + rejected
 
 
 def _table(result: Comparison) -> Iterator[str]:

@@ -43,6 +43,7 @@ class TracedRound(NamedTuple):
     accepted: list[int]
     rejected: list[int]
     bonus: list[int]  # the target's own token; empty if the answer ended inside the draft
+    num_copied: int = 0  # of the accepted ones, the last; the others are the drafter's
 
 
 class Run(NamedTuple):
@@ -135,6 +136,8 @@ class Watch:
         if self.first_rounds is not None and round_.req_id.split("-")[0] == "0":
             self.first_rounds.append(round_)
         self._count(len(round_.drafted), len(round_.emitted) - 1, round_.num_passes)
+        self.sums["copied"] += round_.num_copied
+        self.sums["copied_accepted"] += round_.num_copied_accepted
 
     def _count_in(self, scheduler: Any, num_passes: int) -> None:
         observe = scheduler.make_spec_decoding_stats
@@ -210,7 +213,9 @@ def whole_trajectory(
         kept, drafted = answer[first:begin], round_.drafted
         pairs = zip(drafted, kept, strict=False)
         num_accepted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        found.append(TracedRound(kept[:num_accepted], drafted[num_accepted:], kept[num_accepted:]))
+        accepted, bonus = kept[:num_accepted], kept[num_accepted:]
+        num_copied = max(0, num_accepted - len(round_.confidences))
+        found.append(TracedRound(accepted, drafted[num_accepted:], bonus, num_copied))
     return found + [TracedRound([], [], [token]) for token in answer[begin:]]
 
 

@@ -83,7 +83,11 @@ def trajectory(rows: list[Row]) -> Figure:
         accepted, bonus = ([r[kind] for r in rounds] for kind in ("accepted", "bonus"))
         x = range(len(rounds))
         axes.bar(x, accepted, color="#0072B2", label="accepted")
+        copied = [r["copied"] for r in rounds]
         axes.bar(x, bonus, bottom=accepted, color="#E69F00", label="bonus")
+        if any(copied):
+            drafted = [a - c for a, c in zip(accepted, copied, strict=True)]
+            axes.bar(x, copied, bottom=drafted, color="#009E73", label="of them copied")
         axes.bar(x, [-r["rejected"] for r in rounds], color="#BBBBBB", label="rejected")
         axes.axhline(0, color="black", linewidth=0.6)
         num_tokens = sum(accepted) + sum(bonus)

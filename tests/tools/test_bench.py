@@ -60,7 +60,7 @@ def test_a_row_by_hand():
     # latencies 25, 15, 25, 15, 10, 10 ms over 14 tokens
     assert row["latency_p50_ms"] == 15.0
     assert row["tokens_per_second_per_request"] == 140.0
-    assert row["trajectory"][1] == {"accepted": 2, "rejected": 1, "bonus": 1}
+    assert row["trajectory"][1] == {"accepted": 2, "rejected": 1, "bonus": 1, "copied": 0}
     alone = bench.make_row("x", 2, others, None)
     assert (alone["speedup"], alone["speedups"], alone["answers_equal_to_none"]) == (None, [], None)
 
@@ -202,12 +202,15 @@ def test_rounds_without_a_draft_are_put_between():
     """Catches a trajectory that ends early, or that has tokens twice."""
     answer = [7, 1, 2, 3, 8, 4, 5, 6]  # behind 3 tokens
     rounds = [
-        namedtuple("Round", "req_id drafted emitted num_passes known_len")(*fields)
-        for fields in (("0", [1, 2, 6], [1, 2, 3], 2, 4), ("0", [4, 9], [4, 5], 1, 8))
+        namedtuple("Round", "req_id drafted emitted num_passes known_len confidences")(*fields)
+        for fields in (
+            ("0", [1, 2, 6], [1, 2, 3], 2, 4, [0.9]),
+            ("0", [4, 9], [4, 5], 1, 8, [0.9, 0.9]),
+        )
     ]
     assert closed_loop.whole_trajectory(rounds, 3, answer) == [
         TracedRound([], [], [7]),
-        TracedRound([1, 2], [6], [3]),
+        TracedRound([1, 2], [6], [3], num_copied=1),
         TracedRound([], [], [8]),
         TracedRound([4], [9], [5]),
         TracedRound([], [], [6]),
@@ -218,7 +221,9 @@ def test_rounds_without_a_draft_are_put_between():
 def test_rounds_end_where_the_answer_ends():
     """What the target adds after an accepted stop token is dropped by the engine; so do we."""
     rounds = [
-        types.SimpleNamespace(drafted=drafted, emitted=emitted, known_len=known_len)
+        types.SimpleNamespace(
+            drafted=drafted, emitted=emitted, known_len=known_len, confidences=drafted
+        )
         for drafted, emitted, known_len in (([6, 7, 8], [6, 9], 4), ([1, 2], [1, 2, 4], 6))
     ]
     assert closed_loop.whole_trajectory(rounds, 3, [5, 6, 9, 1, 2]) == [
@@ -452,7 +457,7 @@ def test_a_real_run_agrees_with_itself(real):
         assert 0 < row["own_ms"] < row["draft_ms"]
         assert 0 < row["accepted_tokens"] <= row["drafted_tokens"]
         assert len(row["trajectory"]) > 1
-        assert row["trajectory"][0] == {"accepted": 0, "rejected": 0, "bonus": 1}
+        assert row["trajectory"][0] == {"accepted": 0, "rejected": 0, "bonus": 1, "copied": 0}
     # one request's decoding does not depend on the others, so neither do its rounds
     assert rows["survival", 1]["trajectory"] == rows["survival", 2]["trajectory"]
     assert done.stdout == (folder / "found.md").read_text(encoding="utf-8")
