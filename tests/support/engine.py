@@ -1,5 +1,6 @@
 """Start an in-process engine on the shipped pair and watch what its drafter does."""
 
+import atexit
 import contextlib
 import gc
 import json
@@ -21,6 +22,7 @@ from failfast_vllm.tools import offline
 TARGET = str(MODELS_DIR / "target")
 NUM_SLOTS = 2**16  # of the KV cache: half of what vLLM would fill with zeros
 unfreeze = gc.unfreeze
+atexit.register(unfreeze)  # else libraries report what is never collected
 num_modules = 0  # when kernels were last replaced
 
 
