@@ -40,6 +40,7 @@ test: check
 
 test-slow: .venv/.ready
 	$(PY) -m pytest $(SPREAD) -m large
+	TRITON_INTERPRET=1 FAILFAST_TEST_SHAPES=2 $(PY) -m pytest tests/interpreted/test_triton_kernels.py
 
 # What meets vLLM's configuration, front end, scheduler and runners. Left out: what is the same on any
 # vLLM (the algorithm, kernels, plans, traces), and several ranks, which take too long.
