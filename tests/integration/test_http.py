@@ -31,6 +31,7 @@ NUM_CLIENTS = 32
 START_SECONDS = 120  # a quarter of it on an idle machine
 SETTLE_SECONDS = 15  # the engine notices a lost client between two steps
 REQUEST_SECONDS = 60
+LEAVE_SECONDS = 3  # then clients give up; until then a server that ends waits for them
 MANY = 300  # tokens: others still stream when the first piece of one arrives
 LONG = 1500  # tokens: a client that leaves after two pieces cannot have had them all
 
@@ -482,6 +483,9 @@ async def terminate_under_load(server, questions):
         asked = [asyncio.create_task(ask_for_long(client, q)) for q in questions]
         await loaded.wait()
         server.process.send_signal(signal.SIGTERM)
+        await asyncio.wait(asked, timeout=LEAVE_SECONDS)
+        for task in asked:
+            task.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
 
 
