@@ -22,6 +22,7 @@ from failfast_vllm.integration.hooks import logger
 from rank_worker import EXTENSION
 from wide_models import equal_experts, four_heads, rewrite
 
+TWO_RANKS = {"tensor_parallel_size": 2, "worker_extension_cls": EXTENSION}
 NUM_PROMPTS = 24
 NUM_REQUESTS = 80
 HANG_SECONDS = 240  # a tenth of it on an idle machine
@@ -50,7 +51,7 @@ def expert_drafter(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_plain_ranks():
     """What two ranks answer without speculation."""
-    with engine(tensor_parallel_size=2) as llm:
+    with engine(**TWO_RANKS) as llm:
         prompts = mixed_prompts(llm.get_tokenizer(), NUM_PROMPTS)
         return prompts, generate(llm, prompts, limits(NUM_PROMPTS))
 
@@ -66,8 +67,7 @@ def one_rank(two_plain_ranks):
 
 def on_two_ranks(speculative_config, prompts):
     """Answers, and what each rank drafted."""
-    settings = {"tensor_parallel_size": 2, "worker_extension_cls": EXTENSION}
-    with engine(speculative_config, **settings) as llm:
+    with engine(speculative_config, **TWO_RANKS) as llm:
         llm.collective_rpc("start_watching")
         answers = generate(llm, prompts, limits(len(prompts)))
         return answers, llm.collective_rpc("watched"), llm.collective_rpc("drafter_shapes")

@@ -87,7 +87,7 @@ def dense():
         pytest.param({"enable_prefix_caching": True}, id="prefix hits"),
         pytest.param({"max_num_batched_tokens": 160}, id="split prompts"),
         pytest.param(
-            {"num_gpu_blocks_override": 20, "block_size": 64, "max_model_len": 1024},
+            {"num_gpu_blocks_override": 12, "block_size": 64, "max_model_len": 640},
             id="preemption",
         ),
     ],
