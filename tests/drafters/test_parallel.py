@@ -153,8 +153,13 @@ def one_plain_rank(tmp_path_factory):
         return target, prompts, generate(llm, prompts[::5], limits(NUM_REQUESTS)[::5])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("drafter", ["dense", "experts"])
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        pytest.param("dense", marks=pytest.mark.slow),
+        pytest.param("experts", marks=pytest.mark.large),
+    ],
+)
 def test_data_parallel_experts_never_wait_for_a_draft_pass(one_plain_rank, expert_drafter, drafter):
     """Two ranks step together through the experts, each with its own number of draft passes.
 
