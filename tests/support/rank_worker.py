@@ -4,8 +4,6 @@ Importing it also gives vLLM's CPU communicator the two collectives that it lack
 spread over data-parallel ranks need.
 """
 
-import gc
-
 import torch
 import torch.distributed
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
@@ -14,7 +12,6 @@ from engine import start_watching
 from failfast_vllm.integration.session import adapter_of
 
 EXTENSION = f"{__name__}.RankWorker"
-gc.freeze()  # vLLM collects garbage again and again while a worker starts
 
 
 class RankWorker:
