@@ -1,6 +1,7 @@
 # Every target works in .venv, which is brought up to date when the pins or the metadata change.
 #   make demo     a batch-1 comparison of the shipped pair, with and without failfast
 #   make test     check, then the whole test suite (what .ci/run does)
+#   make test-slow  the larger forms of some tests, which take half an hour more
 #   make check    formatting, lint, types, import direction
 #   make test-next  the part of the suite that meets vLLM, on vLLM 0.33 in .venv-next (CONTRIBUTING.md)
 #   make models   train the shipped models again (two cores, about an hour)
@@ -18,14 +19,14 @@ NEXT_PIP := $(NEXT) -m pip --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 # Unless told otherwise, vLLM on a CPU takes most of the memory and pins its threads to cores.
-test test-next: export VLLM_CPU_KVCACHE_SPACE = 1
-test test-next: export VLLM_CPU_OMP_THREADS_BIND = nobind
-test test-next: export OMP_NUM_THREADS = 1
-check test test-next: export HF_HUB_OFFLINE = 1
+test test-slow test-next: export VLLM_CPU_KVCACHE_SPACE = 1
+test test-slow test-next: export VLLM_CPU_OMP_THREADS_BIND = nobind
+test test-slow test-next: export OMP_NUM_THREADS = 1
+check test test-slow test-next: export HF_HUB_OFFLINE = 1
 # Keeps the repository root, and with it the folder `kernels`, off sys.path.
-check test test-next: export PYTHONSAFEPATH = 1
+check test test-slow test-next: export PYTHONSAFEPATH = 1
 
-.PHONY: demo test test-next check models bench clean
+.PHONY: demo test test-slow test-next check models bench clean
 
 demo: .venv/.ready
 	.venv/bin/failfast demo
@@ -37,6 +38,10 @@ test: check
 	$(PY) -m pytest $(SPREAD)
 	TRITON_INTERPRET=1 $(PY) -m pytest $(SPREAD) tests/interpreted
 
+test-slow: .venv/.ready
+	$(PY) -m pytest $(SPREAD) -m large
+	TRITON_INTERPRET=1 FAILFAST_TEST_SHAPES=2 $(PY) -m pytest tests/interpreted/test_triton_kernels.py
+
 # What meets vLLM's configuration, front end, scheduler and runners. Left out: what is the same on any
 # vLLM (the algorithm, kernels, plans, traces), and several ranks, which take too long.
 NEXT_TESTS := tests/test_imports.py tests/drafters/test_parity.py tests/observe/test_metrics.py \
@@ -44,7 +49,7 @@ NEXT_TESTS := tests/test_imports.py tests/drafters/test_parity.py tests/observe/
 	config lossless features http sampling drafter_state))
 
 test-next: .venv-next/.ready
-	$(NEXT) -m pytest $(SPREAD) -m "not slow" $(NEXT_TESTS)
+	$(NEXT) -m pytest $(SPREAD) -m "not slow and not large" $(NEXT_TESTS)
 	TRITON_INTERPRET=1 $(NEXT) -m pytest $(SPREAD) tests/interpreted
 
 check: .venv/.ready

@@ -15,7 +15,26 @@ if "TRITON_INTERPRET" not in os.environ:
     collect_ignore = ["interpreted"]
 
 
+# over a minute: with two workers one would wait for the last of them
+LONGEST = (
+    "test_v2.py",
+    "test_v2_requests.py",
+    "test_http.py",
+    "test_parallel.py",
+    "test_lossless.py",
+    "test_mixed_batches.py",
+    "test_drafter_state.py",
+    "test_policies_engine.py",
+    "test_targets.py",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: with two workers one would wait for the last of them."""
+    """The longest files first, then those with slow tests."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+
+    def order(item):
+        name = item.path.name
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST), -slow[item.path]
+
+    items.sort(key=order)

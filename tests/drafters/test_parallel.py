@@ -22,8 +22,9 @@ from failfast_vllm.integration.hooks import logger
 from rank_worker import EXTENSION
 from wide_models import equal_experts, four_heads, rewrite
 
-NUM_PROMPTS = 40
-NUM_REQUESTS = 200
+TWO_RANKS = {"tensor_parallel_size": 2, "worker_extension_cls": EXTENSION}
+NUM_PROMPTS = 24
+NUM_REQUESTS = 80
 HANG_SECONDS = 240  # a tenth of it on an idle machine
 SHARED_DRAFTS = 0.98  # sharded sums round differently: a tie between two tokens may turn over
 
@@ -50,7 +51,7 @@ def expert_drafter(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_plain_ranks():
     """What two ranks answer without speculation."""
-    with engine(tensor_parallel_size=2) as llm:
+    with engine(**TWO_RANKS) as llm:
         prompts = mixed_prompts(llm.get_tokenizer(), NUM_PROMPTS)
         return prompts, generate(llm, prompts, limits(NUM_PROMPTS))
 
@@ -66,8 +67,7 @@ def one_rank(two_plain_ranks):
 
 def on_two_ranks(speculative_config, prompts):
     """Answers, and what each rank drafted."""
-    settings = {"tensor_parallel_size": 2, "worker_extension_cls": EXTENSION}
-    with engine(speculative_config, **settings) as llm:
+    with engine(speculative_config, **TWO_RANKS) as llm:
         llm.collective_rpc("start_watching")
         answers = generate(llm, prompts, limits(len(prompts)))
         return answers, llm.collective_rpc("watched"), llm.collective_rpc("drafter_shapes")
@@ -144,23 +144,33 @@ def test_two_ranks_share_the_experts_of_a_drafter(two_plain_ranks, expert_drafte
     assert (found & alone).total() >= SHARED_DRAFTS * alone.total()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("drafter", ["dense", "experts"])
-def test_data_parallel_experts_never_wait_for_a_draft_pass(tmp_path, expert_drafter, drafter):
+@pytest.fixture(scope="module")
+def one_plain_rank(tmp_path_factory):
+    """A target with experts, prompts, and what it answers to every fifth of them."""
+    target = rewrite("target", tmp_path_factory.mktemp("models") / "experts", equal_experts)
+    with engine(model=target) as llm:
+        prompts = mixed_prompts(llm.get_tokenizer(), NUM_REQUESTS)
+        return target, prompts, generate(llm, prompts[::5], limits(NUM_REQUESTS)[::5])
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        pytest.param("dense", marks=pytest.mark.slow),
+        pytest.param("experts", marks=pytest.mark.large),
+    ],
+)
+def test_data_parallel_experts_never_wait_for_a_draft_pass(one_plain_rank, expert_drafter, drafter):
     """Two ranks step together through the experts, each with its own number of draft passes.
 
     Catches a draft pass that enters a collective of the data-parallel group: the ranks would hang.
     """
-    target = rewrite("target", tmp_path / "experts", equal_experts)
+    target, prompts, expected = one_plain_rank
     method = {"method": "failfast", "model": str(MODELS_DIR / "drafter")}
     if drafter == "experts":
         method |= {"model": expert_drafter, "load_aware": False}
-    with engine(model=target) as llm:
-        prompts = mixed_prompts(llm.get_tokenizer(), NUM_REQUESTS)
-        sample = slice(0, NUM_REQUESTS, 5)
-        expected = generate(llm, prompts[sample], limits(NUM_REQUESTS)[sample])
     answers, num_passes = asyncio.run(on_two_data_parallel_ranks(target, method, prompts))
-    assert answers[sample] == expected
+    assert answers[::5] == expected
     assert [len(answer) > 0 for answer in answers] == [True] * NUM_REQUESTS
     assert num_passes > 0
 

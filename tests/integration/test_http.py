@@ -25,11 +25,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine import TARGET, chat_ids, engine, shipped_prompts
 
 NAME = "tiny"
+ALWAYS = json.dumps({"method": "failfast", "load_aware": False})
 DOCS = Path(__file__).parents[2] / "docs"
 NUM_CLIENTS = 32
 START_SECONDS = 120  # a quarter of it on an idle machine
 SETTLE_SECONDS = 15  # the engine notices a lost client between two steps
 REQUEST_SECONDS = 60
+LEAVE_SECONDS = 3  # then clients give up; until then a server that ends waits for them
 MANY = 300  # tokens: others still stream when the first piece of one arrives
 LONG = 1500  # tokens: a client that leaves after two pieces cannot have had them all
 
@@ -164,8 +166,7 @@ def serving(speculative_config, log, *more):
 @pytest.fixture(scope="module")
 def server(questions, tmp_path_factory):
     """Drafts at any load; `questions` first, so that the two engines do not share the cores."""
-    always = json.dumps({"method": "failfast", "load_aware": False})
-    with serving(always, tmp_path_factory.mktemp("server") / "server.log") as running:
+    with serving(ALWAYS, tmp_path_factory.mktemp("server") / "server.log") as running:
         yield running
 
 
@@ -482,6 +483,9 @@ async def terminate_under_load(server, questions):
         asked = [asyncio.create_task(ask_for_long(client, q)) for q in questions]
         await loaded.wait()
         server.process.send_signal(signal.SIGTERM)
+        await asyncio.wait(asked, timeout=LEAVE_SECONDS)
+        for task in asked:
+            task.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
 
 
@@ -494,32 +498,33 @@ def remaining(group):
     return True
 
 
-@pytest.mark.slow
-def test_tool_calls_by_text_and_the_end(questions, tmp_path):
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(ALWAYS, marks=pytest.mark.slow),
+        pytest.param(None, marks=pytest.mark.large, id="without failfast"),
+    ],
+)
+def test_tool_calls_by_text_and_the_end(questions, tmp_path, method):
     """Catches deltas of many tokens that the parser reads otherwise than the whole text, and
 
     a server that does not end on SIGTERM under load, or not as without failfast.
     """
-    seen, statuses = {}, {}
-    always = json.dumps({"method": "failfast", "load_aware": False})
-    for method in (None, always):
-        path = tmp_path / f"server-{method is None}.log"
-        with serving(method, path, "hermes", "--disable-log-stats") as server:
-            test_completion(server, questions)
-            seen[method] = called(call_by_text(server))
-            stream = call_by_text(server, stream=True, stream_options={"include_usage": True})
-            streamed, num_deltas, num_tokens = called_in_pieces(stream)
-            assert streamed == seen[method]
-            if method:
-                assert num_deltas < num_tokens, "no delta had two tokens"
-            asyncio.run(terminate_under_load(server, questions[:16]))
-            statuses[method] = server.process.wait(timeout=SETTLE_SECONDS)
-            deadline = time.monotonic() + SETTLE_SECONDS
-            while remaining(server.process.pid):
-                assert time.monotonic() < deadline, "a process is left"
-                time.sleep(0.2)
-    assert seen[None] == seen[always] == ("give", '{"to": "Leo", "count": 2}', "tool_calls")
-    assert statuses[None] == statuses[always]
+    with serving(method, tmp_path / "server.log", "hermes", "--disable-log-stats") as server:
+        test_completion(server, questions)
+        seen = called(call_by_text(server))
+        assert seen == ("give", '{"to": "Leo", "count": 2}', "tool_calls")
+        stream = call_by_text(server, stream=True, stream_options={"include_usage": True})
+        streamed, num_deltas, num_tokens = called_in_pieces(stream)
+        assert streamed == seen
+        if method:
+            assert num_deltas < num_tokens, "no delta had two tokens"
+        asyncio.run(terminate_under_load(server, questions[:16]))
+        assert server.process.wait(timeout=SETTLE_SECONDS) == 0
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while remaining(server.process.pid):
+            assert time.monotonic() < deadline, "a process is left"
+            time.sleep(0.2)
 
 
 @pytest.mark.slow
@@ -532,7 +537,9 @@ def test_tool_calls_by_text_and_the_end(questions, tmp_path):
             r"Successful requests: +8\b",
         ),
         ("chat --url {url}/v1 --quick Hello", r"\w"),
-        ("complete --url {url}/v1 --max-tokens 20 --quick Hello", r"\w"),
+        pytest.param(
+            "complete --url {url}/v1 --max-tokens 20 --quick Hello", r"\w", marks=pytest.mark.large
+        ),
     ],
 )
 def test_vllms_clients_run_to_their_end(server, command, shown):
@@ -626,7 +633,7 @@ def test_the_dashboard_shows_what_there_is(server, questions):
 @pytest.mark.parametrize(
     ("speculative_config", "message"),
     [
-        ("fialfast", "Value fialfast cannot be converted"),
+        pytest.param("fialfast", "Value fialfast cannot be converted", marks=pytest.mark.large),
         (
             json.dumps({"method": "failfast", "confidence_treshold": 0.3}),
             "failfast: unknown key 'confidence_treshold' in the speculative config; "

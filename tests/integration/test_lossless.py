@@ -16,14 +16,12 @@ from engine import (
 )
 from wide_models import FEW_POSITIONS, few_positions, rewrite
 
-NUM_PROMPTS = 204
 
-
-@pytest.fixture(scope="module")
-def plain():
+@pytest.fixture(scope="module", params=[102, pytest.param(204, marks=pytest.mark.large)])
+def plain(request):
     """Prompts, their sampling parameters, and what vLLM alone answers."""
     with engine() as llm:
-        prompts = mixed_prompts(llm.get_tokenizer(), NUM_PROMPTS)
+        prompts = mixed_prompts(llm.get_tokenizer(), request.param)
         params = greedy_params(prompts)
         return prompts, params, generate(llm, prompts, params)
 
@@ -56,6 +54,7 @@ def test_prefix_cache_hits(plain):
     """Blocks that another request committed are read; the same text also arrives within a step."""
     prompts, params, expected = plain
     with engine("failfast", enable_prefix_caching=True) as llm, watch(llm) as record:
+        prompts, params, expected = prompts[:60], params[:60], expected[:60]
         doubled = [p for prompt in prompts for p in (prompt, prompt)]
         answers = generate(llm, doubled, [p for param in params for p in (param, param)])
         assert_equal(answers[::2], expected)
@@ -100,9 +99,9 @@ def test_beside_sampled_requests(plain):
     prompts, params, expected = plain
     sampled = SamplingParams(temperature=0.7, top_k=20, top_p=0.9, max_tokens=40)
     with engine("failfast") as llm, watch(llm) as record:
-        mixed = [p for prompt in prompts[:80] for p in (prompt, prompt)]
-        answers = generate(llm, mixed, [p for param in params[:80] for p in (param, sampled)])
-        assert_equal(answers[::2], expected[:80])
+        mixed = [p for prompt in prompts[:40] for p in (prompt, prompt)]
+        answers = generate(llm, mixed, [p for param in params[:40] for p in (param, sampled)])
+        assert_equal(answers[::2], expected[:40])
         record.assert_not_vacuous()
 
 
@@ -111,17 +110,17 @@ def test_the_longest_context(plain):
     from vllm import SamplingParams
 
     prompts, _, _ = plain
-    long = [prompt for prompt in prompts if 200 <= len(prompt) <= 300][:2]
-    short = [prompt for prompt in prompts if len(prompt) < 100][:4]
-    params = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
-    with engine(max_model_len=320) as llm:
+    long = [prompt for prompt in prompts if 100 <= len(prompt) <= 140][:2]
+    short = [prompt for prompt in prompts if len(prompt) < 60][:4]
+    params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    with engine(max_model_len=160) as llm:
         expected = generate(llm, long + short, params)
-    with engine("failfast", max_model_len=320) as llm, watch(llm) as record:
+    with engine("failfast", max_model_len=160) as llm, watch(llm) as record:
         assert_equal(generate(llm, long + short, params), expected)
-        assert lower_max_model_len(llm, 200) == proposer(llm).position_limit
+        assert lower_max_model_len(llm, 100) == proposer(llm).position_limit
         record.assert_not_vacuous()
     assert all(
-        len(prompt) + len(answer) == 320
+        len(prompt) + len(answer) == 160
         for prompt, answer in zip(long + short, expected, strict=True)
     )
 
@@ -131,7 +130,7 @@ def test_a_target_that_is_longer_than_its_drafter(plain, tmp_path):
     from vllm import SamplingParams
 
     prompts = around_the_drafters_end(plain[0], FEW_POSITIONS)
-    params = SamplingParams(temperature=0.0, max_tokens=230, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=FEW_POSITIONS + 2, ignore_eos=True)
     given = {"method": "failfast", "model": rewrite("drafter", tmp_path / "short", few_positions)}
     with engine() as llm:
         expected = generate(llm, prompts, params)

@@ -274,9 +274,15 @@ def check_steps(record, mode):
         assert sum(have_drafts) < len(have_drafts) / 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["drafts for some", "drafts in some steps"])
-@pytest.mark.parametrize("row", ROWS)
+def rows_and_modes():
+    """The two modes in turn; the other half of the pairs is large."""
+    modes = "drafts for some", "drafts in some steps"
+    for (i, row), (j, mode) in itertools.product(enumerate(ROWS), enumerate(modes)):
+        marks = pytest.mark.large if (i + j) % 2 else pytest.mark.slow
+        yield pytest.param(row, mode, marks=marks)
+
+
+@pytest.mark.parametrize(("row", "mode"), rows_and_modes())
 def test_row_in_a_mixed_batch(table, drafting, row, mode):
     """Catches a way around vLLM's sampling that another request of the batch depends on."""
     i = ROWS.index(row)

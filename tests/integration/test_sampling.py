@@ -9,13 +9,13 @@ from distribution import draw, free_words, p_value
 from engine import engine, watch
 from failfast_vllm.integration.runner_hooks import spread_parameters
 
-NUM_DRAWS = 20_000
 P_VALUE = 0.01
 
 
-@pytest.fixture(scope="module")
-def question():
-    return free_words(NUM_DRAWS)
+@pytest.fixture(scope="module", params=[8_000, pytest.param(20_000, marks=pytest.mark.large)])
+def question(request):
+    """How many answers to draw, a prompt, and the distribution of its first tokens."""
+    return request.param, *free_words(request.param)
 
 
 def sampling_engine():
@@ -35,14 +35,14 @@ def test_parameters_are_spread_over_ragged_drafts(monkeypatch):
 
 @pytest.mark.slow
 def test_the_distribution_is_the_targets(question):
-    prompt, distribution = question
+    num_draws, prompt, distribution = question
     with sampling_engine() as llm, watch(llm) as record:
-        draws = draw(llm, prompt, NUM_DRAWS)
+        draws = draw(llm, prompt, num_draws)
     rounds = [r for r in record.rounds if r.drafted]
     accepted = sum(len(r.emitted) > 1 for r in rounds) / len(rounds)
     # rare acceptance suffices: the next test shows that the check sees a bias at this rate
     assert 0.005 < accepted < 0.98, "a draft that is always or never accepted proves nothing"
-    assert p_value(draws, distribution, NUM_DRAWS) > P_VALUE
+    assert p_value(draws, distribution, num_draws) > P_VALUE
 
 
 @pytest.mark.slow
@@ -61,7 +61,7 @@ def test_the_check_catches_a_biased_acceptance(question, monkeypatch):
         return honest(draft_token_ids, *args, **kwargs)
 
     monkeypatch.setattr(rejection_sampler, "rejection_sample", biased)
-    prompt, distribution = question
+    num_draws, prompt, distribution = question
     with sampling_engine() as llm:
-        draws = draw(llm, prompt, NUM_DRAWS)
-    assert p_value(draws, distribution, NUM_DRAWS) < P_VALUE
+        draws = draw(llm, prompt, num_draws)
+    assert p_value(draws, distribution, num_draws) < P_VALUE

@@ -87,7 +87,7 @@ def dense():
         pytest.param({"enable_prefix_caching": True}, id="prefix hits"),
         pytest.param({"max_num_batched_tokens": 160}, id="split prompts"),
         pytest.param(
-            {"num_gpu_blocks_override": 20, "block_size": 64, "max_model_len": 1024},
+            {"num_gpu_blocks_override": 12, "block_size": 64, "max_model_len": 640},
             id="preemption",
         ),
     ],
@@ -95,7 +95,7 @@ def dense():
 def test_answers_and_drafter_state(plain, dense, overrides):
     """The same answers, and after every step the same hidden states as a full recompute."""
     prompts, params, expected = plain
-    few = [i for i, prompt in enumerate(prompts) if len(prompt) < 700][:20] * 2
+    few = [i for i, prompt in enumerate(prompts) if len(prompt) < 700][12:24] * 2
     with v2_engine(**overrides) as llm, watch(llm) as record:
         preempted = count_preemptions(llm)
         answers = []
@@ -172,15 +172,15 @@ def test_an_answer_that_ends_inside_an_accepted_run(plain):
 def test_the_longest_context(plain):
     from vllm import SamplingParams
 
-    prompts = [p for p in plain[0] if 150 <= len(p) <= 300][:2] + plain[0][:2]
-    params = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
-    with v1_engine(max_model_len=320) as llm:
+    prompts = [p for p in plain[0] if 64 <= len(p) <= 140][:2] + plain[0][:2]
+    params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    with v1_engine(max_model_len=160) as llm:
         expected = generate(llm, prompts, params)
-    with v2_engine(max_model_len=320) as llm, watch(llm) as record:
+    with v2_engine(max_model_len=160) as llm, watch(llm) as record:
         assert generate(llm, prompts, params) == expected
-        assert lower_max_model_len(llm, 200) == proposer(llm).position_limit
+        assert lower_max_model_len(llm, 100) == proposer(llm).position_limit
     assert record.num_accepted > 0
-    assert {len(p) + len(a) for p, a in zip(prompts, expected, strict=True)} == {320}
+    assert {len(p) + len(a) for p, a in zip(prompts, expected, strict=True)} == {160}
 
 
 def test_a_target_that_is_longer_than_its_drafter(plain, tmp_path):
@@ -188,7 +188,7 @@ def test_a_target_that_is_longer_than_its_drafter(plain, tmp_path):
     from vllm import SamplingParams
 
     prompts = around_the_drafters_end(plain[0], FEW_POSITIONS)
-    params = SamplingParams(temperature=0.0, max_tokens=230, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=FEW_POSITIONS + 2, ignore_eos=True)
     given = {"method": "failfast", "model": rewrite("drafter", tmp_path / "short", few_positions)}
     with v1_engine() as llm:
         expected = generate(llm, prompts, params)

@@ -32,15 +32,15 @@ from engine import (
 )
 from failfast_vllm.config import MODELS_DIR
 from independent import IndependentDrafter
-from runners import plain, start_batch_invariant, v1_engine, v2_engine  # noqa: F401 - a fixture
+from runners import few_plain, start_batch_invariant, v1_engine, v2_engine  # noqa: F401 - a fixture
 
 
-def test_what_single_requests_ask(plain):
+def test_what_single_requests_ask(few_plain):
     """Catches parameters of a request that do not reach its state slot, or reach another's."""
     from vllm import SamplingParams
 
-    prompts = plain[0][0:16:2]
-    stop = plain[2][4][10]  # in the middle of the third answer
+    prompts = few_plain[0][0:16:2]
+    stop = few_plain[2][4][10]  # in the middle of the third answer
     asked = [
         {"extra_args": {"failfast_max_len": 0}},
         {"extra_args": {"failfast_max_len": 3}},
@@ -85,14 +85,14 @@ MIXED = (
 )
 
 
-def test_rows_in_mixed_batches(plain):
+def test_rows_in_mixed_batches(few_plain):
     """Drafts for a few requests, others in each step: catches a step of one kind that loses
 
     what a request of the other needs.
     """
     from vllm import SamplingParams
 
-    prompts = plain[0][0 : 2 * len(MIXED) : 2]
+    prompts = few_plain[0][0 : 2 * len(MIXED) : 2]
     base = {"temperature": 0.0, "max_tokens": 30}
     params = [SamplingParams(**{**base, **more}) for more in MIXED]
     reasoning = {"reasoning_config": {"reasoning_start_str": "Here", "reasoning_end_str": "The"}}

@@ -15,6 +15,8 @@ NUM_DRAWS = 2000
 P_VALUE = 0.001  # ten tests: an honest run fails in one of a hundred
 # +paths: a path through the candidates is drafted
 VARIANTS = [*POLICIES, "tapout+paths", "failfast+paths"]
+# one of each kind: no rule, a rule, what learns, what plans, and what changes the tokens
+DRAWN = {"fixed", "survival", "adaedl", "goodput", "tapout+paths", "failfast+paths"}
 # parameters that cut the few tokens of a draw, too
 STRICT = {
     "failfast": {"draft_increment": 1, "confidence_threshold": 0.9},
@@ -57,7 +59,8 @@ def test_greedy_answers(llm, greedy, variant):
     with policy(llm, variant), watch(llm) as record:
         for _ in range(2):
             assert generate(llm, prompts, params) == expected
-        assert [generate(llm, [prompt], params)[0] for prompt in prompts] == expected
+        alone = [generate(llm, [prompt], params)[0] for prompt in prompts[:4]]
+        assert alone == expected[:4]
     assert record.num_accepted > 0
     full = [p for p in record.proposals if p.max_draft == 60]
     if variant != "fixed":
@@ -73,8 +76,13 @@ def test_requests_leave_nothing_behind(llm, greedy):
         assert 0 < len(rule.states) <= 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(v, marks=pytest.mark.slow if v in DRAWN else pytest.mark.large)
+        for v in VARIANTS
+    ],
+)
 def test_the_distribution_is_the_targets(llm, question, variant):
     prompt, distribution = question
     given = STRICT.get(variant.removesuffix("+paths"), {})

@@ -6,6 +6,7 @@ and what the interpreter cannot run: kernels of other models, top-k sampling, gr
 
 import contextlib
 import functools
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,10 @@ def gpu_startup():
     from vllm.forward_context import set_forward_context
     from vllm.platforms import current_platform
     from vllm.v1.attention.backend import AttentionCGSupport
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+    from vllm.v1.attention.backends.cpu_attn import (
+        CPUAttentionBackendImpl,
+        CPUAttentionMetadataBuilder,
+    )
     from vllm.v1.worker import gpu_worker
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu import cudagraph_utils, model_runner, warmup
@@ -58,6 +62,13 @@ def gpu_startup():
     def prepare_attn(original, self, *args, **kwargs):
         latest["metadata"] = original(self, *args, **kwargs)
         return latest["metadata"]
+
+    def attend(original, self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        if given["attn_metadata"] is None:  # a profile: else logits of what memory held, even NaN
+            output.zero_()
+        return output
 
     def build_slot_mappings_by_layer(original, *args):
         latest["slots"] = original(*args)
@@ -147,6 +158,7 @@ def gpu_startup():
         around(runner_class, "execute_model", execute_model)
         around(model_runner, "build_slot_mappings_by_layer", build_slot_mappings_by_layer)
         around(DefaultModelState, "prepare_attn", prepare_attn)
+        around(CPUAttentionBackendImpl, "forward", attend)
         patch.setattr(CPUAttentionMetadataBuilder, "_cudagraph_support", AttentionCGSupport.ALWAYS)
         around(manager_class, "capture", capture_model)
         patch.setattr(cudagraph_utils.CudaGraphManager, "capture", capture)

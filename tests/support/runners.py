@@ -7,7 +7,7 @@ import pytest
 import triton_on_cpu  # noqa: F401 - also in a process that is spawned
 from engine import engine, generate, greedy_params, mixed_prompts, proposer
 
-NUM_PROMPTS = 42
+NUM_PROMPTS, FEW = 42, 16
 
 
 @contextlib.contextmanager
@@ -28,13 +28,22 @@ def v1_engine(speculative_config=None, **overrides):
             yield llm
 
 
-@pytest.fixture(scope="module")
-def plain():
+def answered(count):
     """Prompts, their sampling parameters, and what vLLM alone answers."""
     with v1_engine() as llm:
-        prompts = mixed_prompts(llm.get_tokenizer(), NUM_PROMPTS)
+        prompts = mixed_prompts(llm.get_tokenizer(), count)
         params = greedy_params(prompts)
         return prompts, params, generate(llm, prompts, params)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return answered(NUM_PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def few_plain():
+    return answered(FEW)
 
 
 def start_batch_invariant():
