@@ -9,6 +9,7 @@ import platform
 from typing import Any, NamedTuple
 
 from failfast_vllm.config import FailFastConfig
+from failfast_vllm.drafters.families import FAMILIES
 from failfast_vllm.tools.offline import engine_environment
 from failfast_vllm.tools.shipped import REINSTALL, contents
 
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
             *_engine_checks(),
             _plugin_check(),
             *_hook_checks(),
+            Check("drafters", _drafters()),
             *(Check(name, str(path), bad, REINSTALL * bool(bad)) for name, path, bad in contents()),
         ]
     healthy = not any(check.problem for check in checks)
@@ -120,6 +122,12 @@ def _plugin_check() -> Check:
         problem = f"VLLM_PLUGINS={allowed!r} leaves failfast out"
         return Check("plugin", "", problem, "Add failfast to VLLM_PLUGINS, or unset it.")
     return Check("plugin", f"{PLUGIN_GROUP}: failfast = {next(iter(points)).value}")
+
+
+def _drafters() -> str:
+    """Which targets have a drafter; `failfast plan TARGET` says it of one."""
+    known = (f"{f.drafter} for {' and '.join(f.targets)}" for f in FAMILIES if f.targets)
+    return f"{', '.join(known)}; other targets: copies of each request's own text"
 
 
 def _hook_checks() -> list[Check]:

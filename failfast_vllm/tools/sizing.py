@@ -27,6 +27,7 @@ from failfast_vllm.drafters.families import (
 from failfast_vllm.tools import published_models as published
 from failfast_vllm.tools.offline import positive
 
+COPIES_ALONE = "drafts are copies of each request's own text, which take no memory"
 GPU = "H200"
 NUM_SEQS = 64  # verified at once, for the memory of their logits: float32, as they are sampled
 DRAFT_LEN = FailFastConfig.from_user({}).num_speculative_tokens
@@ -104,14 +105,11 @@ def make_plan(
     if gpu not in published.GPUS:
         raise ValueError(f"--gpu must be one of {', '.join(published.GPUS)}; got {gpu!r}.")
     target, config = load_config(target, published.PUBLISHED_TARGETS)
-    memory = {"target": memory_of(target, config)}
-    vocab_size = config["vocab_size"]
+    vocab_size = config.get("vocab_size", 0)
     drafter = drafter or choose_drafter(target, str(config.get("model_type")), vocab_size)
     if drafter is None:
-        raise ValueError(
-            f"no drafter is known for {target}: drafts are copies of a request's own text, which "
-            "take no memory. Name a drafter to plan for it."
-        )
+        return {"target": target, "drafter": None}
+    memory = {"target": memory_of(target, config)}
     drafter, config = load_config(drafter, published.PUBLISHED_DRAFTERS)
     if diffusion_block_size not in (None, *DIFFUSION_BLOCK_SIZES):
         raise ValueError(
@@ -168,6 +166,8 @@ def load_config(name: str, known: Mapping[str, Mapping[str, Any]]) -> tuple[str,
 
 def render(plan: Mapping[str, Any]) -> str:
     """The report for a reader."""
+    if plan["drafter"] is None:
+        return f"target    {plan['target']}\ndrafter   none is known: {COPIES_ALONE}"
     kv, gpu = plan["kv_bytes_per_token"], plan["gpu"]
     weights = []
     for key, count in plan["weight_bytes"].items():

@@ -244,10 +244,8 @@ def test_what_cannot_be_planned_is_one_line(argv, hint, capsys):
 @pytest.mark.parametrize(
     ("changed", "hint"),
     [
-        ({"model_type": "llama"}, "model type 'llama'"),
         ({"hidden_size": "big"}, "'hidden_size'"),
         ({"dtype": "int3"}, "int3"),
-        ({"vocab_size": 32000}, "no drafter is known"),
         ({**MOE, "mlp_only_layers": [0]}, "mixes dense and expert"),
     ],
 )
@@ -256,6 +254,14 @@ def test_unknown_configs_are_refused(changed, hint, tmp_path):
     path = write(tmp_path / "it", {**MODELS["Qwen/Qwen2.5-7B-Instruct"], **changed})
     with pytest.raises(ValueError, match=hint):
         plan.make_plan(path)
+
+
+@pytest.mark.parametrize("changed", [{"model_type": "llama"}, {"vocab_size": 32000}])
+def test_a_target_without_a_drafter(changed, tmp_path, capsys):
+    path = write(tmp_path / "it", {**MODELS["Qwen/Qwen2.5-7B-Instruct"], **changed})
+    assert plan.make_plan(path) == {"target": str(path), "drafter": None}
+    assert cli.main(["plan", str(path)]) == 0
+    assert "drafter   none is known: drafts are copies" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv", [["plan"], ["plan", "x", "--diffusion-block-size", "-4"]])
