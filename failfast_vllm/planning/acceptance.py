@@ -84,6 +84,12 @@ class Calibration(Observer):
             np.add.at(table, cells, values)
         self._table = None
 
+    def fade(self) -> None:
+        """Move slowly back to the prior."""
+        self.counts *= 1.0 - FORGETTING
+        self.accepted *= 1.0 - FORGETTING
+        self._table = None
+
     def table(self) -> Floats:
         """[num_position_buckets, num_confidence_bins], non-decreasing along each row."""
         if self._table is None:

@@ -41,6 +41,11 @@ class CopyAcceptance:
         found: Floats = self._survival[np.where(match_lens > 0, bins, 0)]
         return found
 
+    def forget(self) -> None:
+        """Called after some steps without a draft: what was learned long ago gets another try."""
+        self.calibration.fade()
+        self._survival = None
+
     def observe(self, rounds: Sequence[Round]) -> None:
         """Learn from copies that were verified; the target judges none after a rejected token."""
         judged = []

@@ -31,7 +31,7 @@ from failfast_vllm.drafting.records import LOAD, Flags, Lengths, Round
 from failfast_vllm.planning.acceptance import AcceptanceByPosition, Calibration, learn
 from failfast_vllm.planning.copies import CopyAcceptance, choose_copies
 from failfast_vllm.planning.costs import Costs, Floats, StepTimer
-from failfast_vllm.planning.guard import AMORTISED_ROUNDS, TRY_ROUNDS, Guard
+from failfast_vllm.planning.guard import AMORTISED_ROUNDS, REST_STEPS, TRY_ROUNDS, Guard
 
 # Hysteresis: start drafting only for a gain of a tenth, since times and acceptance are estimates
 # and a start costs commits; continue while at least break-even.
@@ -75,6 +75,7 @@ class LoadPlanner(Planner):
         self.copied = CopyAcceptance(self.max_len)
         self.guard = Guard()
         self._looks = True  # at draft passes, in this step
+        self._steps_without = 0  # a verified draft, in a row
         self._timer = StepTimer(self.clock)
         self._rate = 0.0  # tokens per ms that this step can expect
         self._ms = 0.0  # of the best step without passes
@@ -141,9 +142,15 @@ class LoadPlanner(Planner):
 
     def observe(self, rounds: Sequence[Round]) -> None:
         """Learn from a step's verified drafts, a few steps later; without any, forget a little."""
-        if not rounds:
+        if not any(r.num_first for r in rounds) and self._looks:
             for learned in (self.acceptance, self.growth, self.costs):
                 learned.forget()
+        self._steps_without = 0 if rounds else self._steps_without + 1
+        if self._steps_without > REST_STEPS:  # what made copies stop may be over
+            self._steps_without = 0
+            self.costs.verify.forget()
+            self.copied.forget()
+        if not rounds:
             return
         self.guard.accepted(sum(r.num_accepted for r in rounds), len(self._running))
         self._unlearned.extend(rounds)

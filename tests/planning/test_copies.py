@@ -137,3 +137,18 @@ def test_steps_with_copies_are_timed_as_verification():
         now[0] += 0.030 if copies[0] else 0.010
     assert float(planner.costs.plain(1)) == pytest.approx(10.0, rel=0.05)
     assert drafted < 100, "two tokens in the time of three"
+
+
+def test_copies_are_tried_again():
+    """Catches text or times of long ago that switch the lane off for good."""
+    planner = make_planner(drafts=False, ms_per_token=0.5)
+    for _ in range(300):
+        planner.observe([copied(length, accepted=0) for length in range(1, 9)])
+    planner.costs.verify.correct(7, 100.0)
+    assert first(planner, [8])[1] == [0]
+    for _ in range(20_000):
+        planner.observe([])
+        if first(planner, [8])[1] != [0]:
+            break
+    else:
+        pytest.fail("nothing was copied any more")

@@ -155,7 +155,7 @@ class BusyMachine:
             confidence=lambda masks: types.SimpleNamespace(probabilities=masks),
         )
         config = types.SimpleNamespace(
-            additional_config={"failfast": {"draft_budget": 256}},
+            additional_config={"failfast": {"draft_budget": 256, "drafts": True}},
             scheduler_config=types.SimpleNamespace(max_num_seqs=256, max_num_batched_tokens=2048),
             parallel_config=types.SimpleNamespace(data_parallel_size=1, tensor_parallel_size=1),
         )
