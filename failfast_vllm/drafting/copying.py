@@ -38,7 +38,7 @@ class OwnText(CopyLane):
         )
         found = np.where(wanted > 0, match_lens.cpu().numpy(), 0)
         if not found.any():
-            return Copies(found, starts[:, None])
+            return Copies(found, starts[:, None][:, :0])
         offsets = torch.arange(int(wanted.max()), device=self.device)
         columns = starts[:, None] + offsets % (known - starts).clamp(min=1)[:, None]
         columns = columns.clamp(max=step.token_ids.shape[1] - 1)

@@ -97,7 +97,7 @@ class LoadPlanner(Planner):
         known = self._running.issuperset(req_ids)
         drafted = bool(rows) or self._num_drafted > 0
         looks = self._looks = self.guard.step_began(len(req_ids), drafted) and self.drafts
-        times_step = known and (self.copies or self.guard.times_step(looks))
+        times_step = known and self.guard.times_step(looks or self._num_drafted > 0)
         if self.learns and (rows or times_step):
             self._learn_times(rows, ms, len(req_ids), num_tokens if times_step else 0, known)
         self._num_drafted = 0
@@ -217,7 +217,8 @@ class LoadPlanner(Planner):
             lost_ms = ms[option] - tokens[option] / num_seqs * plain_ms
             loss_ms = float(TRY_ROUNDS * lost_ms + backlog_ms[option])
         best = self.guard.decide(int(rates.argmax()), option, loss_ms, num_seqs, self.costs.plain)
-        self._rate = float(rates[best])
+        if best:
+            self._rate = float(rates[best])
         passes = np.where(by_pass[best], np.minimum(best, wanted), 0)
         return passes, np.where(passes > 0, 0, copied)
 
