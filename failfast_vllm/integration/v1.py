@@ -118,6 +118,10 @@ class _Proposer(Adapter):
 class FailFastProposer(_Proposer, DraftModelProposer):
     """vLLM's proposer interface over `drafter.Drafter`."""
 
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
+        super().__init__(vllm_config, device, runner)
+        self.runner = runner
+
     def _raise_if_padded_drafter_batch_disabled(self) -> None:
         """Ragged drafts on the CPU are the point of this proposer."""
 

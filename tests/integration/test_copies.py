@@ -22,7 +22,7 @@ def plain():
 def test_beside_a_drafter(plain):
     """Catches a copy in the place of another sequence's draft, and commits that were skipped."""
     with engine(BESIDE) as llm:
-        record = check(llm, *plain, least=4, longest=6)
+        record = check(llm, *plain, draft_increment=2, least=4, longest=6)
         passes = [r for r in record.rounds if r.num_passes]
         assert any(r.num_copied for r in passes), "no draft of a pass went on as a copy"
         assert any(not r.num_copied for r in passes)

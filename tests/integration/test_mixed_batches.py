@@ -171,9 +171,10 @@ def table():
     return {row: list(group) for row, group in itertools.groupby(asked, lambda a: a.row)}
 
 
-@pytest.fixture(scope="module")
-def drafting(table):
-    with mixed_engine("failfast") as llm:
+@pytest.fixture(scope="module", params=["failfast"])
+def drafting(table, request):
+    alone = {"method": "failfast", "model": None, "load_aware": True}
+    with mixed_engine(alone if request.param == "copies alone" else "failfast") as llm:
         yield llm
 
 
@@ -299,19 +300,15 @@ def test_row_in_a_mixed_batch(table, drafting, row, mode):
     check_steps(record, mode)
 
 
-@pytest.mark.parametrize("mode", ["drafts in every step", "drafts for some"])
-def test_all_rows_at_once_without_a_drafter(table, mode):
-    """The same, where all drafts are copies."""
-    with mixed_engine({"method": "failfast", "model": None, "load_aware": True}) as llm:
-        all_rows_at_once(table, llm, mode)
+CASES_AT_ONCE = [
+    *(("failfast", mode) for mode in MODES),
+    ("copies alone", "drafts in every step"),
+    pytest.param("copies alone", "drafts for some", marks=pytest.mark.large),
+]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("drafting", "mode"), CASES_AT_ONCE, indirect=["drafting"])
 def test_all_rows_at_once(table, drafting, mode):
-    all_rows_at_once(table, drafting, mode)
-
-
-def all_rows_at_once(table, drafting, mode):
     """Sixteen at a time, by priority, with too few pages: rows come, go, move and are preempted.
 
     Without thinking budgets: vLLM forgets, also without speculation, which tokens of the end of

@@ -18,7 +18,7 @@ def some(plain):
 
 def test_beside_a_drafter(some):
     with v2_engine(BESIDE) as llm:
-        record = check(llm, *some, least=4, longest=6)
+        record = check(llm, *some, draft_increment=2, least=4, longest=6)
         steps = [
             {r.step for r in record.rounds if bool(r.num_copied) == copied} for copied in (0, 1)
         ]

@@ -49,13 +49,15 @@ def test_drafting_that_comes_and_goes(expected, overrides):
         first = planner.first
         late = []  # commits of blocks that an earlier step had completed
 
-        def moody_first(wanted, live_rows, commit_rows):
+        def moody_first(wanted, live_rows, commit_rows, match_lens):
             late.append(int((commit_rows >= 64).sum()))
-            increments = first(wanted, live_rows, commit_rows)
+            increments, copied = first(wanted, live_rows, commit_rows, match_lens)
             planner.guard.steps_to_rest = rng.choice((0, 0, 3, 7))
             asks = rng.choice((0.0, 0.5, 1.0))  # of the sequences
             chosen = np.array([rng.random() < asks for _ in wanted])
-            return np.where(chosen, np.minimum(wanted, 10), 0) if rng.random() < 0.8 else increments
+            if rng.random() < 0.8:
+                increments = np.where(chosen, np.minimum(wanted, 10), 0)
+            return increments, np.where(increments > 0, 0, copied)
 
         planner.first = moody_first
         independent = IndependentDrafter(MODELS_DIR / "drafter", num_draftable_tokens=1)
@@ -73,7 +75,7 @@ def test_drafting_that_comes_and_goes(expected, overrides):
 def test_where_drafting_does_not_pay_nothing_is_drafted(expected):
     """And drafting comes back when it pays again, over prompts that were never committed."""
     prompts, params, answers = expected
-    with engine(ASKED) as llm:
+    with engine({**ASKED, "copies": False}) as llm:
         planner = proposer(llm).drafter.planner
         assert len(planner.costs.verify.sizes) >= 6
         assert (planner.costs.verify.ms > 0).all()

@@ -45,10 +45,10 @@ class Copying(Planner):
 
 
 @contextlib.contextmanager
-def copying(llm, **planner):
+def copying(llm, draft_increment=10, **planner):
     """The engine plans this way from now on; yields the watch."""
     drafter = proposer(llm).drafter
-    before, drafter.planner = drafter.planner, Copying(10, **planner)
+    before, drafter.planner = drafter.planner, Copying(draft_increment, **planner)
     try:
         with watch(llm) as record:
             yield record

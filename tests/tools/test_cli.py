@@ -171,7 +171,7 @@ def test_demo_is_lossless_and_prints_only_json():
     }
     assert result["outputs_identical"] is True
     assert result["acceptance_length"] > 1
-    assert result["passes_per_round"] >= 1
+    assert result["passes_per_round"] > 0  # a copy takes none
     assert type(result["longest_accepted"]) is int
     assert result["longest_accepted"] >= 1
     rates = result["tokens_per_second"]
