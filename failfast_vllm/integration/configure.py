@@ -190,6 +190,7 @@ def _target_problems(
         what = "encoder-decoder targets are not supported: the drafter sees text only"
         remedy = "Use a decoder-only target, or leave the speculative config out."
         yield what, target.architecture, remedy
+    yield from _state_problems(target)
     if drafter is not None:
         yield from _page_problems(target)
         if args.block_size and args.block_size % MAX_DIFFUSION_BLOCK_SIZE:
@@ -203,6 +204,19 @@ def _target_problems(
             {key: given[key] for key in ("copies", "load_aware") if key in given},
             ("Remove these keys, or name a drafter with the same tokenizer: 'model'."),
         )
+
+
+def _state_problems(target: Any) -> Problems:
+    """Where a rejected draft would leave its mark on the answer, with vLLM's own methods, too."""
+    from vllm.platforms import current_platform
+
+    remedy = "Leave the speculative config out."
+    if target.is_attention_free:
+        what = "vLLM does not roll back the states of targets without attention"
+        yield what, target.architecture, remedy
+    elif current_platform.is_cpu() and (target.is_hybrid or target.use_mla):
+        what = "on CPUs, vLLM does not verify drafts exactly for hybrid (Mamba, linear attention)"
+        yield f"{what} and MLA targets", target.architecture, remedy
 
 
 def _page_problems(target: Any) -> Problems:

@@ -92,7 +92,11 @@ class _Proposer(Adapter):
         """Logits of a step of the target, without attention."""
         positions = torch.arange(num_tokens, device=self.device) % self.position_limit
         ids = torch.zeros_like(positions).int()
-        with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
+        of_one, lora = np.array([num_tokens]), runner.lora_config
+        with (
+            runner.maybe_select_dummy_loras(lora, of_one, num_sampled_tokens=of_one),
+            set_forward_context(None, self.vllm_config, num_tokens=num_tokens),
+        ):
             hidden_states = runner.model(input_ids=ids, positions=positions)
             logits: torch.Tensor = runner.model.compute_logits(hidden_states)
         return logits

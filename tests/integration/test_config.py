@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GraniteMoeHybridConfig, Mamba2Config
 
 from build_config import build, edit, refusal
 from checkpoints import tiny_config, write_checkpoint, write_headers
@@ -225,11 +225,15 @@ def test_engine_argument_that_cannot_work(engine_args, fragments):
     assert all(fragment in message for fragment in fragments), message
 
 
-def test_target_with_latent_attention(target):
+def test_target_with_latent_attention(target, monkeypatch):
     """Catches a drafter that reads pages which hold no keys and values of its layout."""
+    from vllm.platforms import current_platform
+
     latent = {"kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 48, "v_head_dim": 48}
     architecture = "DeepseekV2ForCausalLM"
     edit(target / "config.json", architectures=[architecture], model_type="deepseek_v2", **latent)
+    assert f"MLA targets; got {architecture!r}" in refusal("failfast", model=target)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda platform: False)
     message = refusal(asking(model=DRAFTER), model=target)
     assert f"got {architecture!r}. Leave 'model' out" in message
 
@@ -294,6 +298,23 @@ def test_target_with_a_sliding_window(target, overrides):
     message = refusal(asking(model=DRAFTER), model=target)
     assert all(part in message for part in ("sliding-window", "got 64", "--disable-sliding-window"))
     assert copies_alone(build("failfast", model=target))
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        (GraniteMoeHybridConfig(layer_types=["mamba", "attention"], num_hidden_layers=2), "CPUs"),
+        (Mamba2Config(), "without attention"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_target_whose_drafts_leave_their_mark(target, config, part):
+    """Catches answers that rejected drafts have changed: vLLM keeps one state of a sequence."""
+    architecture = type(config).__name__.replace("Config", "ForCausalLM")
+    config.architectures = [architecture]
+    config.save_pretrained(target)
+    message = refusal("failfast", model=target)
+    assert all(word in message for word in (part, f"got '{architecture}'"))
 
 
 @pytest.mark.parametrize(

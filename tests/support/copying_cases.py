@@ -56,10 +56,10 @@ def copying(llm, draft_increment=10, **planner):
         drafter.planner = before
 
 
-def check(llm, prompts, params, expected, **planner):
+def check(llm, prompts, params, expected, lora=None, **planner):
     """Answers are `expected`, and each copy is of its own sequence; returns the watch."""
     with copying(llm, **planner) as record:
-        assert generate(llm, prompts, params) == expected
+        assert generate(llm, prompts, params, lora) == expected
     for known, _, draft, num_passes in record.proposals:
         if draft and not num_passes:
             assert draft == literal_copy(known, len(draft))[1]
