@@ -41,6 +41,8 @@ class CommittedBlocks:
             block_table: [num_seqs, max_pages] int; undefined after the pages of `computed_lens`.
             computed_lens: [num_seqs] int, tokens whose target KV is there.
         """
+        if not block_table.shape[1]:  # no drafter
+            return torch.zeros_like(computed_lens, dtype=torch.int64)
         inside = torch.arange(self.per_page, device=self.bits.device)
         blocks = (block_table.long()[:, :, None] * self.per_page + inside).flatten(1)
         places = torch.arange(blocks.shape[1], device=self.bits.device)

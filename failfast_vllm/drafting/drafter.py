@@ -57,20 +57,14 @@ class Drafter:
     def propose(self, step: DraftStep) -> Drafts:
         """Commit every newly complete block and draft for the sequences that may have a draft."""
         self.tokens.see(step)
-        work = self._begin(step)
-        if work is None:
-            return Drafts.none(len(step.slots))
-        for seqs, starts, ends in work.commits_in_parts():
-            self._forward(work.rows(seqs, starts, ends)[1])
-        while (active := np.flatnonzero(work.ends > work.starts)).size:
-            spare = step.draft_budget - int((work.lens + work.increments).sum())
-            for seqs in work.parts(active):
-                self._pass(work, seqs, spare // active.size)
-            work.grow(self._increments(work))
-        return self._finish(work, step.max_draft_lens)
+        drafts = self._begin(step)
+        if isinstance(drafts, Workspace):
+            self._passes(drafts)
+            drafts.stop_reasons = self._stop_reasons(drafts, step.max_draft_lens)
+        return self._keep(drafts)
 
-    def _begin(self, step: DraftStep) -> Workspace | None:
-        """Decide for whom to draft, and how far in the first pass; None: nothing is to be done."""
+    def _begin(self, step: DraftStep) -> Workspace | Drafts:
+        """Decide for whom to draft, and how far in the first pass; `Drafts`: no pass is needed."""
         step = replace(step, max_draft_lens=self.policy.begin(step.req_ids, step.max_draft_lens))
         live, commits = step.known_lens - step.final_lens, step.final_lens - step.committed_lens
         copies, wanted = self.copies.find(step), step.max_draft_lens
@@ -79,11 +73,20 @@ class Drafter:
         copied = share(copied, step.draft_budget - int(first.sum()))
         if self.planner.postpones_commits:
             step = step.passing_only(first > 0, copied)
-        if not (first.any() or copied.any() or (step.final_lens > step.committed_lens).any()):
-            return None
+        if not (first.any() or (step.final_lens > step.committed_lens).any()):
+            return Drafts.of_copies(copies, copied)
         work = Workspace(step, first, self.geometry, has_entropies=self.policy.needs_entropy)
         work.copy(copies, copied)
         return work
+
+    def _passes(self, work: Workspace) -> None:
+        for seqs, starts, ends in work.commits_in_parts():
+            self._forward(work.rows(seqs, starts, ends)[1])
+        while (active := np.flatnonzero(work.ends > work.starts)).size:
+            spare = work.step.draft_budget - int((work.lens + work.increments).sum())
+            for seqs in work.parts(active):
+                self._pass(work, seqs, spare // active.size)
+            work.grow(self._increments(work))
 
     def _forward(self, batch: DraftBatch) -> torch.Tensor:
         if batch.slot_mapping is not None:
@@ -133,14 +136,15 @@ class Drafter:
         )
         return share(increments, step.draft_budget - int(lens.sum()))
 
-    def _finish(self, work: Workspace, asked_lens: Lengths) -> Drafts:
+    def _keep(self, drafts: Drafts) -> Drafts:
         """Keep what is worth verifying."""
-        work.stop_reasons = self._stop_reasons(work, asked_lens)
-        per_seq = work.lens, work.num_confidences, work.confidences, work.match_lens
+        per_seq = drafts.lens, drafts.num_confidences, drafts.confidences, drafts.match_lens
         lens = self.planner.keep(*per_seq)
-        work.stop_reasons[lens < work.lens] = records.LOAD
-        work.lens, work.token_ids = lens, work.drafted(lens)
-        return work
+        drafts.stop_reasons[lens < drafts.lens] = records.LOAD
+        drafts.lens = lens
+        if isinstance(drafts, Workspace):
+            drafts.token_ids = drafts.drafted(lens)
+        return drafts
 
     def _stop_reasons(self, work: Workspace, asked_lens: Lengths) -> Lengths:
         """[num_seqs] what ended each draft; meaningless where there is none."""

@@ -99,17 +99,15 @@ class Drafts:
     seq_rows: Lengths  # [num_seqs], of `num_rows`
 
     @staticmethod
-    def none(num_seqs: int) -> Drafts:
-        """Those of a step that drafts and commits nothing."""
-        import torch
-
-        drafts, zeros = Drafts(), np.zeros(num_seqs, dtype=np.int64)
-        drafts.token_ids = torch.empty(num_seqs, 0, dtype=torch.int64)
-        drafts.lens = drafts.first_lens = drafts.num_passes = drafts.num_confidences = zeros
-        drafts.match_lens = drafts.stop_reasons = drafts.seq_rows = zeros
+    def of_copies(copies: Copies, lens: Lengths) -> Drafts:
+        """Those of a step without a pass: [num_seqs] `lens` tokens of each copy."""
+        drafts, zeros = Drafts(), np.zeros((5, len(lens)), dtype=np.int64)
+        drafts.lens, drafts.token_ids, drafts.match_lens = lens, copies.token_ids, copies.match_lens
+        drafts.first_lens, drafts.num_passes, drafts.num_confidences, drafts.seq_rows = zeros[:4]
         drafts.num_forwards = drafts.num_rows = 0
-        drafts.confidences = np.ones((num_seqs, 0), dtype=np.float32)
-        drafts.ends_at_stop = zeros > 0
+        drafts.confidences = np.ones((len(lens), int(lens.max(initial=0))), dtype=np.float32)
+        drafts.ends_at_stop = zeros[4] > 0
+        drafts.stop_reasons = zeros[4] + COPY
         return drafts
 
     def to_lists(self) -> list[list[int]]:
