@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import failfast_kernels
-from copy_cases import WRITTEN, assert_as_brute_force, assert_written, batches
 from failfast_kernels import copy_match, copy_match_reference
 from failfast_kernels.copy_match import match_suffixes
+from match_cases import WRITTEN, assert_as_brute_force, assert_written, batches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = float(os.environ.get("FAILFAST_TEST_SHAPES", "1"))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from copy_cases import WRITTEN, assert_as_brute_force, assert_written, batches, brute_force
 from failfast_kernels import match_suffixes
+from match_cases import WRITTEN, assert_as_brute_force, assert_written, batches, brute_force
 
 
 @pytest.mark.parametrize("name", WRITTEN)

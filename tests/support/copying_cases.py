@@ -7,22 +7,16 @@ import numpy as np
 from engine import generate, proposer, watch
 from failfast_vllm.drafting.copying import MAX_MATCH
 from failfast_vllm.drafting.interfaces import Planner
-from failfast_vllm.drafting.records import UNKNOWN
+from match_cases import brute_force
 
 
 def literal_copy(text, num_tokens):
     """Length of the longest suffix that stands earlier (the last of those), and what follows."""
-    for length in range(min(MAX_MATCH, len(text) - 1), 0, -1):
-        suffix = text[-length:]
-        if UNKNOWN in suffix:
-            continue
-        for begin in range(len(text) - length - 1, -1, -1):
-            if text[begin : begin + length] == suffix:
-                copy = list(text)
-                for i in range(num_tokens):
-                    copy.append(copy[begin + length + i])
-                return length, copy[len(text) :]
-    return 0, []
+    length, start = brute_force(text, 1, MAX_MATCH)
+    copy = list(text)
+    for i in range(num_tokens if length else 0):
+        copy.append(copy[start + i])
+    return length, copy[len(text) :]
 
 
 class Copying(Planner):
