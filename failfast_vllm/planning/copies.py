@@ -6,12 +6,14 @@ import numpy as np
 
 from failfast_vllm.drafting.records import Lengths, Round
 from failfast_vllm.planning.acceptance import Calibration
-from failfast_vllm.planning.costs import Floats
+from failfast_vllm.planning.costs import HICCUP, Floats
+from failfast_vllm.planning.guard import REST_STEPS, SAME_LOAD
 
 MATCH_EDGES = np.array([2, 3, 4, 5, 6, 8], dtype=np.float32)  # of match lengths
 # of the next token of each bin until it is tried; measured on answers of a chat model
 MATCH_PRIORS = np.array([0.25, 0.5, 0.65, 0.7, 0.75, 0.78, 0.88])
 COPY_MARGIN = 1.01  # gain from which copies are verified: times are estimates
+FEWEST_LOOKS, LOOK_RATE = 32, 0.02  # looks before a verdict; weight of the last one in the averages
 LEAST = 0.02  # chance below which a token is not even considered
 
 
@@ -57,6 +59,44 @@ class CopyAcceptance:
         if judged:
             self.calibration.learn(judged)
             self._survival = None
+
+
+class LookBalance:
+    """Says whether looking for copies is worth its time at this load.
+
+    A look takes host time in each step. Where the copies that it finds are expected to bring less
+    than that, only one step in so many looks.
+    """
+
+    def __init__(self) -> None:
+        self._num_seqs = 0  # of the load that the averages are of
+        self._num_looks = 0
+        self._gain_ms = self._cost_ms = 0.0  # per look
+        self._steps_to_rest = 0
+
+    def step_began(self, num_seqs: int) -> bool:
+        """Returns whether to look in this step."""
+        if not SAME_LOAD * self._num_seqs <= num_seqs <= self._num_seqs / SAME_LOAD:
+            self._num_seqs, self._num_looks, self._steps_to_rest = num_seqs, 0, 0
+        self._steps_to_rest -= 1
+        return self._steps_to_rest < 0
+
+    def looked(self, gain_ms: float) -> None:
+        """The copies of a step are expected to save so much time."""
+        self._num_looks += 1
+        self._gain_ms += self._rate * (gain_ms - self._gain_ms)
+        if self._num_looks >= FEWEST_LOOKS and self._gain_ms < self._cost_ms:
+            self._steps_to_rest = REST_STEPS
+
+    def took(self, ms: float) -> None:
+        """The last look, with what was copied: hiccups count little."""
+        if self._num_looks > 1:
+            ms = min(ms, HICCUP * self._cost_ms)
+        self._cost_ms += self._rate * (ms - self._cost_ms)
+
+    @property
+    def _rate(self) -> float:
+        return max(1.0 / max(self._num_looks, 1), LOOK_RATE)
 
 
 def choose_copies(

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from failfast_vllm.drafting.interfaces import Planner
 from failfast_vllm.drafting.records import LOAD, Flags, Lengths, Round
 from failfast_vllm.planning.acceptance import AcceptanceByPosition, Calibration, learn
-from failfast_vllm.planning.copies import CopyAcceptance, choose_copies
+from failfast_vllm.planning.copies import CopyAcceptance, LookBalance, choose_copies
 from failfast_vllm.planning.costs import Costs, Floats, StepTimer
 from failfast_vllm.planning.guard import AMORTISED_ROUNDS, REST_STEPS, TRY_ROUNDS, Guard
 
@@ -73,6 +73,8 @@ class LoadPlanner(Planner):
         self.acceptance = AcceptanceByPosition(self.max_len)  # of the first pass
         self.growth = AcceptanceByPosition(self.max_len)  # after it, where a draft went on
         self.copied = CopyAcceptance(self.max_len)
+        self._balance = LookBalance()
+        self._looked = False  # for copies, in the last step, and took no pass
         self.guard = Guard()
         self._looks = True  # at draft passes, in this step
         self._steps_without = 0  # a verified draft, in a row
@@ -97,13 +99,14 @@ class LoadPlanner(Planner):
         known = self._running.issuperset(req_ids)
         drafted = bool(rows) or self._num_drafted > 0
         looks = self._looks = self.guard.step_began(len(req_ids), drafted) and self.drafts
-        times_step = known and self.guard.times_step(looks or self._num_drafted > 0)
+        looks_for_copies = self.copies and self._balance.step_began(len(req_ids))
+        times_step = known and self.guard.times_step(looks or self._looked)
         if self.learns and (rows or times_step):
             self._learn_times(rows, ms, len(req_ids), num_tokens if times_step else 0, known)
-        self._num_drafted = 0
-        if not (looks or self.copies):
+        self._num_drafted, self._looked = 0, False
+        if not (looks or looks_for_copies):
             self.step_ended(req_ids)
-        return looks or self.copies
+        return looks or looks_for_copies
 
     def _learn_times(
         self, rows: list[int], ms: list[float], num_seqs: int, num_tokens: int, known: bool
@@ -122,6 +125,8 @@ class LoadPlanner(Planner):
             slowness = waited_ms / verify_ms if known else 1.0
             overhead_ms = drafting_ms - sum(passes_ms)
             self.guard.round_took(num_seqs, counted, overhead_ms, verify_ms, slowness)
+        elif self._looked:
+            self._balance.took(drafting_ms)
         if num_tokens and self._num_drafted:
             self.costs.verify.correct(num_tokens, waited_ms)
         elif num_tokens and self.guard.knows_plain:
@@ -173,6 +178,7 @@ class LoadPlanner(Planner):
             return passes, passes
         plain_ms = float(self.costs.plain(len(wanted)))
         copied, gains = self._copies(wanted, match_lens, plain_ms)
+        self._looked = self.copies
         if self._looks:
             passes, copied = self._passes(wanted, live_rows, commit_rows, copied, gains, plain_ms)
         if self.learns and (passes.any() or copied.any()) and self.guard.probes():
@@ -191,6 +197,8 @@ class LoadPlanner(Planner):
             gains = np.where(np.arange(self.max_len) < copied[:, None], survival, 0.0).sum(axis=1)
             ms = float(self.costs.verify(num_seqs + copied.sum())) if copied.any() else plain_ms
         self._rate, self._ms = (num_seqs + float(gains.sum())) / ms, ms
+        if self.copies:
+            self._balance.looked(self._rate * ms * plain_ms / num_seqs - ms)
         return copied, gains
 
     def _passes(
@@ -207,10 +215,10 @@ class LoadPlanner(Planner):
         tokens, ms, backlog_ms, by_pass = self._expected(
             wanted, live_rows, commit_rows, copied, copy_gains
         )
-        ms[0] = self._ms / (1.0 if self.guard.is_drafting else MARGIN)
+        ms[0] = self._ms / (1.0 if self.guard.is_drafting or copied.any() else MARGIN)
         rates = tokens / ms
         option = 1 + int(rates[1:].argmax())
-        if copied.any() and rates[0] >= rates[option]:
+        if copied.any() and rates[0] >= MARGIN * rates[option]:
             return np.zeros_like(wanted), copied  # says nothing about steps without copies
         loss_ms = np.inf  # of a try, from which only a planner that learns has something
         if self.learns:
@@ -240,7 +248,7 @@ class LoadPlanner(Planner):
         options = np.arange(int(wanted.max()) + 1)  # one pass may fill a long draft
         lens = np.minimum(options[:, None], wanted)  # [options, num_seqs]
         gains = self.acceptance.gains(0, lens)
-        by_pass = gains > copy_gains  # the others copy
+        by_pass = MARGIN * gains > copy_gains  # the others copy
         tokens = num_seqs + np.where(by_pass, gains, copy_gains).sum(axis=1)
         in_pass = np.where(by_pass, lens, 0).sum(axis=1)
         drafted = in_pass + np.where(by_pass, 0, copied).sum(axis=1)

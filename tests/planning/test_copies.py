@@ -8,6 +8,7 @@ import pytest
 from failfast_vllm.drafting.records import Round
 from failfast_vllm.planning.copies import CopyAcceptance, choose_copies
 from failfast_vllm.planning.costs import Costs, CostTable
+from failfast_vllm.planning.guard import REST_STEPS
 from failfast_vllm.planning.planner import LoadPlanner
 
 CAP = 6
@@ -152,3 +153,23 @@ def test_copies_are_tried_again():
             break
     else:
         pytest.fail("nothing was copied any more")
+
+
+@pytest.mark.parametrize(("match_len", "seldom"), [(0, True), (8, False)])
+def test_looks_that_bring_nothing_become_seldom(match_len, seldom):
+    """Catches host time in each step of a busy server whose text repeats nothing."""
+    now, looks = [0.0], 0
+    planner = make_planner(drafts=False, learns=True, clock=lambda: now[0])
+    zero = np.zeros(4, dtype=int)
+    for step in range(600):
+        if planner.step_began(list("abcd"), 4):
+            looks += step >= 100
+            _, copies = planner.first(zero + CAP, zero, zero, zero + match_len)
+            now[0] += 0.001
+            planner.keep(copies, zero, np.zeros((4, CAP)), zero + match_len)
+            planner.step_ended(list("abcd"))
+            num = int(copies[0])
+            planner.observe([copied(8, drafted=num, accepted=num)] * 4 if num else [])
+        now[0] += 0.010
+    assert looks < 500 / REST_STEPS if seldom else looks == 500
+    assert planner.step_began(["a"], 1), "another load is looked at"
