@@ -45,7 +45,7 @@ class FailFastConfig:
         cap = read_integer(given, "num_speculative_tokens", rule.default_cap, 1, most)
         increment = cap if rule.one_pass else min(10, cap)
         load_aware = read_flag(given, "load_aware", True)
-        copies = read_flag(given, "copies", load_aware)
+        copies = read_flag(given, "copies", False)
         if copies and not load_aware:
             must = "what to copy is decided by measured times"
             raise refusal(must, "'load_aware' false", "Remove one of the two keys.")

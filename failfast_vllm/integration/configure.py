@@ -40,8 +40,10 @@ def create_speculative_config(
     given = user_config.parse(self.speculative_config)
     if given is None:
         return original()
-    knobs = FailFastConfig.from_user(given)
-    drafter = _drafter_for(target_model_config, given)
+    drafter, copies = _drafter_for(target_model_config, given), {}
+    if drafter is None:
+        copies = {"copies": given.get("load_aware", True) is True}
+    knobs = FailFastConfig.from_user({**copies, **given})
     for what, got, remedy in _problems(self, target_model_config, given, knobs, drafter):
         raise ValueError(f"failfast: {what}; got {got!r}. {remedy}")
     published = None if drafter is None else _read_drafter(drafter, self.load_format, given)

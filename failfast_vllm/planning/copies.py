@@ -71,7 +71,7 @@ class LookBalance:
     def __init__(self) -> None:
         self._num_seqs = 0  # of the load that the averages are of
         self._num_looks = 0
-        self._gain_ms = self._cost_ms = 0.0  # per look
+        self._gain_ms = self.cost_ms = 0.0  # per look
         self._steps_to_rest = 0
 
     def step_began(self, num_seqs: int) -> bool:
@@ -85,14 +85,14 @@ class LookBalance:
         """The copies of a step are expected to save so much time."""
         self._num_looks += 1
         self._gain_ms += self._rate * (gain_ms - self._gain_ms)
-        if self._num_looks >= FEWEST_LOOKS and self._gain_ms < self._cost_ms:
+        if self._num_looks >= FEWEST_LOOKS and self._gain_ms < self.cost_ms:
             self._steps_to_rest = REST_STEPS
 
     def took(self, ms: float) -> None:
         """The last look, with what was copied: hiccups count little."""
         if self._num_looks > 1:
-            ms = min(ms, HICCUP * self._cost_ms)
-        self._cost_ms += self._rate * (ms - self._cost_ms)
+            ms = min(ms, HICCUP * self.cost_ms)
+        self.cost_ms += self._rate * (ms - self.cost_ms)
 
     @property
     def _rate(self) -> float:

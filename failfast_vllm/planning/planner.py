@@ -193,12 +193,20 @@ class LoadPlanner(Planner):
         copied, gains = np.zeros_like(wanted), np.zeros(num_seqs)
         if match_lens.any():
             survival = self.copied.survival(match_lens)
-            copied = choose_copies(survival, wanted, self.costs.verify, plain_ms)
+            # where no draft was short, only the slope of its time is known
+            lift_ms = max(0.0, plain_ms - float(self.costs.verify(num_seqs)))
+            lift_ms += self._balance.cost_ms
+
+            def verify(num_tokens: Lengths) -> Floats:
+                return self.costs.verify(num_tokens) + lift_ms
+
+            copied = choose_copies(survival, wanted, verify, plain_ms)
             gains = np.where(np.arange(self.max_len) < copied[:, None], survival, 0.0).sum(axis=1)
-            ms = float(self.costs.verify(num_seqs + copied.sum())) if copied.any() else plain_ms
+            ms = float(verify(num_seqs + copied.sum())) if copied.any() else plain_ms
         self._rate, self._ms = (num_seqs + float(gains.sum())) / ms, ms
         if self.copies:
-            self._balance.looked(self._rate * ms * plain_ms / num_seqs - ms)
+            saved_ms = self._rate * ms * plain_ms / num_seqs - ms
+            self._balance.looked(saved_ms + self._balance.cost_ms * bool(copied.any()))
         return copied, gains
 
     def _passes(

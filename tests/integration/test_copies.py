@@ -7,7 +7,7 @@ from engine import count_preemptions, engine, generate, greedy_params, mixed_pro
 
 NUM_PROMPTS = 42
 ALONE = {"method": "failfast", "model": None, "load_aware": True}
-BESIDE = {"method": "failfast", "load_aware": True}
+BESIDE = {"method": "failfast", "load_aware": True, "copies": True}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from runners import plain, v2_engine  # noqa: F401 - a fixture
 
 NUM_PROMPTS = 24
 ALONE = {"method": "failfast", "model": None, "load_aware": True}
-BESIDE = {"method": "failfast", "load_aware": True}
+BESIDE = {"method": "failfast", "load_aware": True, "copies": True}
 
 
 @pytest.fixture
