@@ -90,7 +90,7 @@ class LookBalance:
 
     def took(self, ms: float) -> None:
         """The last look, with what was copied: hiccups count little."""
-        if self._num_looks > 1:
+        if self.cost_ms:
             ms = min(ms, HICCUP * self.cost_ms)
         self.cost_ms += self._rate * (ms - self.cost_ms)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from failfast_vllm.drafting.records import Round
-from failfast_vllm.planning.copies import CopyAcceptance, choose_copies
+from failfast_vllm.planning.copies import CopyAcceptance, LookBalance, choose_copies
 from failfast_vllm.planning.costs import Costs, CostTable
 from failfast_vllm.planning.guard import REST_STEPS
 from failfast_vllm.planning.planner import LoadPlanner
@@ -173,3 +173,12 @@ def test_looks_that_bring_nothing_become_seldom(match_len, seldom):
         now[0] += 0.010
     assert looks < 500 / REST_STEPS if seldom else looks == 500
     assert planner.step_began(["a"], 1), "another load is looked at"
+
+
+def test_the_cost_of_looks_is_learned_whenever_it_is_first_measured():
+    """Catches a cap on hiccups that keeps the cost at nothing, since the first look had no time."""
+    balance = LookBalance()
+    for _ in range(3):
+        balance.looked(0.0)
+    balance.took(2.0)
+    assert balance.cost_ms > 0.0
