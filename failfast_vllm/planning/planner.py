@@ -151,7 +151,7 @@ class LoadPlanner(Planner):
             for learned in (self.acceptance, self.growth, self.costs):
                 learned.forget()
         self._steps_without = 0 if rounds else self._steps_without + 1
-        if self._steps_without > REST_STEPS:  # what made copies stop may be over
+        if self.copies and self._steps_without > REST_STEPS:  # what made copies stop may be over
             self._steps_without = 0
             self.costs.verify.forget()
             self.copied.forget()
