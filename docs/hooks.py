@@ -1,7 +1,7 @@
 """For the site: pages link to files outside docs/ as on a code host; these become pages, too.
 
 `../CONTRIBUTING.md` is `repository/CONTRIBUTING.md` on the site. Files that no page links to stay
-outside; a folder becomes a list of its files. A link to a missing file is left to `--strict`.
+outside; a folder becomes its README.md, or a list of its files. Dead links are left to `--strict`.
 """
 
 import os
@@ -55,7 +55,8 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def _in_repository(link, page):
-    return posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
+    return f"{path}/README.md" if (ROOT / path / "README.md").is_file() else path
 
 
 def _on_site(path):

@@ -38,7 +38,7 @@ COMMANDS = {
     ),
     "$ask": "tests/integration/test_http.py::test_vllms_clients_run_to_their_end",
     "pip install": NETWORK,
-    "failfast doctor": RUN,
+    "failfast doctor": "tests/tools/test_cli.py::test_doctor_is_content_here",
     "failfast plan": RUN,
     "failfast models --fetch": "tests/tools/test_fetch.py::test_a_fetched_model_answers",
     "failfast bench --concurrency": "tests/tools/test_bench.py::test_a_real_run_agrees_with_itself",

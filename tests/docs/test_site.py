@@ -19,17 +19,47 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 LOADING = {"src", "srcset", "poster", "data"}  # and href of <link>
 
 
+def build(config, folder):
+    """As `make docs` does it; no --quiet, which forgives warnings."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(config)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(
+        [*command, "--site-dir", str(folder)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site, as `make docs` builds it."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
-    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    built = subprocess.run(
-        [*command, "--site-dir", str(folder)], cwd=ROOT, env=quiet, capture_output=True, text=True
-    )
+    built = build(ROOT / "mkdocs.yml", folder)
     assert built.returncode == 0, built.stderr
     return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[a page](nowhere.md)", "'nowhere.md'"),
+        ("[a heading](#nowhere)", "'#nowhere'"),
+        ("[from the root](/index.md)", "absolute link"),
+    ],
+)
+def test_the_build_is_strict(text, complaint, tmp_path):
+    """Catches settings under which a dead link passes; then the site's build proves nothing."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(f"# Title\n\n{text}\n")
+    config = tmp_path / "mkdocs.yml"
+    config.write_text(
+        f"INHERIT: {ROOT / 'mkdocs.yml'}\ndocs_dir: docs\nhooks: []\nplugins: [search]\n"
+        "nav: [index.md]\n"
+    )
+    built = build(config, tmp_path / "site")
+    assert built.returncode == 1
+    assert complaint in built.stderr
 
 
 class Resources(html.parser.HTMLParser):
