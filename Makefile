@@ -66,7 +66,7 @@ wheel: .venv/.ready
 	rm -rf build/wheel dist
 	mkdir -p build/wheel/source
 	git archive HEAD | tar -x -C build/wheel/source
-	$(PY) -m build --no-isolation --outdir dist build/wheel/source
+	$(PY) -m build --quiet --no-isolation --outdir dist build/wheel/source
 	$(PYTHON) -m venv build/wheel/venv
 	$(WHEEL_PIP) --no-deps $(INDEX) --requirement requirements/cpu.txt
 	$(WHEEL_PIP) --no-deps --no-build-isolation ./requirements/vllm_cpu_alias
