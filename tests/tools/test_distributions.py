@@ -1,6 +1,8 @@
 """Wheel and source distribution: what is in them, and the command of an installed wheel."""
 
+import ast
 import email
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+from packaging.requirements import Requirement
 
 import failfast_vllm
 from failfast_vllm.integration.hooks import INSTALL
@@ -94,6 +97,29 @@ def test_the_wheel_says_what_vllm_and_pip_ask(wheel):
     assert sorted(vllm.removeprefix("vllm").split(",")) == sorted(supported[4:].split(","))
     assert dict(points["vllm.general_plugins"]) == {"failfast": "failfast_vllm.plugin:register"}
     assert dict(points["console_scripts"]) == {"failfast": "failfast_vllm.tools.cli:main"}
+
+
+def test_the_wheel_asks_for_what_it_imports(wheel):
+    """Catches an import that works only because something else brings the package along."""
+    with zipfile.ZipFile(wheel) as archive:
+        about = email.message_from_bytes(archive.read(f"{METADATA}METADATA"))
+        sources = [archive.read(name) for name in archive.namelist() if name.endswith(".py")]
+    asked = [Requirement(need) for need in about.get_all("Requires-Dist")]
+    for need in asked:
+        assert need.specifier.contains(importlib.metadata.version(need.name), prereleases=True)
+    imported = {name.split(".")[0] for source in sources for name in modules(ast.parse(source))}
+    others = imported - {"failfast_vllm", "failfast_kernels"} - set(sys.stdlib_module_names)
+    through_transformers = {"gguf"}
+    assert others | through_transformers == {need.name.replace("-", "_") for need in asked}
+
+
+def modules(tree):
+    """Names of the modules that a parsed file imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
 
 
 def test_the_source_distribution_is_the_tracked_tree(dist, paths):
