@@ -5,8 +5,8 @@
 # {"prompt": "..."} per prompt. MODEL is the tokenizer, too.
 # Exercised: `make test` runs this file against the shipped small pair.
 set -eu
-: "${PROMPTS:?a file of prompts}" "${BASE_URL:=http://localhost:8000}" "${MODEL:=Qwen/Qwen2.5-7B-Instruct}"
-: "${NUM_PROMPTS:=64}" "${CONCURRENCY:=8}" "${RESULTS:=.}"
+: "${BASE_URL:=http://localhost:8000}" "${MODEL:=Qwen/Qwen2.5-7B-Instruct}"
+: "${PROMPTS:?a file of prompts}" "${NUM_PROMPTS:=64}" "${CONCURRENCY:=8}" "${RESULTS:=.}"
 
 bench() {
     vllm bench serve --base-url "$BASE_URL" --backend openai-chat --endpoint /v1/chat/completions \

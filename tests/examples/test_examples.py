@@ -73,7 +73,7 @@ def test_systemd_unit(tmp_path):
     path = tmp_path / "failfast-vllm.service"
     path.write_text(text.replace("/opt/failfast-vllm/.venv/bin", str(BIN)))
     assert checked(analyze, "verify", path) == ""
-    (command,) = re.findall("^ExecStart=(.*)$", text, re.M)
+    (command,) = re.findall("^ExecStart=(.*)$", text.replace("\\\n", ""), re.M)
     used = set(re.findall(r"\$\{?(\w+)", command))
     assert used == set(re.findall(r"^(\w+)=", read("systemd/failfast-vllm.env"), re.M))
 
@@ -187,11 +187,11 @@ def recorded(script, stand_in, tmp_path):
     """The arguments of each call that a script makes of a program that is not installed."""
     record = tmp_path / "record"
     path = tmp_path / stand_in
-    path.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >> {record}\necho >> {record}\n')
+    path.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" end >> {record}\n')
     path.chmod(0o755)
     variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PROMPTS": "prompts.jsonl"}
     checked("sh", EXAMPLES / "benchmarks" / script, env=variables)
-    return [line.split("\0")[:-1] for line in record.read_text().splitlines()]
+    return [call.split("\0") for call in record.read_text().split("\0end\0")[:-1]]
 
 
 def test_guidellm_measures_with_and_without_drafts(tmp_path):

@@ -1,7 +1,7 @@
 """The recipes that need a server: one for all, started by the ExecStart of the systemd unit."""
 
-import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 BIN = Path(sys.executable).parent
 FLAGS = "--enforce-eager --dtype float32 --max-model-len 2048"
-NUM_PROMPTS = 48
+NUM_PROMPTS = 32
 
 
 def settings(text):
@@ -30,7 +30,7 @@ def settings(text):
 
 def exec_start(unit, variables):
     """The command of a unit: `${X}` is one word, `$X` is split at spaces, as systemd does it."""
-    (line,) = re.findall(r"^ExecStart=(.*)$", unit, re.M)
+    (line,) = re.findall("^ExecStart=(.*)$", unit.replace("\\\n", ""), re.M)
     words = []
     for word in line.split():
         if word.startswith("${"):
@@ -60,10 +60,14 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prometheus(server, tmp_path_factory):
-    """Prometheus with the configuration of the example, but our target and a short interval."""
+    """Prometheus with the configuration of the example, but our target and a short interval.
+
+    An HTTP client for its API; None where it is not installed.
+    """
     program = shutil.which("prometheus")
     if program is None:
-        pytest.skip("needs the program `prometheus` (Debian's package of that name)")
+        yield None
+        return
     folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
     text = (EXAMPLES / "monitoring/prometheus.yml").read_text()
     for old, new in (("vllm:8000", server.url[7:]), ("scrape_interval: 5s", "scrape_interval: 1s")):
@@ -84,49 +88,48 @@ def prometheus(server, tmp_path_factory):
         process.wait(timeout=15)
 
 
-def run(command, server, **variables):
-    """Standard output of a recipe, run as users run it."""
-    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+def run(command, env, **settings):
+    """Standard output of a recipe."""
     found = subprocess.run(
         [str(word) for word in command],
-        env={**server_environment(), "PATH": path, "MODEL": TARGET, **variables},
+        env=env,
         capture_output=True,
         text=True,
         timeout=START_SECONDS,
         check=False,
+        **settings,
     )
     assert found.returncode == 0, found.stderr[-4000:]
     return found.stdout
 
 
+def environment(**variables):
+    """What a user of the recipe sets."""
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return {**server_environment(), "PATH": path, "MODEL": TARGET, **variables}
+
+
 def test_openai_client(server):
     """Catches an example that does not run, or drafts that change its answer."""
     prompt = shipped_prompts()[0]["messages"][0]["content"]
-    variables = {"BASE_URL": f"{server.url}/v1", "PROMPT": prompt}
     script = EXAMPLES / "clients/openai_chat.py"
-    streamed, undrafted = run([sys.executable, script], server, **variables).split(
-        "without drafts: "
-    )
+    env = environment(BASE_URL=f"{server.url}/v1", PROMPT=prompt)
+    streamed, undrafted = run([sys.executable, script], env).split("without drafts: ")
     assert len(streamed) > 20
     assert streamed.strip() == undrafted.strip()
 
 
 @pytest.fixture(scope="module")
-def measured(server, prometheus_if_any, tmp_path_factory):
+def measured(server, prometheus, tmp_path_factory):
     """The two results of `vllm_bench.sh`, while Prometheus looks on."""
     folder = tmp_path_factory.mktemp("bench")
     prompts = folder / "prompts.jsonl"
     asked = [prompt["messages"][0]["content"] for prompt in shipped_prompts()[:NUM_PROMPTS]]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
-    variables = {"BASE_URL": server.url, "PROMPTS": str(prompts), "RESULTS": str(folder)}
-    run([EXAMPLES / "benchmarks/vllm_bench.sh"], server, NUM_PROMPTS=str(NUM_PROMPTS), **variables)
+    paths = {"PROMPTS": str(prompts), "RESULTS": str(folder)}
+    env = environment(BASE_URL=server.url, NUM_PROMPTS=str(NUM_PROMPTS), **paths)
+    run([EXAMPLES / "benchmarks/vllm_bench.sh"], env)
     return [json.loads((folder / f"{name}.json").read_text()) for name in ("failfast", "plain")]
-
-
-@pytest.fixture(scope="module")
-def prometheus_if_any(request):
-    with contextlib.suppress(pytest.skip.Exception):
-        return request.getfixturevalue("prometheus")
 
 
 def test_vllm_bench(measured):
@@ -135,3 +138,50 @@ def test_vllm_bench(measured):
     assert drafted["completed"] == plain["completed"] == NUM_PROMPTS
     assert drafted["spec_decode_acceptance_length"] > 1.5
     assert not plain.get("spec_decode_num_drafts")
+
+
+def ask(prometheus, path, **parameters):
+    answer = prometheus.get(path, params=parameters).json()
+    assert answer["status"] == "success", answer
+    return answer["data"]
+
+
+def value_of(prometheus, query):
+    """The values of a query's series, without those that are not a number."""
+    result = ask(prometheus, "/query", query=query)["result"]
+    values = [float(series["value"][1]) for series in result]
+    return [value for value in values if not math.isnan(value)]
+
+
+def test_every_panel_has_data(prometheus, measured):
+    """Catches a query that Prometheus refuses, or that matches none of the server's series."""
+    if prometheus is None:
+        pytest.skip("needs the program `prometheus` (Debian's package of that name)")
+    dashboard = json.loads((ROOT / "docs/grafana-dashboard.json").read_text())
+    # as Grafana does where All is chosen; it makes the intervals of what it shows and scrapes
+    variables = {"$__rate_interval": "2m", "$__range": "5m"}
+    for variable in dashboard["templating"]["list"]:
+        if variable["type"] == "query":
+            query = variable["query"]["query"]
+            series, label = re.fullmatch(r"label_values\((.+), (\w+)\)", query).groups()
+            found = ask(prometheus, f"/label/{label}/values", **{"match[]": series})
+            variables[f"${variable['name']}"] = "|".join(map(re.escape, found))
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            query = target["expr"]
+            for name, value in variables.items():
+                query = query.replace(name, value.replace("\\", "\\\\"))
+            if "copied_tokens_total" not in query:  # how many there are is up to the planner
+                assert value_of(prometheus, query), (panel["title"], query)
+
+
+def test_offline_batch():
+    """Catches an example that does not run, or that counts nothing."""
+    prompts = [prompt["messages"][0]["content"] for prompt in shipped_prompts()]
+    asked = "\n".join([prompt for prompt in prompts if "\n" not in prompt][:4])
+    script = EXAMPLES / "offline_batch.py"
+    flags = ["--model", TARGET, *FLAGS.split()]
+    env = environment(VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    output = run([sys.executable, script, *flags], env, input=asked)
+    accepted, drafted = re.search(r"^(\d+) of (\d+) draft tokens accepted$", output, re.M).groups()
+    assert 0 < int(accepted) <= int(drafted)

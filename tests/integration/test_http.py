@@ -445,11 +445,6 @@ def test_tool_calls_by_text_and_the_end(questions, tmp_path, method):
 @pytest.mark.parametrize(
     ("command", "shown"),
     [
-        (
-            "bench serve --model {name} --tokenizer {target} --base-url {url} --num-prompts 8 "
-            "--dataset-name random --random-input-len 20 --random-output-len 30",
-            r"Successful requests: +8\b",
-        ),
         ("chat --url {url}/v1 --quick Hello", r"\w"),
         pytest.param(
             "complete --url {url}/v1 --max-tokens 20 --quick Hello", r"\w", marks=pytest.mark.large
@@ -457,9 +452,10 @@ def test_tool_calls_by_text_and_the_end(questions, tmp_path, method):
     ],
 )
 def test_vllms_clients_run_to_their_end(server, command, shown):
+    """`vllm bench serve`: `tests/examples/test_examples_served.py`."""
     vllm = str(Path(sys.executable).with_name("vllm"))
     found = subprocess.run(
-        [vllm, *command.format(name=NAME, target=TARGET, url=server.url).split()],
+        [vllm, *command.format(url=server.url).split()],
         env=server_environment(),
         capture_output=True,
         text=True,
