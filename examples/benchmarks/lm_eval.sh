@@ -2,7 +2,7 @@
 # lm-eval twice on one server, with drafts and without: the scores of a lossless method agree.
 #   MODEL=Qwen/Qwen2.5-7B-Instruct ./lm_eval.sh
 # Needs: a running server with failfast, `pip install 'lm-eval[api]'`. Flags go to lm-eval.
-# Exercised: by hand with lm-eval 0.4.13 against the shipped small pair, with a task of a local file:
+# Exercised: by hand with lm-eval 0.4.13 against the shipped small pair and a task of a local file:
 # all 32 answers were equal. gsm8k, which is downloaded, was not run. In tests with a stand-in for
 # lm-eval that looks at the arguments.
 set -eu
