@@ -96,7 +96,7 @@ def run(command, env, **settings):
         env=env,
         capture_output=True,
         text=True,
-        timeout=START_SECONDS,
+        timeout=2 * START_SECONDS,  # the longest starts vLLM twice
         check=False,
         **settings,
     )
