@@ -201,7 +201,7 @@ def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run
                 "bonus": len(r.bonus),
                 "copied": r.num_copied,
             }
-            for r in runs[-1].trajectory
+            for r in runs[-1].served[0].rounds
         ],
     }
 

@@ -113,7 +113,7 @@ def _task_row(pairs: list[tuple[Served, Served]]) -> Row:
     """Figures of requests, each with its twin without drafts."""
     ours, others = zip(*pairs, strict=True)
     equal = [a.token_ids == b.token_ids for a, b in pairs]
-    num_steps = sum(s.num_steps - 1 for s in ours)
+    num_steps = sum(len(s.step_ms) - 1 for s in ours)
     num_tokens = sum(s.num_tokens - 1 for s in ours)
     return {
         "requests": len(pairs),
