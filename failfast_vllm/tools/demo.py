@@ -18,6 +18,7 @@ from failfast_vllm.config import MODELS_DIR, FailFastConfig
 from failfast_vllm.tools import offline
 from failfast_vllm.tools.load_generator import Run, Watch, closed_loop
 from failfast_vllm.tools.offline import Prompt, positive
+from failfast_vllm.tools.report import check_writable
 from failfast_vllm.tools.shipped import PROMPTS, check_shipped
 
 SETTINGS = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 1}
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     """Compare, and print both sides; returns 1 if the answers differ."""
     check_shipped(*([] if args.target else ["target"] if args.drafter else ["target", "drafter"]))
     prompts = choose_prompts(PROMPTS, args.num_prompts)
+    if args.record:
+        check_writable(args.record)
     for path in filter(None, (args.target, args.drafter)):
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} has no config.json. Give a checkpoint directory.")

@@ -12,6 +12,7 @@ from io import StringIO
 from math import ceil
 from typing import Any, NamedTuple
 
+from rich.box import HORIZONTALS
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -24,7 +25,7 @@ from failfast_vllm.tools.load_generator import Run, TracedRound
 ACCEPTED, COPIED, OWN, REJECTED = "bold green", "bold cyan underline", "yellow", "red strike"
 LEGEND = (("accepted", ACCEPTED), ("copied", COPIED), ("target's own", OWN), ("rejected", REJECTED))
 ROWS_BELOW = 13  # of the terminal, for the figures, and the table that follows
-MAX_FRAMES, HOLD_MS = 40, 4000.0  # of a recording, and how long its end stays
+MAX_FRAMES, HOLD_MS = 30, 4000  # of a recording, and how long its end stays
 SVG_FRAME = (
     '<g transform="translate({terminal_x},{terminal_y})"><style>{styles}</style>{matrix}</g>'
 )
@@ -90,13 +91,13 @@ class Frame:
             if not ended:
                 text.append_text(found[-1].rejected)
             lines = Text("\n").join(text.wrap(console, width)[-rows:])
-            look: dict[str, Any] = {"border_style": "green" if ended else "dim"}
+            look: dict[str, Any] = {"box": HORIZONTALS, "border_style": "green" if ended else ""}
             panels.append(Panel(lines, title=title, height=rows + 2, **look))
             figures.append(_figures(found, steps[-1].ms if ended else self.ms))
         grid.add_row(*panels)
         grid.add_row(*figures)
         yield grid
-        yield Text("  ").join([*(Text(*each) for each in LEGEND), Text(self.caption)])
+        yield Text(" ").join([Text(), *(Text(*each) for each in LEGEND), Text(self.caption)])
 
 
 def _figures(steps: list[Step], ms: float) -> str:
@@ -105,9 +106,10 @@ def _figures(steps: list[Step], ms: float) -> str:
     num_tokens = sum(len(r.accepted) + len(r.bonus) for r in rounds)
     drafts = [r for r in rounds if r.accepted or r.rejected]
     accepted, rejected = sum(len(r.accepted) for r in drafts), sum(len(r.rejected) for r in drafts)
+    rate, length = num_tokens / max(ms, 1) * 1e3, 1 + accepted / max(1, len(drafts))
     return (
-        f" {num_tokens} tokens, {num_tokens / max(ms, 1) * 1e3:.1f} tokens/s, {ms / 1e3:.2f} s\n"
-        f" {1 + accepted / max(1, len(drafts)):.2f} tokens per round, {rejected} rejected"
+        f" [bold]{rate:.1f} tokens/s[/]: {num_tokens} in {ms / 1e3:.2f} s\n"
+        f" {length:.2f} tokens per round, {rejected} rejected"
     )
 
 
@@ -130,7 +132,7 @@ def play(sides: dict[str, list[Step]], caption: str, console: Console) -> None:
 def record(sides: dict[str, list[Step]], caption: str) -> str:
     """An SVG that plays it over and over; where SVGs stand still, it shows the end."""
     console = Console(
-        file=StringIO(), record=True, width=100, height=36, force_terminal=True, _environ={}
+        file=StringIO(), record=True, width=100, height=30, force_terminal=True, _environ={}
     )
     end = _end(sides)
     num_frames = ceil(min(MAX_FRAMES, end / 50))
@@ -138,7 +140,9 @@ def record(sides: dict[str, list[Step]], caption: str) -> str:
     for i in range(num_frames + 1):
         console.print(Frame(sides, caption, end * i / num_frames))
         if not parts:
-            parts.append(console.export_svg(code_format=SVG_SCREEN, clear=False))
+            parts.append(
+                console.export_svg(title="failfast demo", code_format=SVG_SCREEN, clear=False)
+            )
         until = 1 if i == num_frames else end * (i + 1) / num_frames / total
         frame = console.export_svg(code_format=SVG_FRAME, unique_id=f"f{i}")
         parts.append(

@@ -24,9 +24,9 @@ FIGURES = ("throughput", "trajectory")
 
 def made_up(seconds, answers, **sums):
     """A run of requests with 10 ms to the first token and 5 ms for each that follows."""
-    served = [Served(ids, 10.0, 10.0 + 5.0 * (len(ids) - 1), len(ids)) for ids in answers]
     traced = [TracedRound([], [], [1]), TracedRound([2, 3], [4], [5])]
-    return Run(seconds, served, Sums(float, sums), traced)
+    served = [Served(ids, [10.0 + 5.0 * i for i in range(len(ids))], traced) for ids in answers]
+    return Run(seconds, served, Sums(float, sums))
 
 
 def watch_of(scheduler):
@@ -93,7 +93,7 @@ def test_what_the_scheduler_reports_is_counted():
     times = {"draft_ms": 0.0, "verify_ms": 0.0, "other_ms": 500.0}
     assert watch.end(0.5) == {**counts, **times}
     assert told == [("stats", 5, 2), ("stats", 0, 0), ("stats", 5, 0)]
-    assert watch.first_rounds is None
+    assert watch.rounds is None
 
 
 def test_the_warm_up_is_not_counted_and_methods_take_turns():
@@ -149,7 +149,7 @@ class FakeEngine:
         return outputs
 
 
-def loop(monkeypatch, first_rounds, pause=lambda: None):
+def loop(monkeypatch, rounds, pause=lambda: None):
     stub = types.SimpleNamespace(SamplingParams=lambda **given: given)
     monkeypatch.setitem(sys.modules, "vllm", stub)
     slept = []
@@ -158,7 +158,7 @@ def loop(monkeypatch, first_rounds, pause=lambda: None):
         stood_still=slept.append,
         sums=Sums(float),
         end=lambda seconds: watch.sums,
-        first_rounds=first_rounds,
+        rounds=rounds,
     )
     llm, prompts = FakeEngine(), [{"prompt_token_ids": [i]} for i in (0, 1)]
     turns = closed_loop.closed_loop(llm, watch, prompts, 50, concurrency=4, num_requests=9)
@@ -193,9 +193,9 @@ def test_a_request_that_ends_is_replaced_at_once(monkeypatch):
     llm, run, _ = loop(monkeypatch, None)
     assert [s.token_ids for s in run.served] == [[i] * ((i + 1) % 3 + 1) for i in range(9)]
     assert llm.in_flight == [4, 4, 4, 4, 1, 1]  # after the third step none is left to start
-    assert run.trajectory == []
+    assert not any(s.rounds for s in run.served)
     assert [s.num_tokens for s in run.served] == [2, 3, 1] * 3
-    assert [s.num_steps for s in run.served] == [2, 3, 1] * 3
+    assert [len(s.step_ms) for s in run.served] == [2, 3, 1] * 3
 
 
 def test_rounds_without_a_draft_are_put_between():
