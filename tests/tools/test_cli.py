@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -157,8 +158,11 @@ def test_doctor_misses_models(other_models, capsys):
 
 
 @pytest.mark.slow
-def test_demo_is_lossless_and_prints_only_json():
-    done = run("demo", "--json", "--num-prompts", "3", "--max-tokens", "64")
+def test_demo_is_lossless_and_prints_only_json(tmp_path):
+    """Catches a replay that drops steps: its last frame counts other tokens than were answered."""
+    recording = tmp_path / "demo.svg"
+    asked = ["--num-prompts", "3", "--max-tokens", "64", "--record", str(recording)]
+    done = run("demo", "--json", *asked)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert set(result) == {
@@ -177,6 +181,12 @@ def test_demo_is_lossless_and_prints_only_json():
     rates = result["tokens_per_second"]
     assert set(rates) == {"baseline", "failfast"}
     assert result["speedup"] == pytest.approx(rates["failfast"] / rates["baseline"])
+    text = recording.read_text(encoding="utf-8").replace("&#160;", " ")
+    figures = re.findall(r"([\d.]+) tokens/s</text><text [^>]*>: (\d+) in ([\d.]+) s", text)[-2:]
+    for (shown, num_tokens, seconds), rate in zip(figures, rates.values(), strict=True):
+        assert float(shown) == pytest.approx(rate, rel=0.02)
+        assert int(num_tokens) / float(seconds) == pytest.approx(rate, rel=0.05)
+    assert figures[0][1] == figures[1][1]
 
 
 def test_prompts_are_mixed(tmp_path):
