@@ -140,20 +140,20 @@ def show(result: Comparison, args: argparse.Namespace) -> None:
     if is_live or args.record:
         from rich.console import Console
 
-        from failfast_vllm.tools import replay
+        from failfast_vllm.tools.replay import Replay
 
         questions = [prompt["messages"][-1]["content"] for prompt in result.prompts]
-        runs = {"without": result.baseline, "with failfast": result.failfast}
-        sides = {k: replay.steps_of(run, questions, result.tokenizer) for k, run in runs.items()}
         caption = f"replayed at the measured times; {SETTINGS['dtype']}, {result.device}"
+        runs = {"without": result.baseline, "with failfast": result.failfast}
+        replay = Replay(runs, questions, result.tokenizer, caption)
         if args.record:
-            args.record.write_text(replay.record(sides, caption), encoding="utf-8")
+            args.record.write_text(replay.record(), encoding="utf-8")
         if is_live:
-            replay.play(sides, caption, Console())
+            replay.play(Console())
     if args.json:
         print(json.dumps(result.to_dict()))
-        return
-    print(*([] if is_live else [*rounds_text(result), ""]), *table(result), sep="\n")
+    else:
+        print(*([] if is_live else [*rounds_text(result), ""]), *table(result), sep="\n")
 
 
 def rounds_text(result: Comparison) -> Iterator[str]:

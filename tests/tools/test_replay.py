@@ -36,16 +36,14 @@ def sides():
     plain = [Served(ids, [1e3, 2e3, 3e3], []) for ids in answers]
     ours = [Served(ids, [1e3, 1.5e3], r) for ids, r in zip(answers, rounds, strict=True)]
     runs = {"without": Run(6.0, plain, Sums()), "with failfast": Run(3.0, ours, Sums())}
-    return {
-        name: replay.steps_of(run, ["First?", "Second?"], Pieces()) for name, run in runs.items()
-    }
+    return replay.Replay(runs, ["First?", "Second?"], Pieces(), CAPTION)
 
 
 def screen(sides, ms, width=80, height=24, **environ):
     stream = io.StringIO()
     given = {"width": width, "height": height, "force_terminal": True, "color_system": "standard"}
     console = Console(file=stream, _environ=environ, legacy_windows=False, **given)
-    console.print(replay.Frame(sides, CAPTION, ms))
+    console.print(sides.frame(ms, console))
     return stream.getvalue()
 
 
@@ -55,15 +53,15 @@ def plain(text):
 
 def test_steps_come_at_their_measured_times(sides):
     """Catches clocks that start again with each answer, and tokens under a wrong source."""
-    assert [step.ms for step in sides["without"]] == [0, 1e3, 2e3, 3e3, 3e3, 4e3, 5e3, 6e3]
-    ours = sides["with failfast"]
+    assert [step.ms for step in sides.steps["without"]] == [0, 1e3, 2e3, 3e3, 3e3, 4e3, 5e3, 6e3]
+    ours = sides.steps["with failfast"]
     assert [step.ms for step in ours] == [0, 1e3, 1.5e3, 1.5e3, 2.5e3, 3e3]
     spans = [(span.start, span.end, span.style) for span in ours[2].text.spans]
     assert ours[2].text.plain == "lo world"
     assert spans == [(0, 2, replay.ACCEPTED), (2, 8, replay.COPIED)]
     assert (ours[1].text.plain, str(ours[1].text.spans[0].style)) == ("Hel", replay.OWN)
     assert ours[2].rejected.plain == " [bold] [bold]"
-    for steps in sides.values():
+    for steps in sides.steps.values():
         text = "".join(step.text.plain for step in steps)
         assert text == "First?\nHello world\n\nSecond?\n <script> [bold]"
 
@@ -77,7 +75,7 @@ def test_a_character_of_several_tokens():
 
     ids = list("né😀!".encode())
     run = Run(1.0, [Served(ids, [float(i) for i in range(len(ids))], [])], Sums())
-    (_question, *steps) = replay.steps_of(run, ["?"], Bytes())
+    (_question, *steps) = replay.Replay({"": run}, ["?"], Bytes(), "").steps[""]
     assert [step.text.plain for step in steps] == ["n", "", "é", "", "", "", "😀", "!"]
 
 
@@ -97,9 +95,9 @@ def test_figures_of_a_time(sides):
 
 def test_rejected_tokens_are_gone_with_the_next_step(sides):
     """Catches rejected tokens that stay in the answer."""
-    steps = {"with failfast": sides["with failfast"][:3] + sides["with failfast"][4:]}
-    assert "Hello world [bold] [bold]" in plain(screen(steps, 2e3))
-    assert "[bold] [bold]" not in plain(screen(steps, 2.5e3))
+    del sides.steps["with failfast"][3]  # the second question
+    assert "Hello world [bold] [bold]" in plain(screen(sides, 2e3))
+    assert "[bold] [bold]" not in plain(screen(sides, 2.5e3))
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40), (40, 10)])
@@ -133,7 +131,7 @@ def test_it_plays_at_the_measured_speed(sides, monkeypatch):
     monkeypatch.setattr(replay.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(replay.time, "sleep", sleep)
     stream = io.StringIO()
-    replay.play(sides, CAPTION, Console(file=stream, force_terminal=True, width=80, height=24))
+    sides.play(Console(file=stream, force_terminal=True, width=80, height=24))
     assert 6.0 <= now[0] - 100 < 7.0
     assert "6 in 6.00 s" in plain(stream.getvalue())
 
@@ -146,13 +144,13 @@ def test_ctrl_c_jumps_to_the_end(sides, monkeypatch):
 
     monkeypatch.setattr(replay.time, "sleep", interrupted)
     stream = io.StringIO()
-    replay.play(sides, CAPTION, Console(file=stream, force_terminal=True, width=80, height=24))
+    sides.play(Console(file=stream, force_terminal=True, width=80, height=24))
     assert "6 in 6.00 s" in plain(stream.getvalue())
 
 
 def test_a_recording_is_whole_and_loads_nothing(sides):
     """Catches markup of an answer in the SVG, gaps between frames, and fonts from elsewhere."""
-    text = replay.record(sides, CAPTION)
+    text = sides.record()
     root = ElementTree.fromstring(text)
     assert re.findall(r"https?://[^\"]*", text) == ["http://www.w3.org/2000/svg"]
     assert "@font-face" not in text
@@ -181,7 +179,7 @@ def test_the_demo_replays_on_a_terminal_only(wants_json, sides, monkeypatch, cap
     prompts = [{"task": "t", "messages": [{"role": "user", "content": "Why?"}]}]
     run = Run(1.0, served, Sums(float))
     played = []
-    monkeypatch.setattr(replay, "play", lambda *given: played.append(given))
+    monkeypatch.setattr(replay.Replay, "play", lambda *given: played.append(given))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     result = demo.Comparison(prompts, run, run, "cpu", Pieces())
     demo.show(result, argparse.Namespace(json=wants_json, record=None))
