@@ -62,7 +62,8 @@ class Replay:
             parts = [step.text for step in found] + [found[-1].rejected] * goes_on
             lines = Text("\n").join(Text().join(parts).wrap(console, width)[-rows:])
             style = "" if goes_on else "green"
-            panels.append(Panel(lines, HORIZONTALS, title=title, height=rows + 2, style=style))
+            look: dict[str, Any] = {"height": rows + 2, "border_style": style}
+            panels.append(Panel(lines, HORIZONTALS, title=title, **look))
             figures.append(_figures(found, ms if goes_on else steps[-1].ms))
         grid.add_row(*panels)
         grid.add_row(*figures)
