@@ -19,12 +19,13 @@ PAGE = """<!DOCTYPE html>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: auto; padding: 1rem }
 div { overflow-x: auto; margin-bottom: 2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #8886 }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #8886 }
 th { vertical-align: bottom }
-.left :is(th, td) { text-align: left; vertical-align: top; overflow-wrap: anywhere }
-.left td:first-child, .fixed :is(th, td):nth-child(2) { white-space: nowrap }
-.fixed :is(th, td):nth-child(2) { position: sticky; left: 0; background: Canvas; text-align: left }
-img { width: 100%; min-width: 36rem; max-width: 54rem; background: white }
+.all :is(th, td):nth-child(2) { position: sticky; left: 0; background: Canvas; text-align: left }
+img { width: 100%; max-width: 44rem; background: white }
+dl { columns: 24rem }
+dt { break-after: avoid; font-weight: bold }
+dd { break-inside: avoid; margin: 0 0 .5rem; overflow-wrap: anywhere }
 </style></head><body>
 <h1>failfast bench</h1>
 """
@@ -32,15 +33,16 @@ img { width: 100%; min-width: 36rem; max-width: 54rem; background: white }
 
 def page(result: dict[str, Any]) -> str:
     """The page: speed-ups, all figures as pictures and in numbers, and where they come from."""
-    parts = [PAGE, "<h2>Speed-up by requests in flight</h2>", _html(speedups_table(result["rows"]))]
+    rows, source = result["rows"], result["provenance"]
+    summary = "; ".join(str(source.get(key)) for key in ("target", "dtype", "device", "date"))
+    parts = [PAGE, f"<p>{escape(summary)}</p>", "<h2>Speed-up</h2>", _html(speedups_table(rows))]
     for title, svg in plots.draw(result).items():
-        data = base64.b64encode(svg).decode()
-        parts.append(
-            f'<h2>{title}</h2><div><img alt="" src="data:image/svg+xml;base64,{data}"></div>'
-        )
-    parts += ["<h2>All figures</h2>", _html(full_table(result["rows"]), "fixed")]
-    parts += ["<h2>Where they come from</h2>", _html((["", ""], facts(result)), "left")]
-    return "\n".join([*parts, "</body></html>\n"])
+        data = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+        parts.append(f'<h2>{title}</h2><div><img alt="" src="{data}"></div>')
+    parts += ["<h2>All figures</h2>", _html(full_table(rows), "all")]
+    parts += ["<h2>Where they come from</h2>", "<dl>"]
+    parts += [f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts(result)]
+    return "\n".join([*parts, "</dl></body></html>\n"])
 
 
 def _html(table: Table, look: str = "") -> str:

@@ -34,7 +34,7 @@ def _svg(figure: Figure) -> bytes:
 
 def throughput(rows: list[Row]) -> Figure:
     """Tokens per second of the server against those of one request; up and right is better."""
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
     axes = figure.add_subplot()
     _clean(axes)
     first, *_ = names = list(dict.fromkeys(row["method"] for row in rows))
@@ -43,6 +43,7 @@ def throughput(rows: list[Row]) -> Figure:
         x = [row["tokens_per_second_per_request"] for row in points]
         y = [row["tokens_per_second"] for row in points]
         look: dict[str, Any] = {
+            "clip_on": False,
             "color": COLORS[i % len(COLORS)],
             "marker": MARKERS[i % len(MARKERS)],
             "linestyle": ("-", "--", ":")[i // len(COLORS) % 3],
@@ -59,7 +60,7 @@ def throughput(rows: list[Row]) -> Figure:
 
 def trajectory(rows: list[Row]) -> Figure:
     """One answer, round by round, a panel per method: up what was emitted, down the rejected."""
-    figure = Figure(figsize=(7.5, 0.7 + 1.7 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(5.5, 0.9 + 1.4 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), squeeze=False, sharex=True, sharey=True)[:, 0]
     for axes, row in zip(panels, rows, strict=True):
         rounds = row["trajectory"]
@@ -80,7 +81,10 @@ def trajectory(rows: list[Row]) -> Figure:
         axes.set_ylabel("tokens", fontsize=9)
         _clean(axes)
     panels[0].set_xlim(-0.7, max(len(row["trajectory"]) for row in rows) - 0.3)
-    panels[0].legend(fontsize=8, ncols=3, frameon=False, loc="upper right")
+    found = (axes.get_legend_handles_labels() for axes in panels)
+    names = {label: bar for bars, labels in found for bar, label in zip(bars, labels, strict=True)}
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False}
+    figure.legend(names.values(), names, fontsize=8, **place)
     panels[-1].set_xlabel("round", fontsize=9)
     return figure
 
