@@ -15,6 +15,7 @@ from failfast_vllm.tools.load_generator import Run, Served
 from failfast_vllm.tools.version import device, installed
 
 Row = dict[str, Any]
+Table = tuple[list[str], list[list[str]]]  # titles, lines
 
 
 def provenance(**settings: Any) -> dict[str, Any]:
@@ -73,14 +74,29 @@ def save(result: dict[str, Any], path: str) -> None:
         draft.replace(file)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """Results that `save` has written; raises ValueError or OSError."""
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        report(result)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{path} holds no results of `failfast bench`.") from None
+    return result
+
+
 def report(result: dict[str, Any]) -> str:
     """Markdown: provenance, speed-ups by concurrency, and all figures."""
-    facts = (
-        f"- {key}: {value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in result["provenance"].items()
-    )
+    source = "\n".join(f"- {key}: {value}" for key, value in facts(result))
     tables = (speedups_table(result["rows"]), full_table(result["rows"]))
-    return "\n\n".join(("\n".join(facts), *tables))
+    return "\n\n".join((source, *(_markdown(*table) for table in tables)))
+
+
+def facts(result: dict[str, Any]) -> list[list[str]]:
+    """Name and value of all that is known about the measurement."""
+    return [
+        [key, value if isinstance(value, str) else json.dumps(value)]
+        for key, value in result["provenance"].items()
+    ]
 
 
 def by_task(runs: list[Run], baselines: list[Run], tasks: list[str]) -> dict[str, Row]:
@@ -100,7 +116,7 @@ def _task_row(pairs: list[tuple[Served, Served]]) -> Row:
     """Figures of requests, each with its twin without drafts."""
     ours, others = zip(*pairs, strict=True)
     equal = [a.token_ids == b.token_ids for a, b in pairs]
-    num_steps = sum(s.num_steps - 1 for s in ours)
+    num_steps = sum(len(s.step_ms) - 1 for s in ours)
     num_tokens = sum(s.num_tokens - 1 for s in ours)
     return {
         "requests": len(pairs),
@@ -116,7 +132,7 @@ def _speed(served: Sequence[Served]) -> float:
     return 1e3 * sum(s.num_tokens for s in served) / sum(s.latency_ms for s in served)
 
 
-def speedups_table(rows: list[Row]) -> str:
+def speedups_table(rows: list[Row]) -> Table:
     """A line per concurrency, a column per method; the first method in tokens per second."""
     found = {(row["concurrency"], row["method"]): row for row in rows}
     first, *others = dict.fromkeys(row["method"] for row in rows)
@@ -125,7 +141,7 @@ def speedups_table(rows: list[Row]) -> str:
         speed = found[concurrency, first]["tokens_per_second"]
         ratios = [_cell(found[concurrency, name]["speedup"], "{:.2f}x") for name in others]
         lines.append([str(concurrency), f"{speed:.0f}", *ratios])
-    return _markdown(["concurrency", f"{first}, tokens/s", *others], lines)
+    return ["concurrency", f"{first}, tokens/s", *others], lines
 
 
 COLUMNS = {  # title -> key, format
@@ -148,10 +164,10 @@ COLUMNS = {  # title -> key, format
 }
 
 
-def full_table(rows: list[Row]) -> str:
-    """A line per concurrency and method."""
-    lines = [[_cell(row[key], form) for key, form in COLUMNS.values()] for row in rows]
-    return _markdown([*COLUMNS], lines)
+def full_table(rows: list[Row]) -> Table:
+    """A line per concurrency and method; older results lack some figures."""
+    lines = [[_cell(row.get(key), form) for key, form in COLUMNS.values()] for row in rows]
+    return [*COLUMNS], lines
 
 
 def _cell(value: Any, form: str) -> str:
