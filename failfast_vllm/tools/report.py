@@ -1,9 +1,7 @@
 """Results of measurements: where they come from, tables in Markdown, and files."""
 
-import importlib.metadata
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -14,6 +12,7 @@ from typing import Any
 
 import failfast_vllm
 from failfast_vllm.tools.load_generator import Run, Served
+from failfast_vllm.tools.version import device, installed
 
 Row = dict[str, Any]
 Table = tuple[list[str], list[list[str]]]  # titles, lines
@@ -28,11 +27,10 @@ def provenance(**settings: Any) -> dict[str, Any]:
     return {
         "command": shlex.join([*called, *sys.argv[1:]]),
         "git": _git_sha(),
-        "device": _device(),
+        "device": device(),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "preloaded": " ".join(map(os.path.basename, preloaded)) or "none",
-        "vllm": importlib.metadata.version("vllm"),
-        "torch": importlib.metadata.version("torch"),
+        **{name: installed(name) for name in ("vllm", "torch")},
         "failfast_vllm": failfast_vllm.__version__,
         **settings,
         "date": time.strftime("%Y-%m-%d"),
@@ -49,17 +47,6 @@ def _git_sha() -> str:
     is_dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=root).returncode
     found = subprocess.check_output(["git", "describe", "--always"], text=True, cwd=root).strip()
     return found + "-dirty" * bool(is_dirty)
-
-
-def _device() -> str:
-    from vllm.platforms import current_platform
-
-    if current_platform.device_type != "cpu":
-        return str(current_platform.get_device_name())
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 def check_writable(path: Path) -> None:

@@ -313,7 +313,7 @@ def bench_on(monkeypatch, device, argv):
     from vllm.platforms import current_platform
 
     monkeypatch.setattr(current_platform, "device_type", device)
-    monkeypatch.setattr(report, "_device", lambda: device)
+    monkeypatch.setattr(report, "device", lambda: device)
     small = ["--repeats", "1", "--requests-per-point", "2", "--concurrency", "1", "2"]
     return cli.main(["bench", "--methods", "ngram", "failfast", *small, *argv])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import failfast_vllm
 from failfast_vllm.config import FailFastConfig
 from failfast_vllm.integration import hooks as hook_registry
 from failfast_vllm.tools import cli, demo, doctor, shipped
@@ -112,6 +113,21 @@ def test_light_commands_import_no_engine():
         "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_version_says_the_same_to_people_and_programs(capsys):
+    """Catches a fact that only one of the two forms has."""
+    assert cli.main(["version", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["failfast-vllm"] == failfast_vllm.__version__
+    assert list(facts) == [
+        *("failfast-vllm", "vllm", "torch", "triton", "transformers"),
+        *("python", "platform", "device"),
+    ]
+    assert "not installed" not in facts.values()
+    assert cli.main(["version"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [tuple(line.split(maxsplit=1)) for line in lines] == list(facts.items())
 
 
 def test_doctor_is_content_here(capsys, monkeypatch):
