@@ -54,6 +54,7 @@ setup(
         "safetensors",
         "numpy",
         "prometheus-client",
+        "rich",
         "tqdm",
     ],
     extras_require={"bench": ["matplotlib"], "smollm2": ["gguf"]},

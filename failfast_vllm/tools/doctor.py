@@ -78,8 +78,7 @@ def _version_checks() -> list[Check]:
     checks = [Check("python", platform.python_version())]
     for name, remedy in remedies.items():
         found = installed(name)
-        missing = () if found else ("not installed", remedy)
-        checks.append(Check(name, found, *missing))
+        checks.append(Check(name, found) if found else Check(name, "", "not installed", remedy))
     with contextlib.suppress(ImportError):  # no vLLM at all: reported above
         if problem := version_problem():
             what, _, remedy = problem.partition("; ")
