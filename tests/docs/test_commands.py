@@ -23,6 +23,7 @@ COMMANDS = {
     "make demo": "tests/tools/test_cli.py::test_demo_is_lossless_and_prints_only_json",
     "make test": SUITE,
     "make check": SUITE,
+    "make wheel": "builds another environment, from a package index",
     "make docs": "tests/docs/test_site.py::test_nothing_is_loaded_from_elsewhere",
     "make test-slow": "takes half an hour",
     "make test-next": "builds another environment, from a package index",
