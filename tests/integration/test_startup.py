@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from failfast_vllm.integration.startup import stop_token_ids
+from build_config import build
+from failfast_vllm.integration.startup import drafters_config, stop_token_ids
 
 
 def model_config(generation, whole, text):
@@ -29,3 +30,11 @@ def model_config(generation, whole, text):
 def test_stop_tokens(generation, whole, text, expected):
     """Catches a multimodal target whose language model alone says where answers end."""
     assert stop_token_ids(model_config(generation, whole, text)) == expected
+
+
+@pytest.mark.parametrize("given", ["auto", "pt"])
+def test_drafter_weights_are_never_pickles(given):
+    """Catches a drafter from the hub that is unpickled because its target is."""
+    config = build("failfast", load_format=given)
+    assert drafters_config(config, config).load_config.load_format == "safetensors"
+    assert config.load_config.load_format == given

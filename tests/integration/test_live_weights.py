@@ -1,0 +1,47 @@
+"""Weights of the target that are replaced while the engine runs, as in reinforcement learning."""
+
+import shutil
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine import TARGET, engine, generate, greedy_params, mixed_prompts, watch
+
+
+def other_weights(folder):
+    """The shipped target after a pretended training step."""
+    shutil.copytree(TARGET, folder)
+    weights = load_file(folder / "model.safetensors")
+    draw = torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if weight.dim() == 2:
+            noise = torch.randn(weight.shape, generator=draw) * weight.float().std()
+            weights[name] = (weight.float() + 0.02 * noise).to(weight.dtype)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def reload(llm, path):
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+    llm.reset_prefix_cache()
+
+
+def test_answers_after_reloading_are_vllms(tmp_path):
+    """Catches drafts, or KV of the drafter, that tie answers to the weights of the start.
+
+    Compared with vLLM's own reloading, which on a CPU leaves a tied output head as it was.
+    """
+    path = other_weights(tmp_path / "trained")
+    with engine(enable_prefix_caching=True) as llm:
+        prompts = mixed_prompts(llm.get_tokenizer(), 12)
+        params = greedy_params(prompts)
+        before = generate(llm, prompts, params)
+        reload(llm, path)
+        expected = generate(llm, prompts, params)
+    assert before != expected
+    with engine("failfast", enable_prefix_caching=True) as llm, watch(llm) as record:
+        assert generate(llm, prompts, params) == before
+        reload(llm, path)
+        num_before = record.num_accepted
+        assert generate(llm, prompts, params) == expected
+    assert record.num_accepted > num_before > 0
