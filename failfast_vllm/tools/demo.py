@@ -12,17 +12,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from failfast_vllm.config import MODELS_DIR, FailFastConfig
 from failfast_vllm.tools import offline
 from failfast_vllm.tools.load_generator import Run, Watch, closed_loop
 from failfast_vllm.tools.offline import Prompt, positive
+from failfast_vllm.tools.report import check_writable
 from failfast_vllm.tools.shipped import PROMPTS, check_shipped
 
 SETTINGS = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 1}
-GREEN, CYAN, YELLOW = "\033[32m", "\033[36m", "\033[33m"
-RED_STRUCK, DIM, RESET = "\033[2;9;31m", "\033[2m", "\033[0m"
 
 
 class Comparison(NamedTuple):
@@ -61,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", default=256, help="per answer; default: 256", **count)
     parser.add_argument("--target", type=Path, metavar="PATH", help="default: the shipped target")
     parser.add_argument("--drafter", type=Path, metavar="PATH", help="default: the target's own")
+    parser.add_argument("--record", type=Path, metavar="FILE.svg", help="write the replay here")
     parser.add_argument("--trace", metavar="FILE.jsonl", help="for `failfast trace`")
 
 
@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     """Compare, and print both sides; returns 1 if the answers differ."""
     check_shipped(*([] if args.target else ["target"] if args.drafter else ["target", "drafter"]))
     prompts = choose_prompts(PROMPTS, args.num_prompts)
+    if args.record:
+        check_writable(args.record)
     for path in filter(None, (args.target, args.drafter)):
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} has no config.json. Give a checkpoint directory.")
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     with offline.engine_environment():
         target = str(args.target or MODELS_DIR / "target")
         result = compare(target, speculative, prompts, args.max_tokens)
-    print(json.dumps(result.to_dict()) if args.json else render(result, sys.stdout))
+    show(result, args)
     return 0 if result.outputs_identical else 1
 
 
@@ -132,17 +134,29 @@ def _answer_all(
     return run
 
 
-def render(result: Comparison, stream: TextIO) -> str:
-    """The report for people, coloured if `stream` is a terminal, or as asked.
+def show(result: Comparison, args: argparse.Namespace) -> None:
+    """Print the result, on a terminal behind a replay of both sides, and record that if asked."""
+    is_live = sys.stdout.isatty() and not args.json
+    if is_live or args.record:
+        from rich.console import Console
 
-    See https://no-color.org and https://force-color.org.
-    """
-    color = bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
-    color = color and not os.environ.get("NO_COLOR")
-    return "\n".join((*_trajectory(result, color), "", *_table(result)))
+        from failfast_vllm.tools.replay import Replay
+
+        questions = [prompt["messages"][-1]["content"] for prompt in result.prompts]
+        caption = f"replayed at the measured times; {SETTINGS['dtype']}, {result.device}"
+        runs = {"without": result.baseline, "with failfast": result.failfast}
+        replay = Replay(runs, questions, result.tokenizer, caption)
+        if args.record:
+            args.record.write_text(replay.record(), encoding="utf-8")
+        if is_live:
+            replay.play(Console())
+    if args.json:
+        print(json.dumps(result.to_dict()))
+    else:
+        print(*([] if is_live else [*rounds_text(result), ""]), *table(result), sep="\n")
 
 
-def _trajectory(result: Comparison, color: bool) -> Iterator[str]:
+def rounds_text(result: Comparison) -> Iterator[str]:
     """The first answer, one line per round."""
     prompt = result.prompts[0]
 
@@ -150,32 +164,21 @@ def _trajectory(result: Comparison, color: bool) -> Iterator[str]:
         decoded: str = result.tokenizer.decode(token_ids, skip_special_tokens=False)
         return decoded.replace("\n", "\\n")
 
-    def paint(code: str, piece: str) -> str:
-        return f"{code}{piece}{RESET}" if color and piece else piece
-
     question = prompt["messages"][-1]["content"].replace("\n", "\\n")
     yield f"Question ({prompt['task']}): {question}"
-    yield "Answer, round by round: " + (
-        f"{paint(GREEN, 'accepted')} {paint(CYAN, 'copied')} {paint(YELLOW, 'bonus')} "
-        f"{paint(RED_STRUCK, 'rejected')}"
-        if color
-        else "accepted, {copied}, [bonus], (number of rejected)"
-    )
-    yield paint(DIM, "round  draft  accepted")
-    for i, r in enumerate(result.failfast.trajectory):
-        line = paint(DIM, f"{i:>5}  {len(r.accepted + r.rejected):>5}  {len(r.accepted):>8}") + "  "
+    yield "Answer, round by round: accepted, {copied}, [bonus], (number of rejected)"
+    yield "round  draft  accepted"
+    for i, r in enumerate(result.failfast.served[0].rounds):
         num_drafted = len(r.accepted) - r.num_copied
-        line += paint(GREEN, text(r.accepted[:num_drafted]))
-        copied = paint(CYAN, text(r.accepted[num_drafted:]))
-        bonus, rejected = paint(YELLOW, text(r.bonus)), paint(RED_STRUCK, text(r.rejected))
-        if not color:
-            copied = f"{{{copied}}}" if r.num_copied else ""
-            bonus = f"[{bonus}]" if r.bonus else ""
-            rejected = f" ({len(r.rejected)})" if r.rejected else ""
-        yield line + copied + bonus + rejected
+        line = f"{i:>5}  {len(r.accepted + r.rejected):>5}  {len(r.accepted):>8}  "
+        line += text(r.accepted[:num_drafted])
+        line += f"{{{text(r.accepted[num_drafted:])}}}" if r.num_copied else ""
+        line += f"[{text(r.bonus)}]" if r.bonus else ""
+        yield line + (f" ({len(r.rejected)})" if r.rejected else "")
 
 
-def _table(result: Comparison) -> Iterator[str]:
+def table(result: Comparison) -> Iterator[str]:
+    """The figures of both sides."""
     num_tokens = sum(s.num_tokens for s in result.failfast.served)
     yield (
         f"{len(result.prompts)} prompts, {num_tokens} tokens, greedy, batch 1, "

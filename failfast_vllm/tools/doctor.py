@@ -12,6 +12,7 @@ from failfast_vllm.config import FailFastConfig
 from failfast_vllm.drafters.families import FAMILIES
 from failfast_vllm.tools.offline import engine_environment
 from failfast_vllm.tools.shipped import REINSTALL, contents
+from failfast_vllm.tools.version import FROM_VLLM, installed
 
 PLUGIN_GROUP = "vllm.general_plugins"
 INSTALL_FAILFAST = "Run `pip install .` in a checkout."
@@ -72,14 +73,13 @@ def _version_checks() -> list[Check]:
     remedies = {
         "failfast-vllm": INSTALL_FAILFAST,
         "vllm": INSTALL_VLLM,
-        **dict.fromkeys(("torch", "triton", "transformers"), "It comes with vLLM: reinstall vLLM."),
+        **dict.fromkeys(FROM_VLLM, "It comes with vLLM: reinstall vLLM."),
     }
     checks = [Check("python", platform.python_version())]
     for name, remedy in remedies.items():
-        try:
-            checks.append(Check(name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            checks.append(Check(name, "", "not installed", remedy))
+        found = installed(name)
+        missing = () if found else ("not installed", remedy)
+        checks.append(Check(name, found, *missing))
     with contextlib.suppress(ImportError):  # no vLLM at all: reported above
         if problem := version_problem():
             what, _, remedy = problem.partition("; ")

@@ -8,7 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from itertools import cycle, islice, takewhile
 from typing import Any, NamedTuple
@@ -24,19 +24,6 @@ TURN_SECONDS = 0.25
 Sums = defaultdict[str, float]
 
 
-class Served(NamedTuple):
-    """One answered request."""
-
-    token_ids: list[int]
-    ttft_ms: float  # to the first token
-    latency_ms: float
-    num_steps: int  # of the engine, that brought tokens
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
-
-
 class TracedRound(NamedTuple):
     """One verified draft, in token ids."""
 
@@ -46,13 +33,33 @@ class TracedRound(NamedTuple):
     num_copied: int = 0  # of the accepted ones, the last; the others are the drafter's
 
 
+class Served(NamedTuple):
+    """One answered request."""
+
+    token_ids: list[int]
+    step_ms: list[float]  # of each engine step that brought tokens, since the request was added
+    rounds: list[TracedRound]  # one per step, where the drafter reports its rounds
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def ttft_ms(self) -> float:
+        """To the first token."""
+        return self.step_ms[0]
+
+    @property
+    def latency_ms(self) -> float:
+        return self.step_ms[-1]
+
+
 class Run(NamedTuple):
     """One closed loop of one method."""
 
     seconds: float
     served: list[Served]  # in the order of the prompts
     sums: Sums
-    trajectory: list[TracedRound]  # of the first answer, where the drafter reports its rounds
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,7 +74,7 @@ class Watch:
 
         config = speculative_config or {"method": None}
         self.sums = Sums(float)
-        self.first_rounds: list[Round] | None = None  # of the first request; None: not reported
+        self.rounds: dict[int, list[Round]] | None = None  # by request; None: not reported
         self._adapter = adapter(llm) if config["method"] == "failfast" else None
         self._on_cpu = current_platform.device_type == "cpu"
         if self._on_cpu:
@@ -83,7 +90,7 @@ class Watch:
         """Start from zero."""
         self.sums.clear()
         if self._adapter is not None:
-            self.first_rounds = []
+            self.rounds = defaultdict(list)
             self._adapter.stats.reset()
 
     def end(self, seconds: float) -> Sums:
@@ -133,8 +140,8 @@ class Watch:
         self.sums["longest"] = max(self.sums["longest"], num_accepted)
 
     def _on_round(self, round_: Round) -> None:
-        if self.first_rounds is not None and round_.req_id.split("-")[0] == "0":
-            self.first_rounds.append(round_)
+        if self.rounds is not None:
+            self.rounds[int(round_.req_id.split("-")[0])].append(round_)
         self._count(len(round_.drafted), len(round_.emitted) - 1, round_.num_passes)
         self.sums["copied"] += round_.num_copied
         self.sums["copied_accepted"] += round_.num_copied_accepted
@@ -168,34 +175,34 @@ def closed_loop(
 
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     waiting = enumerate(islice(cycle(prompts), num_requests))
-    began, first, served = dict[int, float](), dict[int, float](), dict[int, Served]()
-    steps = Counter[int]()
+    began, finished = dict[int, float](), dict[int, Any]()
+    step_ms = defaultdict[int, list[float]](list)
     watch.begin()
     start = turn = time.perf_counter()
-    stood_still, prompt_len = 0.0, 0
-    while len(served) < num_requests:
-        for i, prompt in islice(waiting, concurrency - len(began) + len(served)):
+    stood_still = 0.0
+    while len(finished) < num_requests:
+        for i, prompt in islice(waiting, concurrency - len(began) + len(finished)):
             began[i] = time.perf_counter() - stood_still
             llm.llm_engine.add_request(str(i), prompt, params)
         watch.sums["steps"] += 1
         for output in llm.llm_engine.step():
             i, now = int(output.request_id.split("-")[0]), time.perf_counter() - stood_still
-            first.setdefault(i, now)
-            steps[i] += 1
-            prompt_len = prompt_len if i else len(output.prompt_token_ids)
+            step_ms[i].append(1e3 * (now - began[i]))
             if output.finished:
-                ttft_ms, latency_ms = 1e3 * (first[i] - began[i]), 1e3 * (now - began[i])
-                token_ids = list(output.outputs[0].token_ids)
-                served[i] = Served(token_ids, ttft_ms, latency_ms, steps[i])
+                finished[i] = output
         paused = time.perf_counter()
-        if paused - turn >= TURN_SECONDS and len(served) < num_requests:
+        if paused - turn >= TURN_SECONDS and len(finished) < num_requests:
             yield None
             turn = time.perf_counter()
             stood_still += turn - paused
             watch.stood_still(turn - paused)
-    seconds, rounds = time.perf_counter() - stood_still - start, watch.first_rounds
-    whole = [] if rounds is None else whole_trajectory(rounds, prompt_len, served[0].token_ids)
-    yield Run(seconds, [served[i] for i in range(num_requests)], watch.end(seconds), whole)
+    seconds, served = time.perf_counter() - stood_still - start, []
+    for i, output in sorted(finished.items()):
+        ids, prompt_len = list(output.outputs[0].token_ids), len(output.prompt_token_ids)
+        found = watch.rounds
+        rounds = [] if found is None else whole_trajectory(found[i], prompt_len, ids)
+        served.append(Served(ids, step_ms[i], rounds))
+    yield Run(seconds, served, watch.end(seconds))
 
 
 def whole_trajectory(

@@ -1,9 +1,9 @@
 """The figures of `failfast bench`, drawn from its results alone. Needs matplotlib."""
 
-import textwrap
-from pathlib import Path
+import io
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -12,45 +12,30 @@ Row = dict[str, Any]
 # Okabe and Ito, safe for the colour-blind; without their yellow, which is too light for lines
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")  # told apart without colours
-NO_BREAK = "\u00a0"
 
 
-def draw(result: dict[str, Any], folder: Path) -> None:
-    """Write `throughput.png`, and `trajectory.png` where the results hold one."""
-    rows, source = result["rows"], caption(result["provenance"])
-    _save(throughput(rows), source, folder / "throughput.png")
+def draw(result: dict[str, Any]) -> dict[str, bytes]:
+    """Title -> SVG: throughput, and the first answer's rounds where the results hold them."""
+    rows = result["rows"]
     lowest = min(row["concurrency"] for row in rows)
-    first = [row for row in rows if row["concurrency"] == lowest and row["trajectory"]]
-    if first:
-        _save(trajectory(first), f"concurrency {lowest}; {source}", folder / "trajectory.png")
+    first = [row for row in rows if row["concurrency"] == lowest and row.get("trajectory")]
+    with matplotlib.rc_context({"text.parse_math": False}):
+        found = {"Throughput against interactivity": _svg(throughput(rows))}
+        if first:
+            found[f"The first answer at concurrency {lowest}"] = _svg(trajectory(first))
+    return found
 
 
-def caption(facts: dict[str, Any]) -> str:
-    """Where the figures come from, on one line."""
-    models = dict.fromkeys((facts["target"], facts["drafter"]))  # one name for the shipped pair
-    parts = (
-        " and ".join(models),
-        facts["dtype"],
-        facts["device"],
-        f"vLLM {facts['vllm']}",
-        f"failfast {facts['failfast_vllm']} (git {facts['git']})",
-        facts["date"],
-    )
-    return "; ".join(part.replace(" ", NO_BREAK) for part in parts)
-
-
-def _save(figure: Figure, text: str, path: Path) -> None:
-    width = int(figure.get_figwidth() * 17)  # characters of this size in an inch
-    text = textwrap.fill(text, width, break_on_hyphens=False)
-    figure.supxlabel(text, fontsize=7, color="#555555")
-    figure.savefig(path, dpi=150)
+def _svg(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="svg")
+    return file.getvalue()
 
 
 def throughput(rows: list[Row]) -> Figure:
     """Tokens per second of the server against those of one request; up and right is better."""
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title("Throughput against interactivity", loc="left", fontsize=11)
     _clean(axes)
     first, *_ = names = list(dict.fromkeys(row["method"] for row in rows))
     for i, name in enumerate(names):
@@ -58,6 +43,7 @@ def throughput(rows: list[Row]) -> Figure:
         x = [row["tokens_per_second_per_request"] for row in points]
         y = [row["tokens_per_second"] for row in points]
         look: dict[str, Any] = {
+            "clip_on": False,
             "color": COLORS[i % len(COLORS)],
             "marker": MARKERS[i % len(MARKERS)],
             "linestyle": ("-", "--", ":")[i // len(COLORS) % 3],
@@ -73,17 +59,15 @@ def throughput(rows: list[Row]) -> Figure:
 
 
 def trajectory(rows: list[Row]) -> Figure:
-    """One answer, round by round, a panel per method, all with the same axes."""
-    figure = Figure(figsize=(7.5, 1.2 + 1.7 * len(rows)), layout="constrained")
-    title = "The first answer, round by round (up: emitted, down: rejected)"
-    figure.suptitle(title, x=0.02, ha="left", fontsize=11)
+    """One answer, round by round, a panel per method: up what was emitted, down the rejected."""
+    figure = Figure(figsize=(5.5, 0.9 + 1.4 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), squeeze=False, sharex=True, sharey=True)[:, 0]
     for axes, row in zip(panels, rows, strict=True):
         rounds = row["trajectory"]
         accepted, bonus = ([r[kind] for r in rounds] for kind in ("accepted", "bonus"))
         x = range(len(rounds))
         axes.bar(x, accepted, color="#0072B2", label="accepted")
-        copied = [r["copied"] for r in rounds]
+        copied = [r.get("copied", 0) for r in rounds]
         axes.bar(x, bonus, bottom=accepted, color="#E69F00", label="bonus")
         if any(copied):
             drafted = [a - c for a, c in zip(accepted, copied, strict=True)]
@@ -97,7 +81,10 @@ def trajectory(rows: list[Row]) -> Figure:
         axes.set_ylabel("tokens", fontsize=9)
         _clean(axes)
     panels[0].set_xlim(-0.7, max(len(row["trajectory"]) for row in rows) - 0.3)
-    panels[0].legend(fontsize=8, ncols=3, frameon=False, loc="upper right")
+    found = (axes.get_legend_handles_labels() for axes in panels)
+    names = {label: bar for bars, labels in found for bar, label in zip(bars, labels, strict=True)}
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False}
+    figure.legend(names.values(), names, fontsize=8, **place)
     panels[-1].set_xlabel("round", fontsize=9)
     return figure
 

@@ -1,9 +1,7 @@
 """Results of measurements: where they come from, tables in Markdown, and files."""
 
-import importlib.metadata
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -14,8 +12,10 @@ from typing import Any
 
 import failfast_vllm
 from failfast_vllm.tools.load_generator import Run, Served
+from failfast_vllm.tools.version import device, installed
 
 Row = dict[str, Any]
+Table = tuple[list[str], list[list[str]]]  # titles, lines
 
 
 def provenance(**settings: Any) -> dict[str, Any]:
@@ -27,11 +27,10 @@ def provenance(**settings: Any) -> dict[str, Any]:
     return {
         "command": shlex.join([*called, *sys.argv[1:]]),
         "git": _git_sha(),
-        "device": _device(),
+        "device": device(),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "preloaded": " ".join(map(os.path.basename, preloaded)) or "none",
-        "vllm": importlib.metadata.version("vllm"),
-        "torch": importlib.metadata.version("torch"),
+        **{name: installed(name) for name in ("vllm", "torch")},
         "failfast_vllm": failfast_vllm.__version__,
         **settings,
         "date": time.strftime("%Y-%m-%d"),
@@ -48,17 +47,6 @@ def _git_sha() -> str:
     is_dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=root).returncode
     found = subprocess.check_output(["git", "describe", "--always"], text=True, cwd=root).strip()
     return found + "-dirty" * bool(is_dirty)
-
-
-def _device() -> str:
-    from vllm.platforms import current_platform
-
-    if current_platform.device_type != "cpu":
-        return str(current_platform.get_device_name())
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 def check_writable(path: Path) -> None:
@@ -86,14 +74,29 @@ def save(result: dict[str, Any], path: str) -> None:
         draft.replace(file)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """Results that `save` has written; raises ValueError or OSError."""
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        report(result)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{path} holds no results of `failfast bench`.") from None
+    return result
+
+
 def report(result: dict[str, Any]) -> str:
     """Markdown: provenance, speed-ups by concurrency, and all figures."""
-    facts = (
-        f"- {key}: {value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in result["provenance"].items()
-    )
+    source = "\n".join(f"- {key}: {value}" for key, value in facts(result))
     tables = (speedups_table(result["rows"]), full_table(result["rows"]))
-    return "\n\n".join(("\n".join(facts), *tables))
+    return "\n\n".join((source, *(_markdown(*table) for table in tables)))
+
+
+def facts(result: dict[str, Any]) -> list[list[str]]:
+    """Name and value of all that is known about the measurement."""
+    return [
+        [key, value if isinstance(value, str) else json.dumps(value)]
+        for key, value in result["provenance"].items()
+    ]
 
 
 def by_task(runs: list[Run], baselines: list[Run], tasks: list[str]) -> dict[str, Row]:
@@ -113,7 +116,7 @@ def _task_row(pairs: list[tuple[Served, Served]]) -> Row:
     """Figures of requests, each with its twin without drafts."""
     ours, others = zip(*pairs, strict=True)
     equal = [a.token_ids == b.token_ids for a, b in pairs]
-    num_steps = sum(s.num_steps - 1 for s in ours)
+    num_steps = sum(len(s.step_ms) - 1 for s in ours)
     num_tokens = sum(s.num_tokens - 1 for s in ours)
     return {
         "requests": len(pairs),
@@ -129,7 +132,7 @@ def _speed(served: Sequence[Served]) -> float:
     return 1e3 * sum(s.num_tokens for s in served) / sum(s.latency_ms for s in served)
 
 
-def speedups_table(rows: list[Row]) -> str:
+def speedups_table(rows: list[Row]) -> Table:
     """A line per concurrency, a column per method; the first method in tokens per second."""
     found = {(row["concurrency"], row["method"]): row for row in rows}
     first, *others = dict.fromkeys(row["method"] for row in rows)
@@ -138,7 +141,7 @@ def speedups_table(rows: list[Row]) -> str:
         speed = found[concurrency, first]["tokens_per_second"]
         ratios = [_cell(found[concurrency, name]["speedup"], "{:.2f}x") for name in others]
         lines.append([str(concurrency), f"{speed:.0f}", *ratios])
-    return _markdown(["concurrency", f"{first}, tokens/s", *others], lines)
+    return ["concurrency", f"{first}, tokens/s", *others], lines
 
 
 COLUMNS = {  # title -> key, format
@@ -161,10 +164,10 @@ COLUMNS = {  # title -> key, format
 }
 
 
-def full_table(rows: list[Row]) -> str:
-    """A line per concurrency and method."""
-    lines = [[_cell(row[key], form) for key, form in COLUMNS.values()] for row in rows]
-    return _markdown([*COLUMNS], lines)
+def full_table(rows: list[Row]) -> Table:
+    """A line per concurrency and method; older results lack some figures."""
+    lines = [[_cell(row.get(key), form) for key, form in COLUMNS.values()] for row in rows]
+    return [*COLUMNS], lines
 
 
 def _cell(value: Any, form: str) -> str:

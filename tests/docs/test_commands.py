@@ -41,6 +41,9 @@ COMMANDS = {
     "failfast doctor": "tests/tools/test_cli.py::test_doctor_is_content_here",
     "failfast plan": RUN,
     "failfast models --fetch": "tests/tools/test_fetch.py::test_a_fetched_model_answers",
+    "failfast bench --from": (
+        "tests/tools/test_page.py::test_committed_results_make_a_page_that_loads_nothing"
+    ),
     "failfast bench --concurrency": "tests/tools/test_bench.py::test_a_real_run_agrees_with_itself",
     "failfast bench --target PATH": "tests/tools/test_bench.py::test_a_real_run_agrees_with_itself",
     "failfast bench --target Qwen": NO_GPU,

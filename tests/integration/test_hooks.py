@@ -12,7 +12,7 @@ from failfast_vllm.integration.hooks import Hook
 from hook_stages import replace_stage
 from hook_table import table, why_and_until
 
-ARCHITECTURE = Path(__file__).parents[2] / "docs" / "architecture.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize("hook", hooks.all_hooks(), ids=lambda h: f"{h.stage}-{h.path}")
@@ -28,8 +28,20 @@ def test_every_hook_says_why_and_until_when(hook):
 
 def test_the_hooks_in_the_documentation_are_these():
     """To renew it: `python tests/support/hook_table.py`."""
-    text = ARCHITECTURE.read_text(encoding="utf-8")
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
     assert text[text.index("| function of vLLM |") :] == table()
+
+
+def test_the_proposal_to_vllm_covers_every_hook():
+    """Catches a hook that docs/upstream.md forgets or has under another name, and its counts."""
+    page = (DOCS / "upstream.md").read_text(encoding="utf-8")
+    listed = page[page.index("| function of vLLM |") :].partition("\n\n")[0].splitlines()[2:]
+    hooked = table().splitlines()[2:]
+    assert [row.split(" | ")[:2] for row in listed] == [row.split(" | ")[:2] for row in hooked]
+    fates = [row.split(" | ")[2].split()[0].rstrip(":") for row in listed]
+    assert set(fates) == {"goes", "stays"}
+    assert f"{fates.count('goes')} of the {len(hooked)};" in page
+    assert f"this one wraps\n{len(hooked)}." in page
 
 
 def test_hooks_are_listed_without_vllm():

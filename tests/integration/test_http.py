@@ -8,29 +8,25 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine import TARGET, chat_ids, engine, shipped_prompts
+from http_server import START_SECONDS, free_port, server_environment, started
 
 NAME = "tiny"
 ALWAYS = json.dumps({"method": "failfast", "load_aware": False})
 DOCS = Path(__file__).parents[2] / "docs"
 NUM_CLIENTS = 32
-START_SECONDS = 120  # a quarter of it on an idle machine
 SETTLE_SECONDS = 15  # the engine notices a lost client between two steps
-REQUEST_SECONDS = 60
 LEAVE_SECONDS = 3  # then clients give up; until then a server that ends waits for them
 MANY = 300  # tokens: others still stream when the first piece of one arrives
 LONG = 1500  # tokens: a client that leaves after two pieces cannot have had them all
@@ -87,80 +83,10 @@ def serve_command(speculative_config, port, parser="xlam", *more):
     ]
 
 
-def server_environment():
-    ours = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "INFO",
-        "HF_HUB_OFFLINE": "1",
-    }
-    # a server always runs its engine in a process of its own
-    theirs = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    return {**theirs, **ours}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Server(NamedTuple):
-    url: str
-    log: Path
-    process: subprocess.Popen
-
-    def get(self, path):
-        return httpx.get(self.url + path, timeout=10, trust_env=False)
-
-    def is_healthy(self):
-        try:
-            return self.get("/health").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def metric(self, name):
-        """Sum over the labels of one metric."""
-        families = text_string_to_metric_families(self.get("/metrics").text)
-        found = [s.value for f in families for s in f.samples if s.name == f"vllm:{name}"]
-        assert found, name
-        return sum(found)
-
-    def client(self):
-        http_client = httpx.Client(trust_env=False)
-        return openai.OpenAI(**self._settings(), http_client=http_client)
-
-    def async_client(self):
-        http_client = httpx.AsyncClient(trust_env=False, limits=httpx.Limits())
-        return openai.AsyncOpenAI(**self._settings(), http_client=http_client)
-
-    def _settings(self):
-        url = f"{self.url}/v1"
-        return {"base_url": url, "api_key": "none", "max_retries": 0, "timeout": REQUEST_SECONDS}
-
-
-@contextmanager
 def serving(speculative_config, log, *more):
     """A running server."""
     port = free_port()
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            serve_command(speculative_config, port, *more),
-            env=server_environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    running = Server(f"http://127.0.0.1:{port}", log, process)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not running.is_healthy():
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the server did not start:\n{log.read_text()[-8000:]}")
-            time.sleep(0.5)
-        yield running
-    finally:
-        stop_group(process)
+    return started(serve_command(speculative_config, port, *more), port, log)
 
 
 @pytest.fixture(scope="module")
@@ -168,18 +94,6 @@ def server(questions, tmp_path_factory):
     """Drafts at any load; `questions` first, so that the two engines do not share the cores."""
     with serving(ALWAYS, tmp_path_factory.mktemp("server") / "server.log") as running:
         yield running
-
-
-def stop_group(process):
-    """End the server and its engine process, politely at first."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(timeout=15)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
 
 
 @pytest.fixture(autouse=True)
@@ -531,11 +445,6 @@ def test_tool_calls_by_text_and_the_end(questions, tmp_path, method):
 @pytest.mark.parametrize(
     ("command", "shown"),
     [
-        (
-            "bench serve --model {name} --tokenizer {target} --base-url {url} --num-prompts 8 "
-            "--dataset-name random --random-input-len 20 --random-output-len 30",
-            r"Successful requests: +8\b",
-        ),
         ("chat --url {url}/v1 --quick Hello", r"\w"),
         pytest.param(
             "complete --url {url}/v1 --max-tokens 20 --quick Hello", r"\w", marks=pytest.mark.large
@@ -543,9 +452,10 @@ def test_tool_calls_by_text_and_the_end(questions, tmp_path, method):
     ],
 )
 def test_vllms_clients_run_to_their_end(server, command, shown):
+    """`vllm bench serve`: `tests/examples/test_examples_served.py`."""
     vllm = str(Path(sys.executable).with_name("vllm"))
     found = subprocess.run(
-        [vllm, *command.format(name=NAME, target=TARGET, url=server.url).split()],
+        [vllm, *command.format(url=server.url).split()],
         env=server_environment(),
         capture_output=True,
         text=True,

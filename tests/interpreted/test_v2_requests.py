@@ -124,9 +124,10 @@ def test_the_demo_shows_rounds():
     config = {"method": "failfast"}
     with v2_engine(max_num_seqs=1) as llm, tqdm(disable=True) as bar:
         run = demo._answer_all(llm, config, shipped_prompts()[:1], 24, bar)
-    emitted = [token for r in run.trajectory for token in r.accepted + r.bonus]
-    assert emitted == run.served[0].token_ids
-    assert any(r.accepted for r in run.trajectory)
+    (served,) = run.served
+    assert [token for r in served.rounds for token in r.accepted + r.bonus] == served.token_ids
+    assert len(served.rounds) == len(served.step_ms)
+    assert any(r.accepted for r in served.rounds)
     assert run.sums["accepted"] >= run.sums["longest"] > 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import subprocess
 import sys
 import types
@@ -18,15 +19,13 @@ from failfast_vllm.tools import load_generator as closed_loop
 from failfast_vllm.tools.load_generator import Run, Served, Sums, TracedRound
 
 COMMAND = str(Path(sys.executable).with_name("failfast"))
-PNG = b"\x89PNG\r\n\x1a\n"
-FIGURES = ("throughput", "trajectory")
 
 
 def made_up(seconds, answers, **sums):
     """A run of requests with 10 ms to the first token and 5 ms for each that follows."""
-    served = [Served(ids, 10.0, 10.0 + 5.0 * (len(ids) - 1), len(ids)) for ids in answers]
     traced = [TracedRound([], [], [1]), TracedRound([2, 3], [4], [5])]
-    return Run(seconds, served, Sums(float, sums), traced)
+    served = [Served(ids, [10.0 + 5.0 * i for i in range(len(ids))], traced) for ids in answers]
+    return Run(seconds, served, Sums(float, sums))
 
 
 def watch_of(scheduler):
@@ -93,7 +92,7 @@ def test_what_the_scheduler_reports_is_counted():
     times = {"draft_ms": 0.0, "verify_ms": 0.0, "other_ms": 500.0}
     assert watch.end(0.5) == {**counts, **times}
     assert told == [("stats", 5, 2), ("stats", 0, 0), ("stats", 5, 0)]
-    assert watch.first_rounds is None
+    assert watch.rounds is None
 
 
 def test_the_warm_up_is_not_counted_and_methods_take_turns():
@@ -149,7 +148,7 @@ class FakeEngine:
         return outputs
 
 
-def loop(monkeypatch, first_rounds, pause=lambda: None):
+def loop(monkeypatch, rounds, pause=lambda: None):
     stub = types.SimpleNamespace(SamplingParams=lambda **given: given)
     monkeypatch.setitem(sys.modules, "vllm", stub)
     slept = []
@@ -158,7 +157,7 @@ def loop(monkeypatch, first_rounds, pause=lambda: None):
         stood_still=slept.append,
         sums=Sums(float),
         end=lambda seconds: watch.sums,
-        first_rounds=first_rounds,
+        rounds=rounds,
     )
     llm, prompts = FakeEngine(), [{"prompt_token_ids": [i]} for i in (0, 1)]
     turns = closed_loop.closed_loop(llm, watch, prompts, 50, concurrency=4, num_requests=9)
@@ -193,9 +192,9 @@ def test_a_request_that_ends_is_replaced_at_once(monkeypatch):
     llm, run, _ = loop(monkeypatch, None)
     assert [s.token_ids for s in run.served] == [[i] * ((i + 1) % 3 + 1) for i in range(9)]
     assert llm.in_flight == [4, 4, 4, 4, 1, 1]  # after the third step none is left to start
-    assert run.trajectory == []
+    assert not any(s.rounds for s in run.served)
     assert [s.num_tokens for s in run.served] == [2, 3, 1] * 3
-    assert [s.num_steps for s in run.served] == [2, 3, 1] * 3
+    assert [len(s.step_ms) for s in run.served] == [2, 3, 1] * 3
 
 
 def test_rounds_without_a_draft_are_put_between():
@@ -256,16 +255,17 @@ def test_methods_cover_all_policies_and_say_what_load_does():
 def test_tables():
     none, other = made_up(1.0, [[1, 2]]), made_up(0.5, [[1, 2]])
     rows = [bench.make_row("none", 1, [none], [none]), bench.make_row("x", 1, [other], [none])]
-    assert report.speedups_table(rows).splitlines() == [
+    *_, speedups, figures = report.report({"provenance": {}, "rows": rows}).split("\n\n")
+    assert speedups.splitlines() == [
         "| concurrency | none, tokens/s | x |",
         "| --- | --- | --- |",
         "| 1 | 2 | 2.00x |",
     ]
-    last = report.full_table(rows).splitlines()[-1]
+    last = figures.splitlines()[-1]
     assert last.startswith("| 1 | x | 4 | 2.00x | ")
     assert last.endswith(" | 100.0% |")
     rows[1]["ttft_p50_ms"] = None
-    assert " | - | " in report.full_table(rows)
+    assert "-" in report.full_table(rows)[1][1]
 
 
 def test_milliseconds_per_step():
@@ -277,9 +277,9 @@ def test_milliseconds_per_step():
     row = bench.make_row("x", 1, [made_up(1.0, [[1, 2]], **each) for each in times], None)
     names = ("draft_ms", "own_ms", "verify_ms", "other_ms")
     assert [row[name] for name in names] == [2.0, 0.2, 6.5, 0.3]
-    assert " | 2.00 | 0.20 | 6.50 | 0.30 | " in report.full_table([row])
+    assert report.full_table([row])[1][0][-5:-1] == ["2.00", "0.20", "6.50", "0.30"]
     untimed = bench.make_row("x", 1, [made_up(1.0, [[1, 2]])], None)
-    assert " | - | - | - | - | " in report.full_table([untimed])
+    assert report.full_table([untimed])[1][0][-5:-1] == ["-"] * 4
 
 
 class FakeProcess:
@@ -313,7 +313,7 @@ def bench_on(monkeypatch, device, argv):
     from vllm.platforms import current_platform
 
     monkeypatch.setattr(current_platform, "device_type", device)
-    monkeypatch.setattr(report, "_device", lambda: device)
+    monkeypatch.setattr(report, "device", lambda: device)
     small = ["--repeats", "1", "--requests-per-point", "2", "--concurrency", "1", "2"]
     return cli.main(["bench", "--methods", "ngram", "failfast", *small, *argv])
 
@@ -360,6 +360,10 @@ def test_small_engines_take_turns(device, share, tmp_path, monkeypatch, capsys, 
         (["--json", "{tmp}"], "cannot write"),
         (["--json", "{tmp}/bad.jsonl/x.json"], "cannot write"),
         (["--json", "{tmp}/x.md"], "is where the table goes"),
+        (["--html", "{tmp}"], "cannot write"),
+        (["--from", "{tmp}/none.json"], "No such file"),
+        (["--from", "{tmp}/bad.jsonl"], "holds no results of `failfast bench`."),
+        (["--from", "{tmp}/list.json"], "holds no results of `failfast bench`."),
         (["--target", "{tmp}"], "has no config.json"),
         (["--drafter", "./nowhere"], "has no config.json"),
     ],
@@ -369,6 +373,7 @@ def test_bad_input_is_one_line(argv, message, tmp_path, capsys, monkeypatch):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     (tmp_path / "other.jsonl").write_text('{"prompt": "a"}\n\n{"messages": []}\n')
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "list.json").write_text("[]")
     monkeypatch.setattr(bench, "EngineProcess", None)
     argv = [each.replace("{tmp}", str(tmp_path)) for each in argv]
     before = sorted(tmp_path.rglob("*"))
@@ -386,7 +391,7 @@ def test_missing_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         bench.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
     )
-    assert cli.main(["bench", "--plots", str(tmp_path / "plots")]) == 2
+    assert cli.main(["bench", "--html", str(tmp_path / "found.html")]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
@@ -414,7 +419,7 @@ def real(tmp_path_factory):
 def measure(folder):
     small = ["--num-prompts", "3", "--max-tokens", "40", "--repeats", "1"]
     asked = ["--methods", "survival", "--concurrency", "1", "2", "--requests-per-point", "4"]
-    files = ["--json", folder / "found.json", "--plots", folder / "plots"]
+    files = ["--json", folder / "found.json", "--html", folder / "found.html"]
     command = [COMMAND, "bench", *small, *asked, *files]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
@@ -465,13 +470,17 @@ def test_a_real_run_agrees_with_itself(real):
     assert "concurrency 1" not in done.stderr  # no progress bar without a terminal
 
 
-def test_figures_are_images(real):
-    folder, _ = real
-    assert {path.name for path in (folder / "plots").iterdir()} == {f"{f}.png" for f in FIGURES}
-    for path in (folder / "plots").iterdir():
-        data = path.read_bytes()
-        assert data.startswith(PNG)
-        assert len(data) > 10_000
+def test_the_page_of_earlier_results_is_the_page_of_the_run(real, tmp_path, capsys):
+    """Catches a page that needs more than the JSON holds, and engines that start for it."""
+    folder, done = real
+    path = tmp_path / "again.html"
+    assert cli.main(["bench", "--from", str(folder / "found.json"), "--html", str(path)]) == 0
+    assert capsys.readouterr().out == done.stdout
+    pages = [each.read_text(encoding="utf-8") for each in (folder / "found.html", path)]
+    pictures = [page.count("<img ") for page in pages]
+    assert pictures == [2, 2]
+    tables = [re.sub('src="[^"]*"', "", page) for page in pages]  # an SVG has a time and random ids
+    assert tables[0] == tables[1]
 
 
 def test_an_engine_that_cannot_start_says_why():

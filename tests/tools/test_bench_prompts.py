@@ -150,7 +150,11 @@ def test_wrong_settings_are_refused_before_engines_start(name, message, capsys):
 
 
 def made_up(*served):
-    return Run(1.0, [Served(list(range(n)), 1.0, ms, steps) for n, ms, steps in served], Sums(), [])
+    times = [[1.0] * (steps - 1) + [ms] for _, ms, steps in served]
+    answers = [
+        Served(list(range(n)), each, []) for (n, *_), each in zip(served, times, strict=True)
+    ]
+    return Run(1.0, answers, Sums())
 
 
 def test_figures_by_task_by_hand():

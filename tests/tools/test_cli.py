@@ -1,14 +1,16 @@
 """The `failfast` command: exit codes, what reaches stdout, and a demo that must be lossless."""
 
-import io
+import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import failfast_vllm
 from failfast_vllm.config import FailFastConfig
 from failfast_vllm.integration import hooks as hook_registry
 from failfast_vllm.tools import cli, demo, doctor, shipped
@@ -113,6 +115,21 @@ def test_light_commands_import_no_engine():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_version_says_the_same_to_people_and_programs(capsys):
+    """Catches a fact that only one of the two forms has."""
+    assert cli.main(["version", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["failfast-vllm"] == failfast_vllm.__version__
+    assert list(facts) == [
+        *("failfast-vllm", "vllm", "torch", "triton", "transformers"),
+        *("python", "platform", "device"),
+    ]
+    assert "not installed" not in facts.values()
+    assert cli.main(["version"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [tuple(line.split(maxsplit=1)) for line in lines] == list(facts.items())
+
+
 def test_doctor_is_content_here(capsys, monkeypatch):
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     assert cli.main(["doctor", "--json"]) == 0
@@ -157,8 +174,11 @@ def test_doctor_misses_models(other_models, capsys):
 
 
 @pytest.mark.slow
-def test_demo_is_lossless_and_prints_only_json():
-    done = run("demo", "--json", "--num-prompts", "3", "--max-tokens", "64")
+def test_demo_is_lossless_and_prints_only_json(tmp_path):
+    """Catches a replay that drops steps: its last frame counts other tokens than were answered."""
+    recording = tmp_path / "demo.svg"
+    asked = ["--num-prompts", "3", "--max-tokens", "64", "--record", str(recording)]
+    done = run("demo", "--json", *asked)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert set(result) == {
@@ -177,6 +197,12 @@ def test_demo_is_lossless_and_prints_only_json():
     rates = result["tokens_per_second"]
     assert set(rates) == {"baseline", "failfast"}
     assert result["speedup"] == pytest.approx(rates["failfast"] / rates["baseline"])
+    text = recording.read_text(encoding="utf-8").replace("&#160;", " ")
+    figures = re.findall(r"([\d.]+) tokens/s</text><text [^>]*>: (\d+) in ([\d.]+) s", text)[-2:]
+    for (shown, num_tokens, seconds), rate in zip(figures, rates.values(), strict=True):
+        assert float(shown) == pytest.approx(rate, rel=0.02)
+        assert int(num_tokens) / float(seconds) == pytest.approx(rate, rel=0.05)
+    assert figures[0][1] == figures[1][1]
 
 
 def test_prompts_are_mixed(tmp_path):
@@ -197,15 +223,22 @@ def comparison(failfast_ids):
     rounds = [TracedRound([], [], [0]), TracedRound([1, 2], [9, 9], [3])]
     sums = Sums(float, drafts=1, drafted=4, accepted=2, passes=1, longest=2)
     prompt = {"task": "task", "messages": [{"role": "user", "content": "why\nnot"}]}
-    baseline = Run(2.0, [Served([0, 1, 2, 3], 1.0, 2.0, 4)], Sums(float), [])
-    failfast = Run(1.0, [Served(failfast_ids, 1.0, 2.0, 2)], sums, rounds)
+    baseline = Run(2.0, [Served([0, 1, 2, 3], [500.0, 1000.0, 1500.0, 2000.0], [])], Sums(float))
+    failfast = Run(1.0, [Served(failfast_ids, [400.0, 1000.0], rounds)], sums)
     return demo.Comparison([prompt], baseline, failfast, "cpu", Letters())
 
 
-def test_report_in_plain_text_and_in_color(monkeypatch):
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    plain = demo.render(comparison([0, 1, 2, 3]), io.StringIO())
+def shown(capsys, result, **given):
+    """What the demo prints on stdout."""
+    demo.show(result, argparse.Namespace(**{"json": False, "record": None, **given}))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variable", ["", "FORCE_COLOR", "NO_COLOR"])
+def test_a_pipe_gets_plain_text(variable, capsys, monkeypatch):
+    """Catches escape codes in a file, and a replay that nobody watches."""
+    monkeypatch.setenv(variable or "TERM", "1")
+    plain = shown(capsys, comparison([0, 1, 2, 3]))
     assert "\033" not in plain
     assert "    1      4         2  bc[d] (2)" in plain
     assert "batch 1, float32, cpu" in plain
@@ -213,17 +246,11 @@ def test_report_in_plain_text_and_in_color(monkeypatch):
     assert "3.00 tokens per round" in plain  # the prefill's token is no round
     assert "identical" in plain
 
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    colored = demo.render(comparison([0, 1, 2, 3]), io.StringIO())
-    assert "\033[32mbc\033[0m\033[33md\033[0m\033[2;9;31mjj\033[0m" in colored
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert demo.render(comparison([0, 1, 2, 3]), io.StringIO()) == plain
 
-
-def test_different_outputs_are_said_aloud():
+def test_different_outputs_are_said_aloud(capsys):
     result = comparison([0, 1, 2, 4])
     assert not result.outputs_identical
-    assert "DIFFERENT" in demo.render(result, io.StringIO())
+    assert "DIFFERENT" in shown(capsys, result)
 
 
 def test_demo_fails_if_outputs_differ(capsys, monkeypatch):
