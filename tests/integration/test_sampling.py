@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from copying_cases import copying
 from distribution import draw, free_words, p_value
 from engine import engine, watch
 from failfast_vllm.integration.runner_hooks import spread_parameters
@@ -18,8 +19,8 @@ def question(request):
     return request.param, *free_words(request.param)
 
 
-def sampling_engine():
-    return engine("failfast", max_num_seqs=128, enable_prefix_caching=True, block_size=32, seed=20)
+def sampling_engine(config="failfast"):
+    return engine(config, max_num_seqs=128, enable_prefix_caching=True, block_size=32, seed=20)
 
 
 def test_parameters_are_spread_over_ragged_drafts(monkeypatch):
@@ -42,6 +43,20 @@ def test_the_distribution_is_the_targets(question):
     accepted = sum(len(r.emitted) > 1 for r in rounds) / len(rounds)
     # rare acceptance suffices: the next test shows that the check sees a bias at this rate
     assert 0.005 < accepted < 0.98, "a draft that is always or never accepted proves nothing"
+    assert p_value(draws, distribution, num_draws) > P_VALUE
+
+
+@pytest.mark.slow
+def test_the_distribution_with_copies(question):
+    num_draws = question[0]
+    prompt, distribution = free_words(num_draws, hints=96)
+    alone = {"method": "failfast", "model": None, "load_aware": True}
+    with sampling_engine(alone) as llm, copying(llm, drafts=False, longest=4) as record:
+        draws = draw(llm, prompt, num_draws)
+    copied = [r for r in record.rounds if r.num_copied]
+    assert len(copied) > num_draws / 4
+    accepted = sum(r.num_accepted > 0 for r in copied) / len(copied)
+    assert 0.005 < accepted < 0.98, "a copy that is always or never accepted proves nothing"
     assert p_value(draws, distribution, num_draws) > P_VALUE
 
 

@@ -1,11 +1,21 @@
 """Targets that no drafter is known for: drafts are copies, and answers stay the target's."""
 
 import pytest
+from vllm import SamplingParams
 
 import random_targets as targets
 from copying_cases import check
-from engine import engine, generate, greedy_params, mixed_prompts, proposer
+from engine import (
+    chat_ids,
+    engine,
+    generate,
+    greedy_params,
+    mixed_prompts,
+    proposer,
+    shipped_prompts,
+)
 from failfast_vllm.integration.v1 import CopyProposer
+from failfast_vllm.tools.fetch import fetch_smollm2
 
 SPEC = {"method": "failfast", "load_aware": True, "num_speculative_tokens": 8}
 
@@ -53,3 +63,20 @@ def test_lora(tmp_path):
     """Catches costs that are measured before vLLM has been told which adapter each token has."""
     lora = targets.write_lora(tmp_path / "lora")
     assert_lossless({**SPEC, "model": None}, lora, enable_lora=True, max_lora_rank=8)
+
+
+@pytest.mark.large
+def test_a_real_target():
+    """Catches copies that change what a trained model answers; also those that it never accepts."""
+    pytest.importorskip("gguf")
+    try:
+        target = str(fetch_smollm2())
+    except (OSError, ValueError) as error:
+        pytest.skip(str(error))
+    params = SamplingParams(temperature=0.0, max_tokens=48)
+    with engine(None, model=target) as llm:
+        tokenizer = llm.get_tokenizer()
+        prompts = [chat_ids(tokenizer, prompt) for prompt in shipped_prompts()[:24]]
+        expected = generate(llm, prompts, params)
+    with engine(SPEC, model=target) as llm:
+        check(llm, prompts, params, expected, drafts=False)

@@ -53,8 +53,11 @@ class Exact:
         return {**done, **alive}
 
 
-def free_words(num_draws):
-    """An answer cut before its last sentence, whose words are free, and its exact distribution."""
+def free_words(num_draws, *, hints=0):
+    """An answer cut before its last sentence, whose words are free, and its exact distribution.
+
+    In front of it stand as many tokens (a multiple of 32) of what is likely to follow: to copy.
+    """
     exact = Exact()
     from transformers import AutoTokenizer
 
@@ -76,6 +79,10 @@ def free_words(num_draws):
         return -sum(p * math.log(p) for p in found.values()) - exact.entropy(cut)
 
     prompt = max(cuts[:6], key=later_entropy)
+    if hints:
+        likely = exact.triples(prompt, eos, SMALLEST_EXPECTED / num_draws)
+        likely = sorted(likely, key=likely.get)[-hints:]
+        prompt = [*(token for tokens in likely for token in tokens)][-hints:] + prompt
     distribution = exact.triples(prompt, eos, SMALLEST_EXPECTED / num_draws)
     assert len(distribution) >= 8
     return prompt, distribution
