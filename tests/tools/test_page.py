@@ -47,7 +47,7 @@ def results(name="load_cpu_float32"):
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["copies_smollm2_cpu_bfloat16_8_short", "load_cpu_float32"])
+@pytest.mark.parametrize("name", ["copies_smollm2_cpu_bfloat16_many", "load_cpu_float32"])
 def test_committed_results_make_a_page_that_loads_nothing(name, tmp_path, capsys):
     """Catches figures that are missing, tags that do not close, and addresses of elsewhere."""
     path = tmp_path / "page.html"
