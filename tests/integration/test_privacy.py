@@ -54,6 +54,22 @@ def test_embedded_positions_are_masked(expected, overrides):
         assert any(preempted) == bool(overrides)
 
 
+def test_a_salt_separates_prefix_hits():
+    """Catches pages, and with them the drafter's KV, that a request with another salt finds."""
+    from vllm import SamplingParams
+
+    with engine("failfast", enable_prefix_caching=True) as llm, watch(llm) as record:
+        prompt = next(p for p in mixed_prompts(llm.get_tokenizer(), 60) if len(p) > 600)
+        params, cached = SamplingParams(temperature=0.0, max_tokens=24), []
+        for salt in ("one", "other", "one"):
+            request = {"prompt_token_ids": prompt, "cache_salt": salt}
+            (output,) = llm.generate([request], params, use_tqdm=False)
+            cached.append(output.num_cached_tokens)
+    assert cached[:2] == [0, 0]
+    assert cached[2] >= 512
+    assert record.num_drafted > 0
+
+
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):
     path = tmp_path_factory.mktemp("trace") / "rounds.jsonl"
