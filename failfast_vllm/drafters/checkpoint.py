@@ -132,7 +132,7 @@ def _wanted(
             other = files[name]
             also = f", which {other.name!r} also holds" if other else " twice"
             raise ValueError(
-                f"failfast: {where} holds {name!r}{also}; "
+                f"failfast: {where} holds {echo(name)}{also}; "
                 "remove the file that does not belong to the checkpoint."
             )
         files[name] = file
@@ -142,7 +142,7 @@ def _wanted(
         twin = "model.embed_tokens.weight" if name == "lm_head.weight" else name
         if twin not in shapes:
             raise ValueError(
-                f"failfast: {where} holds {name!r}, for which its config.json has no place; "
+                f"failfast: {where} holds {echo(name)}, for which its config.json has no place; "
                 "use the config.json of the same checkpoint."
             )
         if shape != shapes[twin]:

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -112,12 +113,11 @@ def with_settings(name: str, known: Mapping[str, dict[str, Any] | None]) -> dict
     short_keys = [short for short, key in SHORT_KEYS.items() if key in config]
     for setting in settings.split(",") if colon else ():
         short, _, text = setting.partition("=")
-        is_count = text.isdecimal() and text.strip("0")
+        is_count = re.fullmatch("[1-9][0-9]{0,8}", text)
         if not is_ours and not (is_count and short in short_keys):
             takes = ", ".join(f"{each}=N" for each in short_keys) or "no settings"
-            raise ValueError(
-                f"{base} takes {takes} with N from 1; got {echo(setting)} in {echo(name)}."
-            )
+            got = f"{echo(setting)} in {echo(name)}"
+            raise ValueError(f"{base} takes {takes} with N from 1; got {got}.")
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):  # a text

@@ -44,7 +44,7 @@ def test_lives(world):
 
 
 def test_the_model_sees_pages_that_are_not_cleared(world):
-    """Else the test above proves nothing: bits of a page's last owner are read as the next one's."""
+    """Else the test above proves nothing: a page's next owner reads the last one's bits."""
     world.model.drafter.blocks.clear = lambda pages, page_size: None
     lines = [line for _, lines in lives(world, 20) for line in lines]
     assert any("not committed" in line for line in lines)
