@@ -127,8 +127,9 @@ def main(argv: list[str] | None = None) -> int:
             with world(args.runner, page, known) as found:
                 engines[name] = fuzz(found, seeds, drafter=bool(page), reloads=args.runner == "v1")
             print(name, json.dumps({**engines[name], "wrong": len(engines[name]["wrong"])}))
-    if args.json:
-        args.json.write_text(json.dumps({"provenance": facts, "engines": engines}, indent=1) + "\n")
+            if args.json:
+                report = {"provenance": facts, "engines": engines}
+                args.json.write_text(json.dumps(report, indent=1) + "\n")
     return int(any(each["wrong"] for each in engines.values()))
 
 
