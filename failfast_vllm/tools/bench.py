@@ -126,8 +126,8 @@ def with_settings(name: str, known: Mapping[str, dict[str, Any] | None]) -> dict
     if is_ours:
         given = parse(config)
         if given is None:
-            got = echo(config["method"])
-            raise ValueError(f"the 'method' of {base} must stay 'failfast'; got {got}. Remove it.")
+            must = f"the 'method' of {base} must stay 'failfast'"
+            raise ValueError(f"{must}; got {echo(config['method'])}. Remove it.")
         FailFastConfig.from_user(given)
     return config or None
 
