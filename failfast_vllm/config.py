@@ -148,7 +148,7 @@ def _trace_file(given: Mapping[str, Any]) -> str | None:
     value = given["trace"]
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
         raise ValueError(f"failfast: 'trace' must be the name of a file; got {echo(value)}.")
-    path = Path(os.path.expanduser(value)).absolute()  # "~nobody" stays as it is
+    path = Path(os.path.expanduser(value)).absolute()  # "~nobody" stays
     try:
         is_new = not path.exists()
         if not is_new and not is_trace(path):
