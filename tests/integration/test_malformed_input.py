@@ -254,6 +254,9 @@ def test_prompts(folder, data):
             assert all({"role", "content"} <= message.keys() for message in prompt["messages"])
 
 
+ODD_SETTINGS = ("[" * 9000, "9" * 5000, "NaN", "1e999", "\u0663", "007", "0", "-1")
+
+
 @cases(300)
 @given(
     st.sampled_from(sorted(bench.methods())),
