@@ -184,6 +184,7 @@ class World:
     def left_over(self, adapter):
         """State of requests that have ended, anywhere."""
         scheduler, runner = self.core.scheduler, getattr(adapter, "runner", None)
+        states = getattr(adapter, "req_states", None)
         drafter, session = adapter.drafter, adapter.session
         arms = getattr(drafter.policy, "policies", [])
         owners = (session, drafter.policy, drafter.tokens, session.stats, adapter, *arms)
@@ -195,6 +196,7 @@ class World:
             "runner": getattr(runner, "requests", {}),
             "seen": getattr(drafter.tokens, "_seen", {}),
             "embedded": getattr(adapter, "embedded", {}),
+            "slots of V2": getattr(states, "req_id_to_index", {}),
         }
         for owner in owners:
             for name, value in vars(owner).items():
