@@ -1,6 +1,7 @@
 """What a user may ask for, checked once, before any weight is read. No vLLM, no torch."""
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -8,14 +9,14 @@ from typing import Any
 
 from failfast_vllm import METHOD as METHOD
 from failfast_vllm.drafters import families
-from failfast_vllm.drafters.errors import MAX_ECHO, echo, refusal
+from failfast_vllm.drafting.records import MAX_SPECULATIVE_TOKENS
+from failfast_vllm.errors import MAX_ECHO, echo, refusal
 from failfast_vllm.observe.trace import is_trace
 from failfast_vllm.policies.parameters import read_flag, read_integer
 from failfast_vllm.policies.table import PARAMETERS, POLICIES, policy_parameters
 
 MODELS_DIR = families.MODELS_DIR
 BLOCK_SIZE = families.BLOCK_SIZE
-MAX_SPECULATIVE_TOKENS = 128  # MAX_SPEC_LEN of vLLM's rejection sampler
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class FailFastConfig:
         policy = given.get("policy", METHOD)
         if not isinstance(policy, str) or policy not in POLICIES:
             raise ValueError(
-                f"failfast: 'policy' must be one of {', '.join(POLICIES)}; got {policy!r}."
+                f"failfast: 'policy' must be one of {', '.join(POLICIES)}; got {echo(policy)}."
             )
         rule, most = POLICIES[policy], MAX_SPECULATIVE_TOKENS
         cap = read_integer(given, "num_speculative_tokens", rule.default_cap, 1, most)
@@ -116,7 +117,7 @@ def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any] 
     read_integer(given, "draft_tensor_parallel_size", 1, 1, 1024)
     if BLOCK_SIZE in given and not families.is_block_size(given[BLOCK_SIZE]):
         sizes, got = families.BLOCK_SIZE_NAMES, given[BLOCK_SIZE]
-        raise ValueError(f"failfast: {BLOCK_SIZE!r} must be one of {sizes}; got {got!r}.")
+        raise ValueError(f"failfast: {BLOCK_SIZE!r} must be one of {sizes}; got {echo(got)}.")
     del given["method"]
     return given
 
@@ -147,12 +148,12 @@ def _trace_file(given: Mapping[str, Any]) -> str | None:
     value = given["trace"]
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
         raise ValueError(f"failfast: 'trace' must be the name of a file; got {echo(value)}.")
-    path = Path(value).expanduser().absolute()
+    path = Path(os.path.expanduser(value)).absolute()  # "~nobody" stays
     try:
         is_new = not path.exists()
         if not is_new and not is_trace(path):
             must = "'trace' must be a new file, or a trace to go on with"
-            raise refusal(must, repr(value), "Name another file.")
+            raise refusal(must, echo(value), "Name another file.")
         path.open("ab").close()  # /proc lets nobody write, whatever its permissions say
         if is_new:
             path.unlink()

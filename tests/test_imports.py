@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # each room may import those before it, and itself; rooms of a floor not each other
     {"failfast_kernels"},
-    {"failfast_vllm.__init__"},
+    {"failfast_vllm.__init__", "failfast_vllm.errors"},
     {"failfast_vllm.drafting"},
     {"failfast_vllm.planning", "failfast_vllm.observe"},
     {"failfast_vllm.policies"},

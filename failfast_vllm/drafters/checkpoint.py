@@ -12,8 +12,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from failfast_vllm.drafters.errors import echo, reason, refusal
 from failfast_vllm.drafters.families import Family
+from failfast_vllm.errors import echo, reason, refusal
 
 Shape = tuple[int, ...]
 
@@ -99,7 +99,7 @@ def _choose(index: Path, files: Mapping[str, Path]) -> dict[str, Path]:
     for name, shard in weight_map.items():
         if shard not in files:
             raise ValueError(
-                f"failfast: the drafter's {index} puts {name!r} into {shard!r}, which is "
+                f"failfast: the drafter's {index} puts {echo(name)} into {echo(shard)}, which is "
                 "not there; download the checkpoint again."
             )
     return {shard: files[shard] for shard in shards}
@@ -132,7 +132,7 @@ def _wanted(
             other = files[name]
             also = f", which {other.name!r} also holds" if other else " twice"
             raise ValueError(
-                f"failfast: {where} holds {name!r}{also}; "
+                f"failfast: {where} holds {echo(name)}{also}; "
                 "remove the file that does not belong to the checkpoint."
             )
         files[name] = file
@@ -142,7 +142,7 @@ def _wanted(
         twin = "model.embed_tokens.weight" if name == "lm_head.weight" else name
         if twin not in shapes:
             raise ValueError(
-                f"failfast: {where} holds {name!r}, for which its config.json has no place; "
+                f"failfast: {where} holds {echo(name)}, for which its config.json has no place; "
                 "use the config.json of the same checkpoint."
             )
         if shape != shapes[twin]:

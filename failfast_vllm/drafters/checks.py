@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from failfast_vllm.drafters.checkpoint import check_files, read_json
-from failfast_vllm.drafters.errors import echo, refusal
 from failfast_vllm.drafters.families import (
     BLOCK_SIZE,
     BLOCK_SIZE_NAMES,
@@ -20,12 +19,13 @@ from failfast_vllm.drafters.families import (
     is_block_size,
     published_names,
 )
+from failfast_vllm.errors import echo, refusal
 
 # vLLM's SpeculativeConfig changes the method of a draft model whose path contains one of these
 METHOD_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
-MAX_COUNT, MAX_SIZE = 1 << 12, 1 << 24  # far beyond any drafter; a larger value is a slip
+MAX_COUNT, MAX_SIZE = 1 << 10, 1 << 24  # far beyond any drafter; a larger value is a slip
 COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
 # what a key may say, the default first; anything else is not vLLM's Qwen2 or Qwen3
@@ -104,17 +104,18 @@ def check_drafter_config(
     architectures = config.get("architectures")
     family, must = family_of(architectures), f"the drafter {model!r} must"
     if family is None:
-        found = map(str, architectures) if isinstance(architectures, list) else ()
+        named = architectures if isinstance(architectures, list) else ()
+        found = echo(", ".join(each for each in named if isinstance(each, str))).strip("'")
         known = " or ".join(family.architecture for family in FAMILIES)
         hint = (
             "Its 'auto_map' is of no use: a drafter's own code is never run."
             if config.get("auto_map")
             else "For an autoregressive drafter use vLLM's own method 'draft_model'."
         )
-        raise refusal(f"{must} be a {known}", ", ".join(found) or "no architecture", hint)
+        raise refusal(f"{must} be a {known}", found or "no architecture", hint)
     if config.get("model_type") not in family.model_types:
         must = f"{must} have the 'model_type' {family.model_types[0]!r}"
-        raise refusal(must, repr(config.get("model_type")), "Set it in its config.json.")
+        raise refusal(must, echo(config.get("model_type")), "Set it in its config.json.")
     find_block_size(model, family, config, asked_size)
     filled = family.filled(config)
     for problems in (_other_layout, _wrong_sizes, _wrong_rope):
@@ -167,7 +168,7 @@ def _stated_size(
     key, size = family.block_size_key, config[family.block_size_key]
     if not is_block_size(size):
         must = f"the drafter {model!r} must have a {key!r} of {BLOCK_SIZE_NAMES}"
-        raise refusal(must, repr(size), "Use another checkpoint.")
+        raise refusal(must, echo(size), "Use another checkpoint.")
     if asked_size not in (None, size):
         stated = f"the {key!r} in the config.json of the drafter {model!r}, {size}"
         raise refusal(f"{BLOCK_SIZE!r} must be {stated}", str(asked_size), "Leave it out.")
@@ -185,7 +186,7 @@ def _other_layout(family: Family, config: Mapping[str, Any]) -> Iterator[Problem
     experts = EXPERTS if family.has_experts else NO_EXPERTS
     for key, allowed in (ALLOWED | projections | experts).items():
         value = config.get(key, allowed[0])
-        if repr(value) not in map(repr, allowed):  # True is no 1 here
+        if not any(type(value) is type(each) and value == each for each in allowed):
             what = "as " + " or ".join(map(json.dumps, allowed))
             yield key, what, value, "Another layout cannot be loaded."
     if family.has_experts and "norm_topk_prob" not in config:  # both occur
@@ -230,7 +231,7 @@ def _wrong_rope(family: Family, config: Mapping[str, Any]) -> Iterator[Problem]:
         if rope is None:
             continue
         scaling: dict[str, Any] = rope if isinstance(rope, dict) else {"type": None}
-        kind = str(scaling.get("rope_type", scaling.get("type", "default")))
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in ROPE_TYPES or "mrope_section" in scaling:
             what = f"with a 'rope_type' among {', '.join(ROPE_TYPES)}"
             yield key, what, rope, "Others cannot be loaded."
@@ -306,7 +307,7 @@ def mask_token_id(
         last = config["vocab_size"] - 1
         if type(mask) is not int or not 0 <= mask <= last:
             must = f"'mask_token_id' must be an integer from 0 to {last}"
-            raise ValueError(f"failfast: {must}; got {mask!r}.")
+            raise ValueError(f"failfast: {must}; got {echo(mask)}.")
         return mask
     if family.mask_token in drafter_vocab:
         return drafter_vocab[family.mask_token]

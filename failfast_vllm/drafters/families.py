@@ -56,7 +56,7 @@ class Family:
         """The diffusion block size that a checkpoint's published name stands for, or None."""
         if self.plain_names is None:
             return self.default_block_size
-        if found := re.search(r"-b(\d+)(?=-|$)", name):  # JetLM/SDAR-1.7B-Chat-b32
+        if found := re.search(r"-b(\d{1,4})(?=-|$)", name):  # JetLM/SDAR-1.7B-Chat-b32
             return int(found[1])
         return self.default_block_size if self.plain_names.fullmatch(name) else None
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Lengths = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
+MAX_SPECULATIVE_TOKENS = 128  # MAX_SPEC_LEN of vLLM's rejection sampler
 UNKNOWN = -1  # instead of a token id: before the first token, or given as an embedding
 NO_TOKEN = -2  # where there is nothing to copy
 

@@ -14,6 +14,7 @@ from failfast_vllm import config as user_config
 from failfast_vllm.config import BLOCK_SIZE, METHOD, FailFastConfig
 from failfast_vllm.drafters import checks
 from failfast_vllm.drafters.families import MAX_DIFFUSION_BLOCK_SIZE, Family, family_of
+from failfast_vllm.errors import reason, refusal
 from failfast_vllm.integration.engine_hooks import install_metrics, register_model
 from failfast_vllm.integration.hooks import asked_for, hook, install, logger
 
@@ -51,12 +52,8 @@ def create_speculative_config(
     install_metrics()
     for stage in ("worker", "requests", "engine"):
         install(stage)
-    asking, guarded = copy.copy(self), copy.copy(target_model_config)
-    asking.speculative_config = _in_vllms_terms(drafter, given, knobs.num_speculative_tokens)
-    # the drafter's config takes the target's flag; remote code is never run for a drafter
-    guarded.trust_remote_code = False
-    speculative = original.func(asking, guarded, target_parallel_config)
-    assert speculative.method == asking.speculative_config["method"], speculative.method
+    terms = _in_vllms_terms(drafter, given, knobs.num_speculative_tokens)
+    speculative = _ask_vllm(original, self, target_model_config, target_parallel_config, terms)
     speculative.target_model_config = target_model_config
     setattr(speculative, METHOD, True)  # for who sees this config alone
     if drafter is None:
@@ -83,6 +80,22 @@ def _in_vllms_terms(drafter: str | None, given: dict[str, Any], cap: int) -> dic
         "num_speculative_tokens": cap,
         "disable_padded_drafter_batch": True,
     }
+
+
+def _ask_vllm(original: Any, args: Any, target: Any, parallel: Any, terms: dict[str, Any]) -> Any:
+    """vLLM's speculative config of `terms`; raises ValueError on fields that it trips over."""
+    asking, guarded = copy.copy(args), copy.copy(target)
+    asking.speculative_config = terms
+    # the drafter's config takes the target's flag; remote code is never run for a drafter
+    guarded.trust_remote_code = False
+    try:
+        speculative = original.func(asking, guarded, parallel)
+    except (TypeError, LookupError, AttributeError) as error:
+        must = f"the drafter {terms.get('model')!r} must have a config.json that vLLM can read"
+        got = f"{type(error).__name__} ({reason(error)})"
+        raise refusal(must, got, "Use the one that was published.") from None
+    assert speculative.method == terms["method"], speculative.method
+    return speculative
 
 
 @hook("configuration", f"{ENGINE_ARGS}.add_cli_args")

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from failfast_vllm.config import METHOD
+from failfast_vllm.errors import echo
 from failfast_vllm.integration.hooks import asked_for, hook
 
 MAX_LEN = "failfast_max_len"
@@ -34,15 +35,15 @@ def check(params: Any, num_speculative_tokens: int, confidence_threshold: float)
     if getattr(params, "logprob_token_ids", None):  # vLLM answers without them, or its engine dies
         raise ValueError(
             "failfast: 'logprob_token_ids' does not go with speculative decoding; "
-            f"got {params.logprob_token_ids!r}. Use 'logprobs'."
+            f"got {echo(params.logprob_token_ids)}. Use 'logprobs'."
         )
     extra_args: Mapping[str, Any] = getattr(params, "extra_args", None) or {}
-    given = {key: value for key, value in extra_args.items() if key.startswith("failfast")}
+    given = {k: v for k, v in extra_args.items() if isinstance(k, str) and k.startswith(METHOD)}
     for key in given:
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(KEYS)}."
-            raise ValueError(f"failfast: unknown key {key!r} in a request; {hint}")
+            raise ValueError(f"failfast: unknown key {echo(key)} in a request; {hint}")
     for key, kind, types, low, high in (
         (MAX_LEN, "an integer", int, 0, num_speculative_tokens),
         (CONFIDENCE_THRESHOLD, "a probability", int | float, confidence_threshold, 1.0),
@@ -51,7 +52,7 @@ def check(params: Any, num_speculative_tokens: int, confidence_threshold: float)
         if not _is(value, types) or not low <= value <= high:
             raise ValueError(
                 f"failfast: {key!r} must be {kind} from {low} to {high} on this server; "
-                f"got {value!r}."
+                f"got {echo(value)}."
             )
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import failfast_vllm
+from failfast_vllm.drafting.records import MAX_SPECULATIVE_TOKENS
 from failfast_vllm.drafting.records import Round as Verified
+from failfast_vllm.errors import echo
 
 logger = logging.getLogger("vllm.failfast")
 
@@ -148,7 +150,7 @@ def read(path: str | Path) -> Trace:
         if FORMAT in fields:
             if fields[FORMAT] != VERSION:
                 raise ValueError(
-                    f"{where} must be of trace format {VERSION}; got {fields[FORMAT]!r}. "
+                    f"{where} must be of trace format {VERSION}; got {echo(fields[FORMAT])}. "
                     "Read it with the version that wrote it."
                 )
             headers.append(fields)
@@ -185,9 +187,10 @@ def _object(line: str) -> dict[str, Any]:
 def _round(fields: Mapping[str, Any]) -> Round | None:
     counts = [fields.get(name) for name in Round._fields[:-1]]
     confidences = fields.get("confidences")
-    if not isinstance(confidences, list) or not all(type(n) is int and n >= 0 for n in counts):
+    in_range = all(type(n) is int and 0 <= n < 2**63 for n in counts)
+    if not isinstance(confidences, list) or not in_range:
         return None
     found = Round._make([*counts, tuple(confidences)])
-    fits = max(len(confidences), found.accepted) <= found.drafted
+    fits = max(len(confidences), found.accepted) <= found.drafted <= MAX_SPECULATIVE_TOKENS
     sound = all(isinstance(p, int | float) and 0 <= p <= 1 for p in confidences)
     return found if fits and sound else None

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from typing import Any, NamedTuple
 
+from failfast_vllm.errors import echo
+
 PARAMETER = "parameter"  # key of a field's metadata
 # (keys of the user, key, the cap, what a bandit may choose among) -> the checked value
 Check = Callable[[Mapping[str, Any], str, int, Sequence[str]], Any]
@@ -99,5 +101,5 @@ def _read(
 ) -> Any:
     value = given.get(key, default)
     if not fits(value):
-        raise ValueError(f"failfast: {key!r} must be {what}; got {value!r}.")
+        raise ValueError(f"failfast: {key!r} must be {what}; got {echo(value)}.")
     return value

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,8 +22,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from failfast_vllm.config import MODELS_DIR, FailFastConfig
+from failfast_vllm.config import MODELS_DIR, FailFastConfig, parse
 from failfast_vllm.drafters.checks import check_local_drafter
+from failfast_vllm.errors import echo
 from failfast_vllm.policies.table import POLICIES
 from failfast_vllm.tools import shipped
 from failfast_vllm.tools.load_generator import EngineProcess, Run, Sums
@@ -105,23 +107,28 @@ def with_settings(name: str, known: Mapping[str, dict[str, Any] | None]) -> dict
     """The config of a method, NAME or NAME:KEY=VALUE,...; raises ValueError."""
     base, colon, settings = name.partition(":")
     if base not in known:
-        raise ValueError(f"unknown method {base!r}; choose from {', '.join(known)}.")
+        raise ValueError(f"unknown method {echo(base)}; choose from {', '.join(known)}.")
     config = dict(known[base] or {})
     is_ours = config.get("method") == "failfast"
     short_keys = [short for short, key in SHORT_KEYS.items() if key in config]
     for setting in settings.split(",") if colon else ():
         short, _, text = setting.partition("=")
-        is_count = text.isdecimal() and int(text) > 0
+        is_count = re.fullmatch("[1-9][0-9]{0,8}", text)
         if not is_ours and not (is_count and short in short_keys):
             takes = ", ".join(f"{each}=N" for each in short_keys) or "no settings"
-            raise ValueError(f"{base} takes {takes} with N from 1; got {setting!r} in {name!r}.")
+            got = f"{echo(setting)} in {echo(name)}"
+            raise ValueError(f"{base} takes {takes} with N from 1; got {got}.")
         try:
             value = json.loads(text)
-        except ValueError:  # a text
+        except (ValueError, RecursionError):  # a text
             value = text
         config[SHORT_KEYS.get(short, short)] = value
     if is_ours:
-        FailFastConfig.from_user(config)
+        given = parse(config)
+        if given is None:
+            must = f"the 'method' of {base} must stay 'failfast'"
+            raise ValueError(f"{must}; got {echo(config['method'])}. Remove it.")
+        FailFastConfig.from_user(given)
     return config or None
 
 

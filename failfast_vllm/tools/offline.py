@@ -103,7 +103,7 @@ def read_prompts(path: Path) -> list[Prompt]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not JSON ({error}).") from None
         prompt = _as_prompt(entry) if isinstance(entry, dict) else None
         if prompt is None:

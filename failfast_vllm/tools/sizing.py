@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from failfast_vllm.config import FailFastConfig
 from failfast_vllm.drafters.checkpoint import expected_shapes
 from failfast_vllm.drafters.checks import (
+    MAX_COUNT,
+    MAX_SIZE,
     check_drafter_config,
     choose_drafter,
     find_block_size,
@@ -24,6 +26,7 @@ from failfast_vllm.drafters.families import (
     Family,
     family_of,
 )
+from failfast_vllm.errors import echo
 from failfast_vllm.tools import published_models as published
 from failfast_vllm.tools.offline import positive
 
@@ -54,12 +57,12 @@ def memory_of(name: str, config: Mapping[str, Any]) -> Memory:
     layout, config = _layout_of(name, config)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     if dtype not in BYTES:
-        raise ValueError(f"{name!r} must have a dtype of {', '.join(BYTES)}; got {dtype!r}.")
+        raise ValueError(f"{name!r} must have a dtype of {', '.join(BYTES)}; got {echo(dtype)}.")
     width = BYTES[dtype]
     linear_width, doubt, quantised = float(width), "", config.get("quantization_config")
     if isinstance(quantised, Mapping):
         bits = quantised.get("bits", 8 if quantised.get("quant_method") == "fp8" else 0)
-        linear_width = bits / 8 if isinstance(bits, int) else 0
+        linear_width = bits / 8 if type(bits) is int and 0 < bits <= 32 else 0
         counted = "embeddings, biases and norms only"
         if linear_width:
             counted = f"linear layers at {bits} bits, without scales"
@@ -81,15 +84,17 @@ def _layout_of(name: str, config: Mapping[str, Any]) -> tuple[Family, dict[str, 
     layout = family or LAYOUTS.get(str(model_type))
     if layout is None:
         raise ValueError(
-            f"the tensors of {name!r} are not known (model type {model_type!r}); "
+            f"the tensors of {name!r} are not known (model type {echo(model_type)}); "
             f"give a config of {', '.join(sorted(LAYOUTS))} or of a drafter."
         )
     # of a target all must be stated, but transformers' Qwen3Config has heads of 128
     filled = family.filled(config) if family else dict(config)
-    for key in published.SIZES + EXPERT_SIZES * layout.has_experts:
-        value = filled.get(key)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name!r} must have a positive integer {key!r}; got {value!r}.")
+    stated = ("head_dim",) if filled.get("head_dim") is not None else ()
+    for key in (*published.SIZES, *EXPERT_SIZES * layout.has_experts, *stated):
+        value, most = filled.get(key), MAX_SIZE if key.endswith("_size") else MAX_COUNT
+        if type(value) is not int or not 1 <= value <= most:
+            must = f"{name!r} must have {key!r} as an integer from 1 to {most}"
+            raise ValueError(f"{must}; got {echo(value)}.")
     is_mixed = filled.get("mlp_only_layers") or filled.get("decoder_sparse_step", 1) != 1
     if layout.has_experts and is_mixed:
         raise ValueError(f"{name!r} mixes dense and expert layers; only all-expert ones are known.")
@@ -150,7 +155,7 @@ def load_config(name: str, known: Mapping[str, Mapping[str, Any]]) -> tuple[str,
         path = path / "config.json" if path.is_dir() else path
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"cannot read {path} ({error}); give a config.json.") from None
         if not isinstance(config, dict):
             raise ValueError(f"{path} holds no JSON object; give a config.json.")

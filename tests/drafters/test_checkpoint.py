@@ -583,6 +583,7 @@ BAD_CONFIGS = [
         for key in ("num_experts", "moe_intermediate_size", "num_experts_per_tok")
         for value in (0, "absent", True, 1 << 30)
     ),
+    bad("num_experts", 4096, "from 1 to 1024", family=SDAR_MOE),  # 50 M tensors in 4096 layers
     bad("num_experts_per_tok", 9, "from 1 to 8", family=SDAR_MOE),
     bad("norm_topk_prob", "absent", "got None", family=SDAR_MOE),
     bad("norm_topk_prob", 1, "true", family=SDAR_MOE),

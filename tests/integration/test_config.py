@@ -111,6 +111,9 @@ def test_unknown_key_gets_a_hint(key, hint):
         ({"model": "a b/c"}, ["the drafter 'a b/c'", "give a checkpoint directory or a hub id"]),
         ({"model": "a\0b"}, ["the drafter", "give a checkpoint directory or a hub id"]),
         ({"trace": "t" * 300}, ["'trace' must be a file", "name too long"]),
+        ({"trace": "~no-such-user/t"}, ["'trace' must be a file", "'~no-such-user/t'"]),
+        ({"policy": "p" * 10_000}, ["'policy' must be one of", "(10002 characters)"]),
+        ({"draft_budget": 10**5000}, ["'draft_budget' must be", "int that is too long to show"]),
         ({"trace": "a\0b"}, ["'trace' must be the name of a file", "a\\x00b"]),
         ({"trace": "/proc/trace.jsonl"}, ["'trace' must be a file", "writable folder"]),
         ({"draft-budget": 5, "draft_budget": 6}, ["'draft_budget' must be given once"]),
@@ -616,6 +619,11 @@ def test_block_size_that_cannot_be(name, fields, asked, fragments):
     with pytest.raises(ValueError, match=r"\Afailfast: [^\n]*\Z") as caught:
         checks.find_block_size(name, SDAR, SILENT | fields, asked)
     assert all(fragment in str(caught.value) for fragment in [repr(name), *fragments])
+
+
+def test_a_name_may_hold_any_number():
+    """Catches Python's own error for a number of thousands of digits."""
+    assert SDAR.size_in_name("SDAR-b" + "9" * 5000) is None
 
 
 def silent_drafter(path):

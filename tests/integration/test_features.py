@@ -269,6 +269,7 @@ def test_blocks_of_undrafted_requests_are_committed(plain, drafting):
             "did you mean 'failfast_max_len'?",
         ),
         ({"failfast": 3}, "unknown key 'failfast'"),
+        ({"failfast_max_len": "3" * 10_000}, "... (10002 characters)."),
     ],
 )
 def test_wrong_keys_are_refused(plain, drafting, extra_args, message):

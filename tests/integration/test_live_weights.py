@@ -1,46 +1,21 @@
 """Weights of the target that are replaced while the engine runs, as in reinforcement learning."""
 
-import shutil
 from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from engine import TARGET, engine, generate, greedy_params, mixed_prompts, proposer, watch
+from engine import engine, generate, greedy_params, mixed_prompts, proposer, watch
 from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.planning.costs import Costs, CostTable
 from independent import IndependentDrafter
+from live_weights import drifted, other_weights, reload
 from state_check import TOLERANCE, largest_error
 
 LOAD_AWARE = {"method": "failfast", "load_aware": True}
 NUM_TOKENS = 64  # of each answer
 STEPS = 5  # between two changes
 DRIFT = [0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.3, 0.05, 0.0]  # of the weights; 0: as at start
-
-
-def drifted(scale):
-    """[(name, weight)] of the shipped target after a pretended training step."""
-    weights = load_file(f"{TARGET}/model.safetensors")
-    draw = torch.Generator().manual_seed(0)
-    for name, weight in weights.items():
-        if weight.dim() == 2:
-            noise = torch.randn(weight.shape, generator=draw) * weight.float().std()
-            weights[name] = (weight.float() + scale * noise).to(weight.dtype)
-    return list(weights.items())
-
-
-def other_weights(folder):
-    """A checkpoint of the shipped target after a pretended training step."""
-    shutil.copytree(TARGET, folder)
-    save_file(dict(drifted(0.02)), folder / "model.safetensors", {"format": "pt"})
-    return str(folder)
-
-
-def reload(llm, **source):
-    """vLLM's recipe; requests that run are computed anew with the new weights."""
-    llm.collective_rpc("reload_weights", kwargs=source)
-    assert llm.reset_prefix_cache(reset_running_requests=True)
 
 
 def test_answers_after_reloading_are_vllms(tmp_path):

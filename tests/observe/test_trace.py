@@ -109,6 +109,8 @@ def test_several_runs_in_a_file(tmp_path):
         "[]",
         {**ROUNDS[2], "known": -1},
         {**ROUNDS[2], "known": "8"},
+        {**ROUNDS[2], "rows": 10**400},  # too large for a mean
+        {**ROUNDS[2], "drafted": 10**9},  # a line of the report for each
         {**ROUNDS[2], "accepted": 5},
         {**ROUNDS[2], "confidences": [0.5] * 5},
         {**ROUNDS[2], "confidences": [1.5]},

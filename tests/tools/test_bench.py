@@ -364,6 +364,9 @@ def test_small_engines_take_turns(device, share, tmp_path, monkeypatch, capsys, 
         (["--from", "{tmp}/none.json"], "No such file"),
         (["--from", "{tmp}/bad.jsonl"], "holds no results of `failfast bench`."),
         (["--from", "{tmp}/list.json"], "holds no results of `failfast bench`."),
+        (["--from", "{tmp}/deep.json"], "holds no results of `failfast bench`."),
+        (["--from", "{tmp}/huge.json"], "holds no results of `failfast bench`."),
+        (["--prompts", "{tmp}/deep.json"], "deep.json, line 1 is not JSON"),
         (["--target", "{tmp}"], "has no config.json"),
         (["--drafter", "./nowhere"], "has no config.json"),
     ],
@@ -374,6 +377,9 @@ def test_bad_input_is_one_line(argv, message, tmp_path, capsys, monkeypatch):
     (tmp_path / "other.jsonl").write_text('{"prompt": "a"}\n\n{"messages": []}\n')
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    row = {"method": "none", "concurrency": 1, "tokens_per_second": 10**400}
+    (tmp_path / "huge.json").write_text(json.dumps({"provenance": {}, "rows": [row]}))
     monkeypatch.setattr(bench, "EngineProcess", None)
     argv = [each.replace("{tmp}", str(tmp_path)) for each in argv]
     before = sorted(tmp_path.rglob("*"))

@@ -139,6 +139,11 @@ def test_methods_take_settings():
         ("none:k=1", "none takes no settings"),
         ("draft_model:min=1", "draft_model takes k=N with"),
         ("failfast:k=none", "'num_speculative_tokens' must be"),
+        ("failfast:polcy=fixed", "unknown key 'polcy' in the speculative config; did you mean"),
+        ("failfast:method=ngram", "the 'method' of failfast must stay 'failfast'; got 'ngram'."),
+        ("failfast:k=" + "[" * 100_000, "'num_speculative_tokens' must be"),
+        ("ngram:k=" + "9" * 5000, "ngram takes min=N"),
+        ("ngram:k=\u0663", "ngram takes min=N"),  # a decimal digit to Python, none to JSON
     ],
 )
 def test_wrong_settings_are_refused_before_engines_start(name, message, capsys):

@@ -245,6 +245,9 @@ def test_what_cannot_be_planned_is_one_line(argv, hint, capsys):
     ("changed", "hint"),
     [
         ({"hidden_size": "big"}, "'hidden_size'"),
+        ({"hidden_size": 10**400}, "'hidden_size' as an integer"),  # too large for gigabytes
+        ({"num_hidden_layers": 10**9}, "'num_hidden_layers' as an integer"),  # takes for ever
+        ({"head_dim": ["128"]}, "'head_dim' as an integer"),
         ({"dtype": "int3"}, "int3"),
         ({**MOE, "mlp_only_layers": [0]}, "mixes dense and expert"),
     ],
@@ -254,6 +257,13 @@ def test_unknown_configs_are_refused(changed, hint, tmp_path):
     path = write(tmp_path / "it", {**MODELS["Qwen/Qwen2.5-7B-Instruct"], **changed})
     with pytest.raises(ValueError, match=hint):
         plan.make_plan(path)
+
+
+def test_lists_in_lists_are_refused(tmp_path):
+    """Catches a traceback of Python's JSON reader."""
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"give a config\.json"):
+        plan.make_plan(str(tmp_path))
 
 
 @pytest.mark.parametrize("changed", [{"model_type": "llama"}, {"vocab_size": 32000}])

@@ -12,7 +12,10 @@ def refusal(must: str, got: str, remedy: str) -> ValueError:
 
 def echo(value: Any) -> str:
     """A value of a user or a file, whatever its length."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer with thousands of digits; lists in lists
+        return f"{type(value).__name__} that is too long to show"
     return text if len(text) <= MAX_ECHO else f"{text[:MAX_ECHO]}... ({len(text)} characters)"
 
 
