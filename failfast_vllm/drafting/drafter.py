@@ -130,7 +130,7 @@ class Drafter:
         increments = self.planner.following(
             np.where(work.willing & (work.increments > 0), step.max_draft_lens - lens, 0),
             step.known_lens - step.final_lens + lens,
-            np.minimum(work.first_lens, lens),
+            work.first_lens,
             lens,
             work.confidences[:, : int(lens.max(initial=0))],
         )
