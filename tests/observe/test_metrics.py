@@ -125,6 +125,15 @@ def stop_reasons(**given):
     return [STOP_REASONS[i] for i in drafts.stop_reasons], drafts
 
 
+def test_copied_tokens_are_counted_apart():
+    """Catches tokens of passes among the copied ones, and copies behind a rejected pass."""
+    counts = DraftStats()
+    judged = np.array([0.9, 0.8], dtype=np.float32)
+    for verified, accepted in ((5, 4), (2, 2), (5, 1)):
+        counts.observe([Round("r", 5, 2, verified, accepted, confidences=judged)])
+    assert (counts.num_copied, counts.num_copied_accepted) == (3 + 0 + 3, 2 + 0 + 0)
+
+
 def test_stop_reasons():
     """Catches reasons that are judged by the last pass only."""
     reasons, drafts = stop_reasons()
@@ -138,8 +147,9 @@ def test_stop_reasons():
 def test_a_planner_that_refuses_is_the_load():
     """Catches drafts that the planner cut and that count as doubtful."""
     tokens = np.full((1, 60), 5)
-    script = Script([20], tokens, np.full((1, 60), 0.9), np.zeros((1, 60)))
-    for kept in (10, 3):
+    ends = ((0.9, 10, LOAD), (0.9, 3, LOAD), (0.1, 10, DOUBT), (0.1, 3, LOAD))
+    for confidence, kept, reason in ends:
+        script = Script([20], tokens, np.full((1, 60), confidence), np.zeros((1, 60)))
         drafter = make_drafter(FailFast(0.45), script)
         drafter.planner = types.SimpleNamespace(
             postpones_commits=True,
@@ -151,4 +161,13 @@ def test_a_planner_that_refuses_is_the_load():
         )
         drafts = drafter.propose(make_step(script, np.array([60])))
         assert drafts.lens.tolist() == [kept]
-        assert drafts.stop_reasons.tolist() == [LOAD]
+        assert drafts.stop_reasons.tolist() == [reason]
+
+
+def test_a_spent_budget_is_not_the_load():
+    """Catches a planner that is blamed for what `draft_budget` has ended."""
+    script = Script([20], np.full((1, 60), 5), np.full((1, 60), 0.9), np.zeros((1, 60)))
+    drafter = make_drafter(FailFast(0.45), script)
+    drafter.planner.refusal = LOAD
+    drafts = drafter.propose(make_step(script, np.array([60]), budget=15))
+    assert (drafts.lens.tolist(), drafts.stop_reasons.tolist()) == ([15], [BUDGET])
