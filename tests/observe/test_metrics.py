@@ -18,7 +18,7 @@ from failfast_vllm.drafting.records import (
     Round,
 )
 from failfast_vllm.integration import hooks
-from failfast_vllm.integration.engine_hooks import install_metrics
+from failfast_vllm.integration.engine_hooks import collect_counts, install_metrics, send_counts
 from failfast_vllm.integration.metrics import FailFastStatLogger
 from failfast_vllm.observe.counters import NUM_COUNTS, DraftStats
 from failfast_vllm.policies.rules import FailFast
@@ -123,6 +123,38 @@ def stop_reasons(**given):
     drafter = make_drafter(FailFast(0.45), script)
     drafts = drafter.propose(make_step(script, np.array([60, 60, 60, 5]), **given))
     return [STOP_REASONS[i] for i in drafts.stop_reasons], drafts
+
+
+def test_counts_wait_in_the_scheduler_and_are_sent_once():
+    """Catches counts of steps without statistics that are lost, and counts that come twice."""
+    scheduler, own = types.SimpleNamespace(log_stats=True), object()
+    for counts in ([1, 2], [], [3, 4]):
+        drafts = types.SimpleNamespace(failfast_counts=counts)
+        assert collect_counts(lambda: own, scheduler, drafts) is own
+    sent = [types.SimpleNamespace(num_draft_tokens_per_pos=[9]) for _ in range(2)]
+    for found in (None, *sent):
+        assert send_counts(lambda: own, scheduler, found) is own
+    assert [found.num_draft_tokens_per_pos for found in sent] == [[9, 4, 6], [9]]
+    unheard = types.SimpleNamespace(log_stats=False)
+    collect_counts(lambda: own, unheard, types.SimpleNamespace(failfast_counts=[1]))
+    assert not hasattr(unheard, "failfast_counts")
+
+
+def test_only_steps_that_verify_are_timed_as_verification():
+    """Catches time after a step without drafts, and a sure token without a bin."""
+    counts = DraftStats()
+    none = types.SimpleNamespace(
+        num_forwards=0, num_rows=0, lens=np.zeros(2, int), stop_reasons=np.zeros(2, int)
+    )
+    some = types.SimpleNamespace(**{**vars(none), "lens": np.array([0, 4])})
+    counts.step_ended(none)
+    counts.step_began()
+    assert counts.verify_ms == 0.0
+    counts.step_ended(some)
+    counts.step_began()
+    assert counts.verify_ms > 0.0
+    counts.observe([Round("r", 1, 1, 1, 1, confidences=np.ones(1, dtype=np.float32))])
+    assert counts.bins[:, -1].tolist() == [1, 1, 1000]
 
 
 def test_copied_tokens_are_counted_apart():
