@@ -82,6 +82,10 @@ def test_counts_arrive_by_engine():
     assert sample("accepted_length_sum", engine="1") == 7
     assert sample("accepted_length_bucket", engine="1", le="0.0") == 1
     assert not sample("draft_passes_total", engine="0")
+    counts.observe([Round("r", 1, num_verified=1, confidences=confidences[2:])])
+    logger.record(stats([], 12, counts.take()), None, engine_idx=0)
+    assert sample("calibration_error", engine="0") == pytest.approx(0.5)
+    assert sample("calibration_error", engine="1") == pytest.approx(error, abs=1e-3)
     logger.record(None, None)
     logger.record(types.SimpleNamespace(spec_decoding_stats=None), None)
     again = FailFastStatLogger(fake_config(), [0])  # a second engine in one process

@@ -1,10 +1,12 @@
-"""What the planner learns from steps and rounds, on a clock that is set by hand."""
+"""What the planner learns from steps and rounds, and asks for, by figures written by hand."""
 
 import numpy as np
 import pytest
 
 from failfast_vllm.drafting.records import Round
-from failfast_vllm.planning.costs import OVERHEAD_RATE, Costs, CostTable
+from failfast_vllm.planning.acceptance import AcceptanceByPosition, Calibration, learn
+from failfast_vllm.planning.costs import OVERHEAD_RATE, Costs, CostTable, StepTimer
+from failfast_vllm.planning.guard import PROBE_STEPS, REST_STEPS
 from failfast_vllm.planning.planner import LEARNING_STEPS, LoadPlanner
 
 
@@ -64,3 +66,87 @@ def test_times_rise_with_the_size_wherever_they_were_measured():
         table.correct(size, ms)
     times = table([1, 4, 8, 16, 64, 65, 1000, 10**6])
     assert (np.diff(times) >= 0).all()
+
+
+def test_parts_of_a_step_are_timed_apart():
+    """Catches drafting taken for verification, and passes that the next step counts again."""
+    clock = Clock()
+    timer = StepTimer(clock)
+    timer.lap()
+    for rows in ([8, 4], []):
+        for num_rows in rows:
+            timer.pass_took(num_rows, 0.5 * num_rows)
+        clock.now += 0.003
+        timer.drafting_ended()
+        clock.now += 0.010
+        found, ms = timer.lap()
+        assert found == rows
+        assert ms == pytest.approx([3.0, 10.0, *(0.5 * num_rows for num_rows in rows)])
+
+
+def test_what_was_not_verified_counts_as_its_confidence_says():
+    """Catches a cut by the scheduler taken for a rejection, and growth counted from the start.
+
+    Both drafts have two tokens of the first pass and two of growth, of which one was verified: one
+    was rejected at its second token, the other accepted as far as it was verified.
+    """
+    confidences = np.full(4, 0.97, dtype=np.float32)
+    chance = Calibration().probabilities(confidences[:1], np.array([3]))[0]
+    first, growth = AcceptanceByPosition(8), AcceptanceByPosition(8)
+    rounds = [Round("a", 4, 2, 3, accepted, confidences=confidences) for accepted in (1, 3)]
+    learn(rounds, Calibration(), first, growth)
+    assert first.trials[:3].tolist() == [2, 2, 0]
+    assert first.hits[:3].tolist() == [2, 1, 0]
+    assert growth.trials[:3].tolist() == [1, 1, 0]
+    assert growth.hits[:3] == pytest.approx([1, chance, 0])
+
+
+ZERO = np.zeros(2, dtype=np.int64)
+
+
+def planner_of(pass_ms, **options):
+    """For passes of any size in `pass_ms`, up to 64 rows."""
+    found = Costs(CostTable([1, 64], [pass_ms, pass_ms]), CostTable([1, 64], [10.0, 12.0]))
+    return LoadPlanner(found, 8, 8, **options)
+
+
+def dearest_pass(is_drafting):
+    """Time of a pass from which nothing is drafted."""
+    for pass_ms in np.arange(1.0, 100.0, 0.5).tolist():
+        planner = planner_of(pass_ms)
+        if is_drafting:
+            planner.guard.round_took(2, [0.0], 0.0, 10.0, 1.0)
+        if not planner.first(ZERO + 8, ZERO, ZERO, ZERO)[0].any():
+            return pass_ms
+    raise AssertionError("there is none")
+
+
+def test_a_start_needs_more_gain_than_going_on():
+    """Catches a server that starts and stops drafting with each estimate."""
+    start, stop = dearest_pass(False), dearest_pass(True)
+    assert start + 1.0 < stop
+
+
+def test_nobody_drafts_more_than_asked_for():
+    passes, _ = planner_of(1.0).first(np.array([8, 3]), ZERO, ZERO, ZERO)
+    assert passes.tolist() == [8, 3]
+
+
+def test_commits_that_wait_are_a_part_of_the_price():
+    """Catches a pass that seems cheap because the blocks that it has to commit are left out."""
+    costs = Costs(CostTable([1, 1000], [1.0, 400.0]), CostTable([1, 64], [10.0, 12.0]))
+    for backlog, drafts in ((0, True), (1000, False)):
+        planner = LoadPlanner(costs, 8, 8)
+        passes, _ = planner.first(ZERO + 8, ZERO, ZERO + backlog, ZERO)
+        assert passes.any() == drafts
+
+
+def test_plain_decoding_is_timed_now_and_then():
+    """Catches a planner that never learns what a step without drafts takes by now."""
+    for learns, num_probes in ((True, 4), (False, 0)):
+        planner = planner_of(1.0, learns=learns)
+        found = [
+            planner.first(ZERO + 8, ZERO, ZERO, ZERO)[0].any()
+            for _ in range(REST_STEPS + PROBE_STEPS)
+        ]
+        assert found.count(False) == num_probes
