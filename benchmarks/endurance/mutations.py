@@ -137,9 +137,9 @@ def outcome(tree: Path, fault: Fault, tests: tuple[str, ...]) -> dict[str, Any]:
         else:
             # None: the fault is one that importing the file meets
             expected = {str(tree / fault.path), None if failed else ""}
-            assert imported in expected, f"{imported} is not what {fault} is in"
-            assert code in (0, 1, 2), f"pytest ended with {code}: {(tree / 'log.txt').read_text()}"
             verdict = "caught" if failed else "survived"
+            if imported not in expected or code not in (0, 1, 2):  # wrong tests
+                verdict, failed = "error", f"pytest ended with {code}, with {imported}"
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, 9)  # what the tests have started, too
     process.join()
@@ -212,7 +212,9 @@ def try_faults(tree: Path, faults: list[Fault], seconds: float) -> Iterator[dict
             return
         if wanted := tuple(test for test in fault.tests if test not in sound):
             plain = outcome(tree, fault, wanted)
-            assert plain["verdict"] == "survived", (plain, (tree / "log.txt").read_text())
+            if plain["verdict"] != "survived":
+                print("tests that fail without a fault:", plain, flush=True)
+                continue
             sound |= set(wanted)
         text = (tree / fault.path).read_text(encoding="utf-8")
         (tree / fault.path).write_text(with_fault(fault, tree), encoding="utf-8")
