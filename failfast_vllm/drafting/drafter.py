@@ -72,7 +72,7 @@ class Drafter:
         first = share(first, step.draft_budget)
         copied = share(copied, step.draft_budget - int(first.sum()))
         if self.planner.postpones_commits:
-            step = step.passing_only(first > 0, copied)
+            step = step.passing_only(first > 0)
         if not (first.any() or (step.final_lens > step.committed_lens).any()):
             return Drafts.of_copies(copies, copied)
         work = Workspace(step, first, self.geometry, has_entropies=self.policy.needs_entropy)
@@ -130,7 +130,7 @@ class Drafter:
         increments = self.planner.following(
             np.where(work.willing & (work.increments > 0), step.max_draft_lens - lens, 0),
             step.known_lens - step.final_lens + lens,
-            np.minimum(work.first_lens, lens),
+            work.first_lens,
             lens,
             work.confidences[:, : int(lens.max(initial=0))],
         )

@@ -135,7 +135,7 @@ class Planner(Observer):
         Args:
             wanted: [num_seqs] most tokens that each may still draft; 0 where the policy stopped.
             live_rows: [num_seqs] known and drafted tokens that a pass encodes again.
-            first_lens: [num_seqs] tokens of the first pass.
+            first_lens: [num_seqs] tokens that the first pass was to draft.
             draft_lens: [num_seqs] tokens drafted so far.
             confidences: [num_seqs, longest] of the tokens drafted so far.
         """

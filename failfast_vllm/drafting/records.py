@@ -47,13 +47,12 @@ class DraftStep:
     stops_at_eos: Flags  # the draft ends after a stop token
     min_confidences: npt.NDArray[np.float32]  # an increment with a token below it is the last
 
-    def passing_only(self, passes: Flags, copied: Lengths) -> DraftStep:
+    def passing_only(self, passes: Flags) -> DraftStep:
         """The step in which sequences without a draft pass need no rows: their commits wait."""
         return replace(
             self,
             known_lens=np.where(passes, self.known_lens, self.committed_lens),
             final_lens=np.where(passes, self.final_lens, self.committed_lens),
-            max_draft_lens=np.where(passes, self.max_draft_lens, copied),
         )
 
 

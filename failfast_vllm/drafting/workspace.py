@@ -290,8 +290,7 @@ class Workspace(Drafts):
         self.ends_at_stop[seqs] = ends_here = report[:, 3] > 0
         self.lens[seqs] = num_judged + num_copied
         self.num_passes[seqs] += 1
-        has_room = self.lens[seqs] < self.step.max_draft_lens[seqs]
-        self.willing[seqs] = (report[:, 2] > 0) & ~ends_here & has_room
+        self.willing[seqs] = (report[:, 2] > 0) & ~ends_here
 
     def drafted(self, lens: Lengths) -> torch.Tensor:
         """[num_seqs, longest] int64: what was drafted, cut out of the canvas."""

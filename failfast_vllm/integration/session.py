@@ -73,11 +73,11 @@ class Session:
 
     @torch.inference_mode()
     def _draft(self, view: View) -> list[list[int]]:
-        """Settle, learn, commit and draft; nothing while the planner rests."""
+        """Settle, learn, commit and draft; no more than the first two while the planner rests."""
         stats, planner, req_ids = self.stats, self.drafter.planner, view.req_ids
         stats.step_began()
         rests = not planner.step_began(req_ids, view.num_tokens)
-        if rests and not stats.wants_plain:
+        if rests and not (len(self.ledger) or stats.wants_plain):
             return []
         view.read_outcome()
         rounds = self.ledger.settle(
@@ -89,9 +89,11 @@ class Session:
             plain=stats.wants_plain,
         )
         stats.tell(rounds)
+        verified = [r for r in rounds if r.num_verified]
+        if verified or not rests:
+            self.learn(verified)
         if rests:
             return []
-        self.learn([r for r in rounds if r.num_verified])
         drafts = self.drafter.propose(self._gather(view))
         lists = view.hand_out(drafts) if drafts.lens.any() else []
         self.ledger.open(req_ids, drafts, drafts.to_lists() if stats.wants_token_ids else ())

@@ -16,7 +16,7 @@ from failfast_vllm.drafting.records import share
 )
 @settings(deadline=None)  # a busy machine is not a fault
 def test_increments_share_the_budget_evenly(wanted, increment, budget):
-    """Catches an overdrawn budget, tokens left over, and one sequence that takes them all."""
+    """Catches an overdrawn budget, tokens left over, one sequence that takes all, another order."""
     wanted = np.array(wanted)
     asked = np.minimum(wanted, increment)
     found = share(asked.copy(), budget)
@@ -26,6 +26,7 @@ def test_increments_share_the_budget_evenly(wanted, increment, budget):
     cut = found < asked
     if cut.any():
         assert found.max() <= found[cut].min() + 1
+    assert (found[asked == asked.max()] == np.sort(found[asked == asked.max()])[::-1]).all()
 
 
 def test_a_small_budget_in_the_engine():

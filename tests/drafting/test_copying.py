@@ -10,7 +10,7 @@ from copying_cases import Copying, literal_copy
 from failfast_vllm.drafting.copying import MAX_MATCH, OwnText
 from failfast_vllm.drafting.records import COPY, NO_TOKEN, UNKNOWN
 from failfast_vllm.policies.rules import FailFast
-from scripted import STOP, Script, make_drafter, make_step
+from scripted import MASK, STOP, Script, make_drafter, make_step
 
 VOCAB_SIZE = 90
 
@@ -83,12 +83,21 @@ def test_a_draft_that_agrees_goes_on_as_a_copy():
     """Catches a copy after a draft that says something else, and passes after one that agrees."""
     text = [1, 2, 3, 4, 5, 6, 8, 9, 1, 2]
     drafter, step = scripted([text, text, [1, 2, 3]], [[3, 4], [3, 5], [3, 4]])
-    drafts = drafter.propose(on_rows(replace(step, max_draft_lens=np.array([6, 2, 2]))))
-    assert drafts.to_lists() == [[3, 4, 5, 6, 8, 9], [3, 5], [3, 4]]
-    assert drafts.num_passes.tolist() == [1, 1, 1]
-    assert drafts.num_confidences.tolist() == [2, 2, 2]
+    drafts = drafter.propose(on_rows(replace(step, max_draft_lens=np.array([6, 6, 2]))))
+    assert drafts.to_lists() == [[3, 4, 5, 6, 8, 9], [3, 5, 5, 5, 5, 5], [3, 4]]
+    assert drafts.num_passes.tolist() == [1, 3, 1]
+    assert drafts.num_confidences.tolist() == [2, 6, 2]
     assert drafts.match_lens[0] == 2 + 2
     assert drafts.stop_reasons[0] == COPY != drafts.stop_reasons[1]
+
+
+def test_copies_behind_passes_share_what_is_left():
+    """Catches drafts that each copy as much as a step may draft in all."""
+    text = [1, 2, 3, 4, 5, 6, 8, 9, 1, 2]
+    drafter, step = scripted([text, text], [[3, 4], [3, 4]])
+    drafts = drafter.propose(on_rows(replace(step, draft_budget=9)))
+    assert drafts.to_lists() == [[3, 4, 5, 6], [3, 4, 5, 6]]
+    assert drafts.num_passes.tolist() == [1, 1], "the ninth is worth no pass"
 
 
 def test_nothing_is_copied_after_a_stop_token():
@@ -104,7 +113,10 @@ def test_copies_and_passes_in_one_step(budget):
     drafter, step = scripted(texts, [[6, 8], [6, 8], [6, 8]])
     drafter.planner = Copying(2)
     step = replace(step, max_draft_lens=np.array([4, 2, 3]), draft_budget=budget)
+    seen, forward = [], drafter.model.forward
+    drafter.model.forward = lambda batch: seen.append(batch.input_ids.tolist()) or forward(batch)
     drafts = drafter.propose(on_rows(step))
+    assert seen == [[1, 2, 3, MASK, MASK]], "copies are nothing to the pass of another sequence"
     expected = [[2, 3, 4, 1], [6, 8], [5, 5, 5]]
     assert drafts.num_passes.tolist() == [0, 1, 0]
     assert drafts.seq_rows[[0, 2]].tolist() == [0, 0], "their commits wait"

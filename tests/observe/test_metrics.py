@@ -18,7 +18,7 @@ from failfast_vllm.drafting.records import (
     Round,
 )
 from failfast_vllm.integration import hooks
-from failfast_vllm.integration.engine_hooks import install_metrics
+from failfast_vllm.integration.engine_hooks import collect_counts, install_metrics, send_counts
 from failfast_vllm.integration.metrics import FailFastStatLogger
 from failfast_vllm.observe.counters import NUM_COUNTS, DraftStats
 from failfast_vllm.policies.rules import FailFast
@@ -82,6 +82,10 @@ def test_counts_arrive_by_engine():
     assert sample("accepted_length_sum", engine="1") == 7
     assert sample("accepted_length_bucket", engine="1", le="0.0") == 1
     assert not sample("draft_passes_total", engine="0")
+    counts.observe([Round("r", 1, num_verified=1, confidences=confidences[2:])])
+    logger.record(stats([], 12, counts.take()), None, engine_idx=0)
+    assert sample("calibration_error", engine="0") == pytest.approx(0.5)
+    assert sample("calibration_error", engine="1") == pytest.approx(error, abs=1e-3)
     logger.record(None, None)
     logger.record(types.SimpleNamespace(spec_decoding_stats=None), None)
     again = FailFastStatLogger(fake_config(), [0])  # a second engine in one process
@@ -125,6 +129,47 @@ def stop_reasons(**given):
     return [STOP_REASONS[i] for i in drafts.stop_reasons], drafts
 
 
+def test_counts_wait_in_the_scheduler_and_are_sent_once():
+    """Catches counts of steps without statistics that are lost, and counts that come twice."""
+    scheduler, own = types.SimpleNamespace(log_stats=True), object()
+    for counts in ([1, 2], [], [3, 4]):
+        drafts = types.SimpleNamespace(failfast_counts=counts)
+        assert collect_counts(lambda: own, scheduler, drafts) is own
+    sent = [types.SimpleNamespace(num_draft_tokens_per_pos=[9]) for _ in range(2)]
+    for found in (None, *sent):
+        assert send_counts(lambda: own, scheduler, found) is own
+    assert [found.num_draft_tokens_per_pos for found in sent] == [[9, 4, 6], [9]]
+    unheard = types.SimpleNamespace(log_stats=False)
+    collect_counts(lambda: own, unheard, types.SimpleNamespace(failfast_counts=[1]))
+    assert not hasattr(unheard, "failfast_counts")
+
+
+def test_only_steps_that_verify_are_timed_as_verification():
+    """Catches time after a step without drafts, and a sure token without a bin."""
+    counts = DraftStats()
+    none = types.SimpleNamespace(
+        num_forwards=0, num_rows=0, lens=np.zeros(2, int), stop_reasons=np.zeros(2, int)
+    )
+    some = types.SimpleNamespace(**{**vars(none), "lens": np.array([0, 4])})
+    counts.step_ended(none)
+    counts.step_began()
+    assert counts.verify_ms == 0.0
+    counts.step_ended(some)
+    counts.step_began()
+    assert counts.verify_ms > 0.0
+    counts.observe([Round("r", 1, 1, 1, 1, confidences=np.ones(1, dtype=np.float32))])
+    assert counts.bins[:, -1].tolist() == [1, 1, 1000]
+
+
+def test_copied_tokens_are_counted_apart():
+    """Catches tokens of passes among the copied ones, and copies behind a rejected pass."""
+    counts = DraftStats()
+    judged = np.array([0.9, 0.8], dtype=np.float32)
+    for verified, accepted in ((5, 4), (2, 2), (5, 1)):
+        counts.observe([Round("r", 5, 2, verified, accepted, confidences=judged)])
+    assert (counts.num_copied, counts.num_copied_accepted) == (3 + 0 + 3, 2 + 0 + 0)
+
+
 def test_stop_reasons():
     """Catches reasons that are judged by the last pass only."""
     reasons, drafts = stop_reasons()
@@ -138,8 +183,9 @@ def test_stop_reasons():
 def test_a_planner_that_refuses_is_the_load():
     """Catches drafts that the planner cut and that count as doubtful."""
     tokens = np.full((1, 60), 5)
-    script = Script([20], tokens, np.full((1, 60), 0.9), np.zeros((1, 60)))
-    for kept in (10, 3):
+    ends = ((0.9, 10, LOAD), (0.9, 3, LOAD), (0.1, 10, DOUBT), (0.1, 3, LOAD))
+    for confidence, kept, reason in ends:
+        script = Script([20], tokens, np.full((1, 60), confidence), np.zeros((1, 60)))
         drafter = make_drafter(FailFast(0.45), script)
         drafter.planner = types.SimpleNamespace(
             postpones_commits=True,
@@ -151,4 +197,13 @@ def test_a_planner_that_refuses_is_the_load():
         )
         drafts = drafter.propose(make_step(script, np.array([60])))
         assert drafts.lens.tolist() == [kept]
-        assert drafts.stop_reasons.tolist() == [LOAD]
+        assert drafts.stop_reasons.tolist() == [reason]
+
+
+def test_a_spent_budget_is_not_the_load():
+    """Catches a planner that is blamed for what `draft_budget` has ended."""
+    script = Script([20], np.full((1, 60), 5), np.full((1, 60), 0.9), np.zeros((1, 60)))
+    drafter = make_drafter(FailFast(0.45), script)
+    drafter.planner.refusal = LOAD
+    drafts = drafter.propose(make_step(script, np.array([60]), budget=15))
+    assert (drafts.lens.tolist(), drafts.stop_reasons.tolist()) == ([15], [BUDGET])

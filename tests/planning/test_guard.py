@@ -59,6 +59,17 @@ def test_one_loss_is_forgiven_and_two_are_paid_off():
     assert waits(guard) * 10.0 == pytest.approx(50.0 / ACCEPTED_LOSS, rel=0.1)
 
 
+def test_accepted_tokens_are_shared_by_the_batch():
+    """Catches drafting that one accepted token in all seems to pay for in every sequence."""
+    guard = Guard()
+    for _ in range(2):
+        for _ in range(5):
+            guard.round_took(4, [20.0], 0.0, 10.0, 1.0)
+            guard.accepted(4, 4)  # 20 ms without drafts
+        assert guard.decide(0, 8, float("inf"), 4, PLAIN) == 0
+    assert guard.decide(8, 8, 0.0, 4, PLAIN) == 0, "two losses in a row"
+
+
 def test_a_spell_that_pays_clears_the_losses():
     guard = Guard()
     lose(guard)
