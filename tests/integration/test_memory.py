@@ -16,7 +16,7 @@ from engine import core, engine, proposer
 from failfast_vllm.drafters.hosted import row_class
 from failfast_vllm.integration import startup
 
-SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
+SOAK = Path(__file__).parents[2] / "benchmarks" / "endurance" / "soak.py"
 spec = importlib.util.spec_from_file_location("soak", SOAK)
 soak = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(soak)
