@@ -30,7 +30,7 @@ import httpx
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE), str(HERE.parents[1] / "tests" / "support")]
 
-from chaos_requests import ADAPTER, CHOICES, KNOWN, LIMIT, NAME, REGEX, Ask, Questions  # noqa: E402
+from chaos_requests import ADAPTER, CHOICES, KNOWN, LIMIT, NAME, REGEX, ROWS, Ask, Questions  # noqa: E402
 
 from failfast_vllm.config import MODELS_DIR  # noqa: E402
 from failfast_vllm.tools.report import provenance  # noqa: E402
@@ -306,6 +306,7 @@ class Tally:
     def report(self) -> dict[str, Any]:
         found: dict[str, Any] = {"requests": len(self.asks)}
         found["rows"] = dict(sorted(Counter(ask.row for ask in self.asks).items()))
+        found["rows_not_asked_for"] = sorted(ROWS.keys() - found["rows"].keys())
         found["methods"] = {name: self._method(name) for name in self.answers}
         if len(self.answers) == len(METHODS):
             found |= self._comparison()
