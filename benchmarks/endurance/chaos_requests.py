@@ -33,7 +33,7 @@ RARE = {str(i): 30.0 for i in range(300, 310)}
 KNOWN = list(range(4, 1500))
 GIVEN = '{"name": "Leo", "count": 2, "fresh": true}'
 CALL = f'<tool_call>\n{{"name": "give", "arguments": {GIVEN}}}\n</tool_call>'
-TOOL = {"type": "function", "function": {"name": "give", "parameters": SCHEMA}}
+TOOL = {"type": "function", "function": {"name": "give", "strict": True, "parameters": SCHEMA}}
 FORCED = {"type": "function", "function": {"name": "give"}}
 
 
@@ -268,12 +268,17 @@ class Questions:
     def _operation(self, number: int) -> Ask:
         """What an operator does meanwhile; adapters come and go."""
         adapter = {"lora_name": ADAPTER}
-        row, path, body = (
-            ("load LoRA", "/v1/load_lora_adapter", {**adapter, "lora_path": self.lora}),
+        resets = (
             ("reset prefix cache", "/reset_prefix_cache", {}),
-            ("unload LoRA", "/v1/unload_lora_adapter", adapter),
             ("reset, preempting all", "/reset_prefix_cache?reset_running_requests=true", {}),
-        )[number // 50 % 4]
+        )
+        place = number // 50 % 16  # 13 adapters in 10,000 requests: see `NUM_ADAPTERS`
+        row, path, body = resets[place % 2]
+        if place == 0:
+            row, path = "load LoRA", "/v1/load_lora_adapter"
+            body = {**adapter, "lora_path": self.lora}
+        elif place == 10:
+            row, path, body = "unload LoRA", "/v1/unload_lora_adapter", adapter
         return Ask(number, row, path, body, alone=True)
 
 
