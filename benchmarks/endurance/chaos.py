@@ -193,7 +193,7 @@ async def drive(url: str, asks: list[Ask]) -> list[Answer]:
     """All of them, never more in flight than `IN_FLIGHT` says for the next one."""
     answers: dict[int, asyncio.Task[Answer]] = {}
     running: set[asyncio.Task[Answer]] = set()
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)  # none is closed while idle
     async with aiohttp.ClientSession(
         connector=connector, timeout=aiohttp.ClientTimeout(total=None), read_bufsize=2**22
     ) as session:
