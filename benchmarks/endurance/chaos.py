@@ -240,7 +240,8 @@ def problems(ask: Ask, answer: Answer) -> Iterator[str]:
 
 def _shape(body: dict[str, Any], answer: Answer) -> Iterator[str]:
     """Grammars and stop texts."""
-    asked, text = body.get("structured_outputs", {}), answer.text
+    # a prompt that ends within a character: vLLM puts a mark for it before the answer
+    asked, text = body.get("structured_outputs", {}), answer.text.lstrip("\ufffd")
     if answer.reasons.get(0) != "length":
         if "tool_choice" in body or "json" in asked:
             with contextlib.suppress(ValueError, TypeError):
@@ -325,6 +326,7 @@ class Tally:
         return {
             "seconds": round(self.seconds[name], 1),
             "statuses": dict(sorted(Counter(str(a.status) for a in answers if not a.left).items())),
+            "drafts_told": sum(bool(a.drafted) for a in answers),
             "clients_gone": sum(a.left for a in answers),
             "hangs": sum(w["problem"] == "hangs" for w in wrong),
             "healthy": self.healthy[name],
