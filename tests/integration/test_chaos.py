@@ -17,7 +17,7 @@ chaos = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(chaos)
 Answer, Ask = chaos.Answer, chaos.Ask
 
-NUM_REQUESTS = 150
+NUM_REQUESTS = 192  # with two stretches of 64 in flight
 
 
 @pytest.fixture(scope="module")
