@@ -16,7 +16,7 @@ from engine import core, engine, proposer
 from failfast_vllm.drafters.hosted import row_class
 from failfast_vllm.integration import startup
 
-SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
+SOAK = Path(__file__).parents[2] / "benchmarks" / "endurance" / "soak.py"
 spec = importlib.util.spec_from_file_location("soak", SOAK)
 soak = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(soak)
@@ -72,14 +72,26 @@ def test_row_classes():
 def test_drift_is_what_the_second_half_adds():
     """Catches a drift since the start, or between other records than the middle and the last."""
     sizes = {0: 100.0, 40: 150.0, 60: 170.0, 90: 171.0, 100: 172.5}
+    turn = {"concurrency": 2, "tokens": 30, "drafts": 5, "drafted": 20, "accepted": 10}
     records = [
-        {"requests": n, "rss_mib": mib, "heap_in_use_mib": mib / 2, "heap_free_mib": 1.0}
+        {"requests": n, "rss_mib": mib, "heap_in_use_mib": mib / 2, "heap_free_mib": 1.0, **turn}
         for n, mib in sizes.items()
     ]
+    records[-1].update(drafts=10, accepted=20, concurrency=8)
     found = soak.summarize(records)
     assert found["rss_mib"] == {"start": 100.0, "half": 170.0, "end": 172.5, "drift": 2.5}
     assert found["heap_in_use_mib"]["drift"] == 1.2
     assert found["heap_free_mib"]["drift"] == 0.0
+    assert found["first_half"] == {
+        "acceptance_length": 3.0,
+        "accepted_of_drafted": 0.5,
+        "share_of_steps_with_drafts": {"2": 0.25},
+    }
+    assert found["second_half"] == {
+        "acceptance_length": 3.0,
+        "accepted_of_drafted": 0.75,
+        "share_of_steps_with_drafts": {"2": 0.25, "8": 1.0},
+    }
 
 
 def test_warm_up_goes_from_wide_to_narrow():

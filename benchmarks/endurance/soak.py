@@ -2,7 +2,9 @@
 
 Each method has a process of its own; they take turns over the same requests, each turn at another
 concurrency, with prompts and answers of other lengths. After every turn a process says what memory
-it has; drift is what came on top in the second half.
+it has; drift is what came on top in the second half. The results are written after every turn, so a
+run that is stopped leaves what it has reached. At the same load the planner should decide in the
+second half as in the first: the share of sequence steps with a draft is compared by concurrency.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import ctypes
 import gc
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -113,6 +116,8 @@ def serve(pipe: Any, config: dict[str, Any] | None, settings: dict[str, Any], co
                 "requests": done,
                 "concurrency": turn.concurrency,
                 "tokens_per_second": round(tokens / run.seconds, 1),
+                "tokens": tokens,
+                "drafts": int(run.sums["drafts"]),
                 "drafted": int(run.sums["drafted"]),
                 "accepted": int(run.sums["accepted"]),
                 "unanswered": sum(not served.num_tokens for served in run.served),
@@ -122,8 +127,14 @@ def serve(pipe: Any, config: dict[str, Any] | None, settings: dict[str, Any], co
             stopped = time.perf_counter()
 
 
-def soak(num_requests: int, settings: dict[str, Any], methods: list[str]) -> dict[str, Any]:
-    """Records of each method after every turn, and whether the answers were the same."""
+def soak(
+    num_requests: int, settings: dict[str, Any], methods: list[str], num_tokens: float = math.inf
+) -> Iterator[dict[str, Any]]:
+    """After every turn the records of each method, and whether the answers were the same.
+
+    Args:
+        num_tokens: no turn begins after the engines have generated as many together.
+    """
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     records: dict[str, list[dict[str, Any]]] = {}
@@ -134,7 +145,7 @@ def soak(num_requests: int, settings: dict[str, Any], methods: list[str]) -> dic
         processes[-1].start()
         theirs.close()
         records[name] = [{"requests": 0, **pipes[name].recv()}]
-    num_different = 0
+    num_different = generated = 0
     for turn in turns(num_requests):
         answers = []
         for name, pipe in pipes.items():
@@ -142,23 +153,54 @@ def soak(num_requests: int, settings: dict[str, Any], methods: list[str]) -> dic
             record, answered = pipe.recv()
             records[name].append(record)
             answers.append(answered)
+            generated += record["tokens"]
             print(name, record, flush=True)
         num_different += sum(len(set(map(tuple, each))) > 1 for each in zip(*answers, strict=True))
+        yield {
+            "generated_tokens": generated,
+            "different_answers": num_different,
+            "summary": {name: summarize(found) for name, found in records.items()},
+            "records": records,
+        }
+        if generated >= num_tokens:
+            break
     for pipe in pipes.values():
         pipe.send(None)
     for process in processes:
         process.join(60)
+
+
+def drafting(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accepted tokens of a draft and of those drafted, and the drafting share by concurrency.
+
+    Each sequence of a step emits one token and what was accepted, so `tokens - accepted` are the
+    sequence steps.
+    """
+
+    def total(key: str, some: list[dict[str, Any]]) -> int:
+        return sum(r.get(key, 0) for r in some)
+
+    by_load: dict[int, list[dict[str, Any]]] = {}
+    for record in records:
+        by_load.setdefault(record["concurrency"], []).append(record)
+    drafts, drafted, accepted = (total(k, records) for k in ("drafts", "drafted", "accepted"))
     return {
-        "different_answers": num_different,
-        "summary": {name: summarize(found) for name, found in records.items()},
-        "records": records,
+        "acceptance_length": round(1 + accepted / drafts, 3) if drafts else None,
+        "accepted_of_drafted": round(accepted / drafted, 4) if drafted else None,
+        "share_of_steps_with_drafts": {
+            str(load): round(
+                total("drafts", some) / (total("tokens", some) - total("accepted", some)), 4
+            )
+            for load, some in sorted(by_load.items())
+        },
     }
 
 
-def summarize(records: list[dict[str, Any]]) -> dict[str, float]:
+def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     """At the start, after half of the requests and at the end, and the drift between the latter."""
-    half = next(r for r in records if r["requests"] >= records[-1]["requests"] / 2)
-    found = {}
+    turn = next(i for i, r in enumerate(records) if r["requests"] >= records[-1]["requests"] / 2)
+    half = records[turn]
+    found: dict[str, Any] = {}
     for name in ("rss_mib", "heap_in_use_mib", "heap_free_mib"):
         start, middle, end = (r[name] for r in (records[0], half, records[-1]))
         found[name] = {
@@ -169,6 +211,9 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, float]:
         }
     return {
         **found,
+        "first_half": drafting(records[1 : turn + 1]),
+        "second_half": drafting(records[turn + 1 :]),
+        "tokens": sum(r.get("tokens", 0) for r in records),
         "drafted": sum(r.get("drafted", 0) for r in records),
         "accepted": sum(r.get("accepted", 0) for r in records),
         "unanswered": sum(r.get("unanswered", 0) for r in records),
@@ -178,6 +223,7 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--tokens", type=int, help="end after as many, of both engines together")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
@@ -197,10 +243,10 @@ def main(argv: list[str] | None = None) -> None:
         **settings,
     )
     print(json.dumps(facts), flush=True)
-    found = soak(args.requests, settings, args.methods)
-    print(json.dumps({key: found[key] for key in ("different_answers", "summary")}, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps({"provenance": facts, **found}, indent=1) + "\n")
+    for found in soak(args.requests, settings, args.methods, args.tokens or math.inf):
+        if args.json:
+            args.json.write_text(json.dumps({"provenance": facts, **found}, indent=1) + "\n")
+    print(json.dumps({key: x for key, x in found.items() if key != "records"}, indent=1))
 
 
 if __name__ == "__main__":
