@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
-from engine import engine, generate, greedy_params, mixed_prompts, proposer, watch
+from engine import TARGET, engine, generate, greedy_params, mixed_prompts, proposer, watch
 from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.planning.costs import Costs, CostTable
 from independent import IndependentDrafter
