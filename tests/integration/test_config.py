@@ -113,7 +113,6 @@ def test_unknown_key_gets_a_hint(key, hint):
         ({"trace": "t" * 300}, ["'trace' must be a file", "name too long"]),
         ({"trace": "~no-such-user/t"}, ["'trace' must be a file", "'~no-such-user/t'"]),
         ({"policy": "p" * 10_000}, ["'policy' must be one of", "(10002 characters)"]),
-        ({"draft_budget": 10**5000}, ["'draft_budget' must be", "int that is too long to show"]),
         ({"trace": "a\0b"}, ["'trace' must be the name of a file", "a\\x00b"]),
         ({"trace": "/proc/trace.jsonl"}, ["'trace' must be a file", "writable folder"]),
         ({"draft-budget": 5, "draft_budget": 6}, ["'draft_budget' must be given once"]),
