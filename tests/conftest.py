@@ -27,6 +27,8 @@ LONGEST = (
     "test_policies_engine.py",
     "test_targets.py",
     "test_examples_served.py",
+    "test_chaos.py",
+    "test_fuzz_engine.py",
 )
 
 
