@@ -41,7 +41,7 @@ def test_the_proposal_to_vllm_covers_every_hook():
     fates = [row.split(" | ")[2].split()[0].rstrip(":") for row in listed]
     assert set(fates) == {"goes", "stays"}
     assert f"{fates.count('goes')} of the {len(hooked)};" in page
-    assert f"this one wraps\n{len(hooked)}." in page
+    assert f"this one wraps {len(hooked)} of\nthem." in page
 
 
 def test_hooks_are_listed_without_vllm():
