@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from distribution import favour_drafts
+
 FILE = Path(__file__).parents[2] / "benchmarks" / "endurance" / "draws.py"
 spec = importlib.util.spec_from_file_location("draws", FILE)
 draws = importlib.util.module_from_spec(spec)
@@ -62,18 +64,6 @@ def test_tokens_are_the_targets_draws(method):
 @pytest.mark.large
 def test_a_bias_is_seen(monkeypatch):
     """Draft tokens look likelier than they are: the same check must fail."""
-    from vllm.v1.sample import rejection_sampler
-
-    honest = rejection_sampler.rejection_sample
-
-    def biased(draft_token_ids, *args, **kwargs):
-        names = ("num", "max_spec_len", "cu", "draft_probs", "target_logits")
-        position = names.index("target_logits")
-        logits = args[position].clone()
-        logits[torch.arange(len(draft_token_ids)), draft_token_ids.long()] += 0.8
-        args = (*args[:position], logits, *args[position + 1 :])
-        return honest(draft_token_ids, *args, **kwargs)
-
-    monkeypatch.setattr(rejection_sampler, "rejection_sample", biased)
+    favour_drafts(monkeypatch, 0.8)
     *_, found = draws.sample(draws.METHODS["drafter"], NUM_TOKENS, 32)
     assert found["chi_square_p"] < P_VALUE

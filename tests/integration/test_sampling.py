@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from copying_cases import copying
-from distribution import draw, free_words, p_value
+from distribution import draw, favour_drafts, free_words, p_value
 from engine import engine, watch
 from failfast_vllm.integration.runner_hooks import spread_parameters
 
@@ -63,19 +63,7 @@ def test_the_distribution_with_copies(question):
 @pytest.mark.slow
 def test_the_check_catches_a_biased_acceptance(question, monkeypatch):
     """Draft tokens look a little likelier than they are: the check must fail."""
-    from vllm.v1.sample import rejection_sampler
-
-    honest = rejection_sampler.rejection_sample
-
-    def biased(draft_token_ids, *args, **kwargs):
-        names = ("num", "max_spec_len", "cu", "draft_probs", "target_logits")
-        position = names.index("target_logits")
-        logits = args[position].clone()
-        logits[torch.arange(len(draft_token_ids)), draft_token_ids.long()] += 0.4
-        args = (*args[:position], logits, *args[position + 1 :])
-        return honest(draft_token_ids, *args, **kwargs)
-
-    monkeypatch.setattr(rejection_sampler, "rejection_sample", biased)
+    favour_drafts(monkeypatch, 0.4)
     num_draws, prompt, distribution = question
     with sampling_engine() as llm:
         draws = draw(llm, prompt, num_draws)

@@ -110,3 +110,20 @@ def p_value(draws, distribution, num_draws):
         total = sum(probabilities)
         probabilities = [p / total for p in probabilities]
     return chi_square_p(observed, probabilities, num_draws)
+
+
+def favour_drafts(monkeypatch, logits):
+    """Draft tokens look likelier to vLLM's rejection sampler than they are, by so many logits."""
+    from vllm.v1.sample import rejection_sampler
+
+    honest = rejection_sampler.rejection_sample
+
+    def biased(draft_token_ids, *args, **kwargs):
+        names = ("num", "max_spec_len", "cu", "draft_probs", "target_logits")
+        position = names.index("target_logits")
+        target_logits = args[position].clone()
+        target_logits[torch.arange(len(draft_token_ids)), draft_token_ids.long()] += logits
+        args = (*args[:position], target_logits, *args[position + 1 :])
+        return honest(draft_token_ids, *args, **kwargs)
+
+    monkeypatch.setattr(rejection_sampler, "rejection_sample", biased)
