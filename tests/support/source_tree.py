@@ -1,5 +1,7 @@
-"""A copy of the checkout without what builds and tests have left in it."""
+"""The checkout: its files without what builds and tests have left, and what its Makefile runs."""
 
+import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,3 +23,21 @@ def copy_to(folder, paths):
     for path in paths:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, folder / path)
+
+
+def commands_of(target):
+    """The commands, split into words, that `make target` runs in a fresh checkout.
+
+    Asked as if no other make ran these tests: it would lend its settings and print its folders.
+    """
+    lent = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHON", "TORCH_INDEX")
+    environment = {name: value for name, value in os.environ.items() if name not in lent}
+    done = subprocess.run(
+        ["make", "--dry-run", "--always-make", target],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines()]

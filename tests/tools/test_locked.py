@@ -2,13 +2,12 @@
 
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 
 import pytest
 
-from source_tree import ROOT
+from source_tree import ROOT, commands_of
 
 REQUIREMENTS = ROOT / "requirements"
 PINNED = [*sorted(REQUIREMENTS.glob("*.txt")), REQUIREMENTS / "next/sdist.txt"]
@@ -29,10 +28,7 @@ def test_every_pin_has_a_hash(path):
 @pytest.mark.parametrize("target", [".venv/.ready", ".venv-next/.ready", "wheel"])
 def test_pip_checks_the_hashes(target):
     """Catches a command of the Makefile that installs from an index without them."""
-    command = ["make", "--dry-run", "--always-make", target]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    text = done.stdout.replace("\\\n", " ")
-    pips = [words for words in map(shlex.split, text.splitlines()) if "pip" in words]
+    pips = [words for words in commands_of(target) if "pip" in words]
     from_index = [words for words in pips if "--requirement" in words]
     local = [words for words in pips if "--requirement" not in words]
     assert from_index
