@@ -110,8 +110,7 @@ class Session:
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended."""
-        drafter = self.drafter
-        for memory in (self.ledger, self.stats, drafter.policy, drafter.tokens):
+        for memory in (self.ledger, self.stats, self.drafter.policy):
             memory.forget(req_ids)
 
     def _gather(self, view: View) -> DraftStep:
