@@ -293,9 +293,6 @@ def bench_confidence(args, bandwidth):
         torch.testing.assert_close(found.probabilities, expected.probabilities, rtol=1e-5, atol=0)
         calls = {
             "ours": lambda i, z=logits: confidence_argmax(z[i], MASK_TOKEN_ID),
-            "ours with details": lambda i, z=logits: confidence_argmax(
-                z[i], MASK_TOKEN_ID, details=True
-            ),
             "torch": lambda i, z=logits: softmax_max(z[i]),
             "torch.compile": lambda i, z=logits: compiled(z[i]),
         }

@@ -42,7 +42,7 @@ class FailFastConfig:
                 f"failfast: 'policy' must be one of {', '.join(POLICIES)}; got {echo(policy)}."
             )
         rule, most = POLICIES[policy], MAX_SPECULATIVE_TOKENS
-        cap = read_integer(given, "num_speculative_tokens", rule.default_cap, 1, most)
+        cap = read_integer(given, "num_speculative_tokens", 60, 1, most)
         increment = cap if rule.one_pass else min(10, cap)
         load_aware = read_flag(given, "load_aware", True)
         copies = read_flag(given, "copies", False)
@@ -59,7 +59,7 @@ class FailFastConfig:
             draft_budget=read_integer(given, "draft_budget", 512, 1, 65536),
             copies=copies,
             load_aware=load_aware,
-            parameters=policy_parameters(policy, given, cap),
+            parameters=policy_parameters(policy, given),
             trace=_trace_file(given),
             trace_ids=read_flag(given, "trace_ids", False),
         )

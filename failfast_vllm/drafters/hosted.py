@@ -56,7 +56,7 @@ class HostedDraftModel:
         return layers[self.layer_names[0]]
 
     @torch.inference_mode()
-    def warm_up_kernels(self, *, details: bool) -> None:
+    def warm_up_kernels(self) -> None:
         """Launch every class of the Triton kernels, so that none is compiled while serving."""
         impl, kv_cache = self.attention.impl, self.attention.kv_cache
         if not uses_triton(kv_cache):
@@ -65,9 +65,7 @@ class HostedDraftModel:
 
         block_attention.launch_every_class(impl.num_heads, kv_cache, self.diffusion_block_size)
         logits = self._logits(self._run(self.idle_pass(1, 1)))
-        confidence.launch_every_class(
-            logits, self.num_draftable_tokens, (self.mask_token_id,), details=details
-        )
+        confidence.launch_every_class(logits, self.num_draftable_tokens, (self.mask_token_id,))
 
     def capture(self, capture: Capture, max_num_seqs: int) -> None:
         """Replay captured passes from now on, where one fits."""
@@ -126,9 +124,9 @@ class HostedDraftModel:
             )
         return hidden_states
 
-    def confidence(self, hidden_states: torch.Tensor, *, details: bool = False) -> TokenConfidence:
-        logits, forbidden = self._logits(hidden_states), (self.mask_token_id,)
-        return confidence_argmax(logits, self.num_draftable_tokens, forbidden, details=details)
+    def confidence(self, hidden_states: torch.Tensor) -> TokenConfidence:
+        logits = self._logits(hidden_states)
+        return confidence_argmax(logits, self.num_draftable_tokens, (self.mask_token_id,))
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         num_rows = len(hidden_states)

@@ -10,20 +10,14 @@ docs/decisions/0002-one-pass-per-increment.md says what they are worth.
 
 import time
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
 import torch
 
 from failfast_vllm.drafting import records
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
-from failfast_vllm.drafting.interfaces import (
-    CopyLane,
-    DraftModel,
-    DraftSoFar,
-    Planner,
-    Policy,
-)
+from failfast_vllm.drafting.interfaces import CopyLane, DraftModel, Planner, Policy
 from failfast_vllm.drafting.records import DraftBatch, Drafts, DraftStep, Lengths, share
 from failfast_vllm.drafting.workspace import Geometry, Judged, Masks, Workspace
 
@@ -57,12 +51,11 @@ class Drafter:
         drafts = self._begin(step)
         if isinstance(drafts, Workspace):
             self._passes(drafts)
-            drafts.stop_reasons = self._stop_reasons(drafts, step.max_draft_lens)
+            drafts.stop_reasons = self._stop_reasons(drafts)
         return self._keep(drafts)
 
     def _begin(self, step: DraftStep) -> Workspace | Drafts:
         """Decide for whom to draft, and how far in the first pass; `Drafts`: no pass is needed."""
-        step = replace(step, max_draft_lens=self.policy.begin(step.req_ids, step.max_draft_lens))
         live, commits = step.known_lens - step.final_lens, step.final_lens - step.committed_lens
         copies, wanted = self.copies.find(step), step.max_draft_lens
         first, copied = self.planner.first(wanted, live, commits, copies.match_lens)
@@ -72,7 +65,7 @@ class Drafter:
             step = step.passing_only(first > 0)
         if not (first.any() or (step.final_lens > step.committed_lens).any()):
             return Drafts.of_copies(copies, copied)
-        work = Workspace(step, first, self.geometry, has_entropies=self.policy.needs_entropy)
+        work = Workspace(step, first, self.geometry)
         work.copy(copies, copied)
         return work
 
@@ -100,23 +93,20 @@ class Drafter:
             return
         masks = work.masks(seqs[grows], first_rows[grows], max_copied)
         rows = hidden_states[masks.rows.flatten()]
-        found = self.model.confidence(rows, details=self.policy.needs_entropy)
-        signals = work.fill(masks, found)
-        judged = self._judge(work, masks, found.token_ids.view_as(masks.rows), signals)
+        found = self.model.confidence(rows)
+        confidences = work.fill(masks, found)
+        judged = self._judge(work, masks, found.token_ids.view_as(masks.rows), confidences)
         work.settle(masks, found.probabilities.view_as(masks.rows), judged)
         # the pass has ended: its verdict is on the host
         self.planner.pass_took(batch.input_ids.numel(), (self.clock() - began) * 1e3)
 
     def _judge(
-        self, work: Workspace, masks: Masks, token_ids: torch.Tensor, signals: torch.Tensor
+        self, work: Workspace, masks: Masks, token_ids: torch.Tensor, confidences: torch.Tensor
     ) -> Judged:
-        entropies = signals[1] if self.policy.needs_entropy else None
-        ends, goes_on = self.policy.extend(
-            DraftSoFar(masks.owners[:, 0], masks.lens, signals[0], entropies)
-        )
+        ends, goes_on = self.policy.extend(masks.lens, confidences)
         if work.step.min_confidences.any():
             asked = work.to_device(work.step.min_confidences[masks.seqs])
-            goes_on = goes_on & (signals[0].amin(dim=1) >= asked)
+            goes_on = goes_on & (confidences.amin(dim=1) >= asked)
         is_stop = (token_ids[:, :, None] == self.stop_token_ids).any(dim=2) & masks.may_stop.bool()
         first_stop = torch.where(is_stop, masks.positions + 1, ends[:, None] + 1).amin(dim=1)
         return Judged(torch.minimum(ends, first_stop), goes_on, first_stop <= ends)
@@ -143,12 +133,14 @@ class Drafter:
             drafts.token_ids = drafts.drafted(lens)
         return drafts
 
-    def _stop_reasons(self, work: Workspace, asked_lens: Lengths) -> Lengths:
+    def _stop_reasons(self, work: Workspace) -> Lengths:
         """[num_seqs] what ended each draft; meaningless where there is none."""
+        asked_lens = work.step.max_draft_lens
         spent = work.lens.sum() >= work.step.draft_budget
         refused = records.BUDGET if spent else self.planner.refusal
-        reasons = np.where(work.willing, refused, self.policy.ends_by)
+        stopped = records.LOAD if self.policy.needs_planner else records.DOUBT
+        reasons = np.where(work.willing, refused, stopped)
         own_limit = np.where(asked_lens < self.max_draft_len, records.REQUEST, records.CAP)
-        reasons = np.where(work.lens >= work.step.max_draft_lens, own_limit, reasons)
+        reasons = np.where(work.lens >= asked_lens, own_limit, reasons)
         reasons = np.where(work.lens > work.num_confidences, records.COPY, reasons)
         return np.where(work.ends_at_stop, records.EOS, reasons)

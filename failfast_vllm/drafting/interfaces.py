@@ -9,13 +9,13 @@ No torch is imported: configurations are checked without it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from failfast_vllm.drafting.records import BUDGET, DOUBT, Copies, Lengths
+from failfast_vllm.drafting.records import BUDGET, Copies, Lengths
 
 if TYPE_CHECKING:
     import torch
@@ -32,59 +32,33 @@ class DraftModel(Protocol):
     def forward(self, batch: DraftBatch) -> torch.Tensor:
         """Run all layers; returns hidden states [num_rows, hidden_size]."""
 
-    def confidence(self, hidden_states: torch.Tensor, *, details: bool = False) -> TokenConfidence:
-        """Best token after each row and its probability; MASK and foreign ids never win.
-
-        `details` asks for the entropy, too.
-        """
+    def confidence(self, hidden_states: torch.Tensor) -> TokenConfidence:
+        """Best token after each row and its probability; MASK and foreign ids never win."""
 
 
-class Observer:
-    """Who learns from verification."""
+class Policy(ABC):
+    """A rule for the length of drafts: a dataclass of its parameters."""
 
-    def observe(self, rounds: Sequence[Round]) -> None:
-        """Learn from the step's verified drafts, in the order of the batch."""
-
-    def forget(self, req_ids: Iterable[str]) -> None:
-        """Drop what belongs to requests that have ended."""
-
-
-class DraftSoFar(NamedTuple):
-    """What some sequences of a step have drafted, the last increment included."""
-
-    seqs: torch.Tensor  # [n] int64, index of each sequence in the step
-    lens: torch.Tensor  # [n] int64, tokens drafted
-    confidences: torch.Tensor  # [n, longest] float32, top-1 probability; 1.0 beyond `lens`
-    entropies: torch.Tensor | None  # likewise, nats, 0.0 beyond `lens`; None: not asked for
-
-
-class Verdict(NamedTuple):
-    """What a policy says after an increment."""
-
-    lens: torch.Tensor  # [n] int64, where the draft is cut: from 1 to the tokens drafted
-    goes_on: torch.Tensor  # [n] bool, draft another increment if the cap allows; cuts nothing
-
-
-class Policy(Observer, ABC):
-    """A rule for the length of drafts."""
-
-    needs_entropy = False
-    ends_by = DOUBT  # why a draft that does not go on is complete: index into STOP_REASONS
-    calibration: Observer | None = None  # kept up to date for it, if it has one
-
-    def begin(self, req_ids: Sequence[str], max_draft_lens: Lengths) -> Lengths:
-        """Prepare a step; called once, before its first increment.
-
-        Returns `max_draft_lens`, [num_seqs], or less: most tokens to draft; 0 = no draft.
-        """
-        return max_draft_lens
+    one_pass = False  # the length is known before the first pass, which drafts all of it
+    needs_planner = False  # it has no rule without load awareness
 
     @abstractmethod
-    def extend(self, draft: DraftSoFar) -> Verdict:
-        """After an increment: where the draft ends if it ends here, and whether it goes on."""
+    def extend(
+        self, lens: torch.Tensor, confidences: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Judge drafts after an increment.
+
+        Args:
+            lens: [n] int64, tokens drafted.
+            confidences: [n, longest] float32, of all of them; 1.0 beyond `lens`.
+
+        Returns:
+            [n] int64, where each draft is cut, from 1 to `lens`, and [n] bool, whether another
+            increment is drafted if the cap allows.
+        """
 
 
-class Planner(Observer):
+class Planner:
     """Decides what pays at this load: lengths of passes, and what is worth verifying.
 
     The default is the paper's rule: drafts grow as the policy says, at any load.
@@ -99,6 +73,9 @@ class Planner(Observer):
     def step_began(self, req_ids: Sequence[str], num_tokens: int) -> bool:
         """The target has just verified `num_tokens` tokens: whether to consider drafting."""
         return True
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        """Learn from the step's verified drafts, in the order of the batch."""
 
     def first(
         self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths, match_lens: Lengths

@@ -79,12 +79,9 @@ class Workspace(Drafts):
 
     Args:
         first_lens: [num_seqs] increments of the first pass; 0 = no draft.
-        has_entropies: whether entropies are kept, too.
     """
 
-    def __init__(
-        self, step: DraftStep, first_lens: Lengths, geometry: Geometry, *, has_entropies: bool
-    ) -> None:
+    def __init__(self, step: DraftStep, first_lens: Lengths, geometry: Geometry) -> None:
         self.step, self.first_lens, self.geometry = step, first_lens, geometry
         num_seqs, width = len(first_lens), int(step.max_draft_lens.max(initial=0)) + 1
         zeros = np.zeros((4, num_seqs), dtype=np.int64)
@@ -93,9 +90,8 @@ class Workspace(Drafts):
         self.ends_at_stop = np.zeros(num_seqs, dtype=bool)
         self.willing = np.zeros(num_seqs, dtype=bool)  # to go on, were it allowed to
         self.confidences = np.ones((num_seqs, width), dtype=np.float32)
-        # [1 or 2, num_seqs, width] float32: confidence 1.0, entropy 0.0 of what is not drafted
-        self.signals = torch.ones(1 + has_entropies, num_seqs, width, device=geometry.device)
-        self.signals[1:] = 0.0
+        # the same on the device
+        self.device_confidences = torch.ones(num_seqs, width, device=geometry.device)
         # canvas column of each sequence's first drafted token
         self.first_columns = step.known_lens - step.committed_lens
         self.canvas = self._canvas()
@@ -247,15 +243,13 @@ class Workspace(Drafts):
         """Write what was found for each mask, one row each.
 
         Returns:
-            [1 or 2, n, longest draft] confidences and entropies of all that was drafted.
+            [n, longest draft] confidences of all that was drafted, 1.0 beyond a draft.
         """
         self.canvas[masks.owners, masks.columns] = found.token_ids.view_as(masks.rows)
-        found_signals = (found.probabilities, found.entropies)
-        for signal, values in zip(self.signals, found_signals, strict=False):
-            assert values is not None
-            signal[masks.owners, masks.positions] = values.view_as(masks.rows)
+        probabilities = found.probabilities.view_as(masks.rows)
+        self.device_confidences[masks.owners, masks.positions] = probabilities
         longest = int((self.lens + self.increments)[masks.seqs].max())
-        return self.signals[:, masks.owners[:, 0], :longest]
+        return self.device_confidences[masks.owners[:, 0], :longest]
 
     def _append_copies(self, masks: Masks, judged: Judged) -> torch.Tensor:
         """Lengthen drafts that agree with what their sequence may copy; [n] int64, by how much."""

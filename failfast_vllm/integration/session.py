@@ -103,15 +103,13 @@ class Session:
 
     def learn(self, rounds: Sequence[Round]) -> None:
         """Tell those who learn from verified drafts, always in this order."""
-        drafter, policy = self.drafter, self.drafter.policy
-        calibrations = () if policy.calibration is None else (policy.calibration,)
-        for learner in (self.stats, *calibrations, policy, drafter.planner):
-            learner.observe(rounds)
+        self.stats.observe(rounds)
+        self.drafter.planner.observe(rounds)
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended."""
-        for memory in (self.ledger, self.stats, self.drafter.policy):
-            memory.forget(req_ids)
+        self.ledger.forget(req_ids)
+        self.stats.forget(req_ids)
 
     def _gather(self, view: View) -> DraftStep:
         """What a step asks of the drafter."""

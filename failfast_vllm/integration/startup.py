@@ -55,7 +55,7 @@ class NoDraftModel:
     vllm_config: VllmConfig
     device: torch.device
 
-    def warm_up_kernels(self, *, details: bool) -> None:
+    def warm_up_kernels(self) -> None:
         """Nothing is compiled."""
 
 
@@ -71,7 +71,7 @@ def make_drafter(model: Any, kv_block_size: int, num_pages: int) -> Drafter:
     stop_ids = stop_token_ids(vllm_config.model_config)
     return Drafter(
         model,
-        make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"]),
+        make_policy(knobs),
         Planner(knobs["draft_increment"]),
         Geometry(
             vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
@@ -100,7 +100,7 @@ def start_serving(adapter: Any, runner: Any) -> None:
     stats.reset()
     if stats.trace is None:  # may be open: some start-ups end twice
         stats.trace = _trace_writer(vllm_config, drafter.geometry.kv_block_size)
-    drafter.policy = make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"])
+    drafter.policy = make_policy(knobs)
     drafter.blocks.bits.zero_()
     adapter.session.ledger = Ledger()
 

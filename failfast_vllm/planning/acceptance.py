@@ -23,7 +23,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from failfast_vllm.drafting.interfaces import Observer
 from failfast_vllm.drafting.records import Lengths, Round
 from failfast_vllm.planning.costs import FORGETTING, Floats
 
@@ -40,7 +39,7 @@ UNTRIED = 0.97  # acceptance of a position that was never tried, as a share of t
 DECAY = 0.995  # per observed round: a memory of about 200 rounds
 
 
-class Calibration(Observer):
+class Calibration:
     """An online map from confidence and position in the draft to the chance of acceptance.
 
     Args:

@@ -5,81 +5,42 @@
 Errors are one line: what is wrong, what was got, what to do. No torch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import field, fields
 from typing import Any, NamedTuple
 
 from failfast_vllm.errors import echo
 
 PARAMETER = "parameter"  # key of a field's metadata
-# (keys of the user, key, the cap, what a bandit may choose among) -> the checked value
-Check = Callable[[Mapping[str, Any], str, int, Sequence[str]], Any]
 
 
 class Parameter(NamedTuple):
-    """What a user may give for one field of a policy."""
+    """What a user may give for one field of a policy: a number from `low` to `high`."""
 
-    default: Any
-    values: str  # the range, as the documentation states it
+    default: float
+    low: float
+    high: float
     meaning: str
-    check: Check  # raises ValueError
+
+    def read(self, given: Mapping[str, Any], key: str) -> float:
+        """The user's number, or the default; raises ValueError."""
+
+        def fits(value: Any) -> bool:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            return is_number and self.low <= value <= self.high
+
+        must = f"a number from {self.low} to {self.high}"
+        return float(_read(given, key, self.default, fits, must))
+
+
+def number(default: float, low: float, high: float, meaning: str) -> Any:
+    """Declare a field that holds a number from `low` to `high`."""
+    return field(default=default, metadata={PARAMETER: Parameter(default, low, high, meaning)})
 
 
 def parameters_of(policy: type) -> dict[str, Parameter]:
     """The parameters that a policy class declares, by field name, in the order of its fields."""
     return {f.name: f.metadata[PARAMETER] for f in fields(policy) if PARAMETER in f.metadata}
-
-
-def number(default: float, low: float, high: float, meaning: str) -> Any:
-    """Declare a number from `low` to `high`."""
-
-    def fits(value: Any) -> bool:
-        return (
-            isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-        )
-
-    def check(given: Mapping[str, Any], key: str, cap: int, arms: Sequence[str]) -> float:
-        return float(_read(given, key, default, fits, f"a number from {low} to {high}"))
-
-    return _declare(default, f"{low} to {high}", meaning, check)
-
-
-def integer(default: int, low: int, high: int | None, meaning: str) -> Any:
-    """Declare an integer; no `high`: draft tokens, at most the cap, and so is the default."""
-
-    def check(given: Mapping[str, Any], key: str, cap: int, arms: Sequence[str]) -> int:
-        most = cap if high is None else high
-        return read_integer(given, key, min(default, most), low, most)
-
-    return _declare(default, f"{low} to {'the cap' if high is None else high}", meaning, check)
-
-
-def choice(default: str, options: Sequence[str], meaning: str) -> Any:
-    """Declare one of some names."""
-    known = " or ".join(map(repr, options))
-
-    def check(given: Mapping[str, Any], key: str, cap: int, arms: Sequence[str]) -> str:
-        return str(_read(given, key, default, lambda name: name in options, known))
-
-    return _declare(default, known, meaning, check)
-
-
-def arm_names(default: Sequence[str], meaning: str) -> Any:
-    """Declare a list of different policies that a bandit may choose among."""
-    known = "a list of different policies"
-
-    def check(given: Mapping[str, Any], key: str, cap: int, arms: Sequence[str]) -> list[str]:
-        def fits(names: Any) -> bool:
-            listed = names if isinstance(names, list | tuple) else ()
-            return bool(listed) and all(n in arms and listed.count(n) == 1 for n in listed)
-
-        return list(_read(given, key, default, fits, f"{known} among {', '.join(arms)}"))
-
-    return _declare(default, known, meaning, check)
-
-
-def _declare(default: Any, values: str, meaning: str, check: Check) -> Any:
-    return field(default=default, metadata={PARAMETER: Parameter(default, values, meaning, check)})
 
 
 def read_flag(given: Mapping[str, Any], key: str, default: bool) -> bool:

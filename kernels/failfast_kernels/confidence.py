@@ -1,14 +1,13 @@
 """Best token and confidence of each row in one read of the logits; `reference` is the meaning.
 
 A program walks over the columns of one row in tiles of BLOCK_N with an online softmax (Milakov
-and Gimelshein, arXiv 1805.02867). Its state is four scalars:
+and Gimelshein, arXiv 1805.02867). Its state is three scalars:
 
     best     max z
     mass     sum of exp(z - best)
     token    lowest column that holds `best`
-    moment   sum of (z - best) * exp(z - best)                  only with DETAILS
 
-so that probability = 1 / mass and entropy = log(mass) - moment / mass. Where rows are few, several
+so that probability = 1 / mass. Where rows are few, several
 programs share a row's columns and `_merge_kernel` combines their states.
 """
 
@@ -23,19 +22,16 @@ from failfast_kernels import launch_table
 from failfast_kernels.reference import LEAST, TokenConfidence, lowest_allowed_id
 
 SPLITS = (1, 4, 16, 32)  # classes: each is compiled once
-OUTPUTS = ["token_ids", "probabilities", "entropies", "states", "split_tokens"]
+OUTPUTS = ["token_ids", "probabilities", "states", "split_tokens"]
 
 
 @triton.jit
 def _store_confidence(  # type: ignore[no-untyped-def]
-    token_ids, probabilities, entropies, row, mass, token, moment, fallback, DETAILS: tl.constexpr
+    token_ids, probabilities, row, mass, token, fallback
 ):
     defined = mass > 0  # false for NaN
     tl.store(token_ids + row, tl.where(defined, token, fallback).to(tl.int64))
     tl.store(probabilities + row, tl.where(defined, 1.0 / mass, 0.0))
-    if DETAILS:
-        entropy = tl.log(mass) - moment / mass
-        tl.store(entropies + row, tl.where(defined, entropy, float("inf")))
 
 
 @triton.jit(
@@ -43,10 +39,9 @@ def _store_confidence(  # type: ignore[no-untyped-def]
     do_not_specialize_on_alignment=[*OUTPUTS, "forbidden_ids"],
 )
 def _confidence_kernel(  # type: ignore[no-untyped-def]
-    token_ids,  # [num_rows] int64; as the next two, written without splits only
+    token_ids,  # [num_rows] int64; as the next, written without splits only
     probabilities,  # [num_rows] float32
-    entropies,
-    states,  # [3, NUM_SPLITS, num_rows] float32: best, mass, moment; with splits only
+    states,  # [2, NUM_SPLITS, num_rows] float32: best, mass; with splits only
     split_tokens,  # [NUM_SPLITS, num_rows] int32; with splits only
     logits,  # [num_rows, num_columns]
     forbidden_ids,  # [num_forbidden] int32
@@ -57,7 +52,6 @@ def _confidence_kernel(  # type: ignore[no-untyped-def]
     num_columns,  # specialised, as the strides: the mask must not narrow the loads
     strides,
     LEAST_FLOAT: tl.constexpr,
-    DETAILS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -70,7 +64,6 @@ def _confidence_kernel(  # type: ignore[no-untyped-def]
     offsets = tl.arange(0, BLOCK_N)
     best = tl.full([], LEAST_FLOAT, tl.float32)
     mass = tl.zeros([], tl.float32)
-    moment = tl.zeros([], tl.float32)
     token = tl.zeros([], tl.int32) + fallback
     for start in range(begin, end, BLOCK_N):
         columns = start + offsets
@@ -84,62 +77,42 @@ def _confidence_kernel(  # type: ignore[no-untyped-def]
             z = tl.where(columns == tl.load(forbidden_ids + i), float("-inf"), z)
         tile_best = tl.max(z, 0)
         new_best = tl.maximum(best, tile_best)
-        gaps = z - new_best
-        weights = tl.exp(gaps)
-        shrink = tl.exp(best - new_best)
-        if DETAILS:
-            moment = shrink * (moment + (best - new_best) * mass)
-            moment += tl.sum(tl.maximum(gaps, LEAST_FLOAT) * weights, 0)
-        mass = mass * shrink + tl.sum(weights, 0)
+        mass = mass * tl.exp(best - new_best) + tl.sum(tl.exp(z - new_best), 0)
         if tile_best > best:  # rare after the first tiles
             token = tl.min(tl.where(z == tile_best, columns, 2147483647), 0)
         best = new_best
 
     if NUM_SPLITS > 1:
         state = states + split * num_rows.to(tl.int64) + row
-        plane = NUM_SPLITS * num_rows.to(tl.int64)
         tl.store(state, best)
-        tl.store(state + plane, mass)
+        tl.store(state + NUM_SPLITS * num_rows.to(tl.int64), mass)
         tl.store(split_tokens + split * num_rows.to(tl.int64) + row, token)
-        if DETAILS:
-            tl.store(state + 2 * plane, moment)
     else:
-        _store_confidence(
-            token_ids, probabilities, entropies, row, mass, token, moment, fallback, DETAILS
-        )
+        _store_confidence(token_ids, probabilities, row, mass, token, fallback)
 
 
 @triton.jit(do_not_specialize=["num_rows", "fallback"], do_not_specialize_on_alignment=OUTPUTS)
 def _merge_kernel(  # type: ignore[no-untyped-def]
     token_ids,
     probabilities,
-    entropies,
     states,  # as `_confidence_kernel` left them
     split_tokens,
     num_rows,
     fallback,
-    DETAILS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     splits = tl.arange(0, NUM_SPLITS)
     state = states + splits * num_rows.to(tl.int64) + row  # [NUM_SPLITS]
-    plane = NUM_SPLITS * num_rows.to(tl.int64)
     bests = tl.load(state)
-    masses = tl.load(state + plane)
+    masses = tl.load(state + NUM_SPLITS * num_rows.to(tl.int64))
     tokens = tl.load(split_tokens + splits * num_rows.to(tl.int64) + row)
     best = tl.max(bests, 0)
-    shrinks = tl.exp(bests - best)
-    mass = tl.sum(masses * shrinks, 0)
+    mass = tl.sum(masses * tl.exp(bests - best), 0)
     # columns rise with the split: the first that holds `best` holds its lowest id
     winner = tl.min(tl.where(bests == best, splits, NUM_SPLITS), 0)
     token = tl.sum(tl.where(splits == winner, tokens, 0), 0)
-    moment = mass
-    if DETAILS:
-        moment = tl.sum(shrinks * (tl.load(state + 2 * plane) + (bests - best) * masses), 0)
-    _store_confidence(
-        token_ids, probabilities, entropies, row, mass, token, moment, fallback, DETAILS
-    )
+    _store_confidence(token_ids, probabilities, row, mass, token, fallback)
 
 
 def confidence_argmax(
@@ -147,7 +120,6 @@ def confidence_argmax(
     num_valid_tokens: int,
     forbidden_ids: Sequence[int] = (),
     *,
-    details: bool = False,
     num_splits: int | None = None,
 ) -> TokenConfidence:
     """See `reference.confidence_argmax`.
@@ -157,19 +129,19 @@ def confidence_argmax(
     num_rows, num_columns = logits.shape
     fallback = lowest_allowed_id(num_columns, num_valid_tokens, forbidden_ids)
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    floats = torch.empty(1 + details, num_rows, device=logits.device, dtype=torch.float32)
-    result = TokenConfidence(token_ids, floats[0], floats[1] if details else None)
+    probabilities = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    result = TokenConfidence(token_ids, probabilities)
     if num_rows == 0:
         return result
     launch = launch_table.CONFIDENCE[logits.element_size()]
     if num_splits is None:
         num_tiles = -(-num_valid_tokens // launch.block_n)
         num_splits = launch_table.num_splits(SPLITS, num_rows, num_tiles)
-    states, split_tokens = floats, floats  # neither is touched without splits
+    states, split_tokens = probabilities, probabilities  # neither is touched without splits
     if num_splits > 1:
-        planes = torch.empty(4, num_splits, num_rows, device=logits.device, dtype=torch.float32)
-        states, split_tokens = planes[:3], planes[3].view(torch.int32)
-    outputs = (token_ids, floats[0], floats[-1], states, split_tokens)
+        planes = torch.empty(3, num_splits, num_rows, device=logits.device, dtype=torch.float32)
+        states, split_tokens = planes[:2], planes[2].view(torch.int32)
+    outputs = (token_ids, probabilities, states, split_tokens)
     forbidden = _on_device(tuple(forbidden_ids), logits.device)
     sizes = (num_rows, forbidden.numel(), num_valid_tokens, fallback, num_columns)
     _confidence_kernel[num_rows, num_splits](
@@ -179,7 +151,6 @@ def confidence_argmax(
         *sizes,
         logits.stride(),
         LEAST_FLOAT=LEAST,
-        DETAILS=details,
         NUM_SPLITS=num_splits,
         BLOCK_N=launch.block_n,
         num_warps=launch.num_warps,
@@ -189,7 +160,6 @@ def confidence_argmax(
             *outputs,
             num_rows,
             fallback,
-            DETAILS=details,
             NUM_SPLITS=num_splits,
             num_warps=1,
         )
@@ -197,15 +167,13 @@ def confidence_argmax(
 
 
 def launch_every_class(
-    logits: torch.Tensor, num_valid_tokens: int, forbidden_ids: Sequence[int], *, details: bool
+    logits: torch.Tensor, num_valid_tokens: int, forbidden_ids: Sequence[int]
 ) -> None:
     """Compile each class of the kernels for logits like these: launch it."""
     num_tiles = -(-num_valid_tokens // launch_table.CONFIDENCE[logits.element_size()].block_n)
     for num_splits in SPLITS:
         if num_splits <= num_tiles:
-            confidence_argmax(
-                logits, num_valid_tokens, forbidden_ids, details=details, num_splits=num_splits
-            )
+            confidence_argmax(logits, num_valid_tokens, forbidden_ids, num_splits=num_splits)
 
 
 @lru_cache(maxsize=16)

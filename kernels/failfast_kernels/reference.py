@@ -27,7 +27,6 @@ class TokenConfidence(NamedTuple):
 
     token_ids: torch.Tensor  # [num_rows] int64
     probabilities: torch.Tensor  # [num_rows] float32, softmax probability of `token_ids`
-    entropies: torch.Tensor | None = None  # [num_rows] float32, nats; None: not asked for
 
 
 class PaddedGroup(NamedTuple):
@@ -189,23 +188,18 @@ def lowest_allowed_id(num_columns: int, num_valid_tokens: int, forbidden_ids: Se
 
 
 def confidence_argmax(
-    logits: torch.Tensor,
-    num_valid_tokens: int,
-    forbidden_ids: Sequence[int] = (),
-    *,
-    details: bool = False,
+    logits: torch.Tensor, num_valid_tokens: int, forbidden_ids: Sequence[int] = ()
 ) -> TokenConfidence:
     """Best token and its softmax probability, in one pass over column tiles.
 
     Ties go to the lowest id, as in `torch.argmax`. A row whose softmax is undefined (a NaN, +inf,
-    or -inf in every allowed column) gets the lowest allowed id, probability 0 and entropy inf.
+    or -inf in every allowed column) gets the lowest allowed id and probability 0.
 
     Args:
         logits: [num_rows, vocab_size].
         num_valid_tokens: columns from here on never win and carry no mass (padding, or ids that
             the target does not have).
         forbidden_ids: further columns without mass (MASK).
-        details: also the entropy.
 
     Raises:
         ValueError: no column may win, or `num_valid_tokens` exceeds the columns.
@@ -216,7 +210,6 @@ def confidence_argmax(
     best = logits.new_full((num_rows,), LEAST, dtype=torch.float32)
     mass = torch.zeros_like(best)  # sum of exp(z - best) so far
     token_ids = torch.full_like(best, fallback_id, dtype=torch.int64)
-    moment = torch.zeros_like(best)  # sum of (z - best) * exp(z - best) so far
     for start in range(0, num_valid_tokens, VOCAB_TILE):
         end = min(start + VOCAB_TILE, num_valid_tokens)
         columns = [i - start for i in forbidden_ids if start <= i < end]
@@ -225,15 +218,9 @@ def confidence_argmax(
             tile[:, columns] = -torch.inf
         tile_best, tile_ids = tile.max(dim=-1)
         new_best = torch.maximum(best, tile_best)
-        if details:
-            gaps = (tile - new_best[:, None]).clamp(min=LEAST)
-            moment = (best - new_best).exp() * (moment + (best - new_best) * mass)
-            moment += (gaps * gaps.exp()).sum(dim=-1)
         mass = mass * (best - new_best).exp() + (tile - new_best[:, None]).exp_().sum(dim=-1)
         token_ids = torch.where(tile_best > best, tile_ids + start, token_ids)
         best = new_best
     defined = mass > 0  # false for NaN
     token_ids = torch.where(defined, token_ids, fallback_id)
-    probabilities = torch.where(defined, mass.reciprocal(), 0.0)
-    entropies = torch.where(defined, mass.log() - moment / mass, torch.inf) if details else None
-    return TokenConfidence(token_ids, probabilities, entropies)
+    return TokenConfidence(token_ids, torch.where(defined, mass.reciprocal(), 0.0))

@@ -17,7 +17,7 @@ VOCAB_SIZE = 90
 
 def step_of(texts, max_draft_lens):
     """A step of sequences with these known tokens, in rows of a table with more rows."""
-    script = Script([len(text) for text in texts], [[0]], [[1.0]], [[0.0]])
+    script = Script([len(text) for text in texts], [[0]], [[1.0]])
     rng = np.random.default_rng(len(texts))
     slots = rng.permutation(len(texts) + 2)[: len(texts)]
     table = torch.from_numpy(rng.integers(0, 4, (len(texts) + 2, max(map(len, texts)) + 3)))
@@ -62,7 +62,7 @@ def test_ids_beyond_the_vocabulary_are_not_drafted():
 def scripted(texts, tokens, **options):
     """A drafter that drafts `tokens`, sure of all, and the step that asks for it."""
     confidences = np.ones((len(tokens), len(tokens[0])))
-    script = Script([len(t) for t in texts], tokens, confidences, np.zeros_like(confidences))
+    script = Script([len(t) for t in texts], tokens, confidences)
     lane = OwnText(VOCAB_SIZE, torch.device("cpu"))
     drafter = make_drafter(FailFast(0.45), script, increment=2, copies=lane, **options)
     return drafter, replace(step_of(texts, [12] * len(texts)), token_ids=padded(texts))

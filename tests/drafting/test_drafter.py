@@ -14,7 +14,7 @@ from scripted import MASK, STOP, Script, make_drafter, make_step
 
 def sure_script(*known_lens):
     shape = (len(known_lens), 60)
-    return Script(known_lens, np.full(shape, 5), np.full(shape, 0.9), np.zeros(shape))
+    return Script(known_lens, np.full(shape, 5), np.full(shape, 0.9))
 
 
 class Recording(Planner):

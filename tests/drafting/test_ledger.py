@@ -12,7 +12,7 @@ IDS = ["r0", "r1", "r2"]
 
 def opened(ledger, max_draft_lens=(CAP, CAP, 0), token_ids=True):
     """Three sequences, of which the last has no draft; its commit takes a row or none."""
-    script = Script([3, 40, 64], [[1] * CAP] * 3, [[0.9] * CAP] * 3, np.zeros((3, CAP)))
+    script = Script([3, 40, 64], [[1] * CAP] * 3, [[0.9] * CAP] * 3)
     drafts = make_drafter(FailFast(0.45), script).propose(make_step(script, max_draft_lens))
     ledger.open(IDS, drafts, drafts.to_lists() if token_ids else ())
     return drafts

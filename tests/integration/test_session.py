@@ -7,7 +7,6 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from failfast_vllm.drafting.interfaces import Observer
 from failfast_vllm.drafting.records import UNKNOWN, Copies, Drafts
 from failfast_vllm.integration import v1
 from failfast_vllm.integration.session import Adapter, Session, View
@@ -36,10 +35,8 @@ class Given(View):
         self.params = params or [SamplingParams()] * num_reqs
 
 
-class Note(Observer):
+class Note:
     """Writes down what it is told, in order with others."""
-
-    calibration = None
 
     def __init__(self, name, log):
         self.name, self.log = name, log
@@ -84,19 +81,18 @@ def test_what_a_step_asks_of_the_drafter(session):
 
 
 def test_who_learns_what_and_in_which_order(session):
-    """Catches plain rounds that are learned from, and a policy that reads what it has not learned.
+    """Catches plain rounds that are learned from, and counters that miss what the planner learns.
 
     A receiver of all rounds is there, so that plain ones are settled.
     """
     told, log = [], []
     session.stats.on_round = told.append
     session.step(Given([[1], [1]], [90, 90]))
-    session.drafter.policy = Note("policy", log)
-    session.drafter.policy.calibration = Note("calibration", log)
+    session.stats.observe = Note("stats", log).observe
     session.drafter.planner.observe = Note("planner", log).observe
     session.step(Given([[5, 1], [1]], [90, 90]))
     assert [r.num_verified for r in told] == [0, 0, 1, 0]
-    assert log == [("calibration", ["r0"]), ("policy", ["r0"]), ("planner", ["r0"])]
+    assert log == [("stats", ["r0"]), ("planner", ["r0"])]
     assert told[2].drafted == [5], "the drafts of the step before"
 
 
@@ -123,9 +119,8 @@ def test_the_end_of_a_request_is_told_to_all_that_remember(session):
     log = []
     session.step(Given([[1], [1]], [90, 90]))
     session.stats.trace = SimpleNamespace(forget=Note("trace", log).forget)
-    session.drafter.policy = Note("policy", log)
     session.forget(["r0"])
-    assert log == [("trace", ["r0"]), ("policy", ["r0"])]
+    assert log == [("trace", ["r0"])]
     assert (session.ledger["r0"], session.ledger["r1"].num_drafted) == (None, 1)
 
 

@@ -20,7 +20,6 @@ WARM = {"max_num_seqs": 8, "enforce_eager": False, "compilation_config": {"mode"
 def test_the_warm_up_drafts_only_ids_and_leaves_nothing(load_aware, tmp_path):
     """Catches placeholders that are no ids, and rounds of the warm-up that are learned from."""
     asked = {"method": "failfast", "load_aware": load_aware, "trace": str(tmp_path / "t.jsonl")}
-    asked |= {"policy": "adaedl"}
     with gpu_startup() as seen, engine(asked, **WARM) as llm:
         assert len(seen.least_ids) >= 6, "the GPU worker's warm-up did not run"
         assert min(seen.least_ids) >= 0

@@ -226,25 +226,26 @@ def test_aborted_requests_leave_the_others_alone(plain):
     assert record.num_accepted > 0
 
 
-def test_policies_learn_across_preemptions(plain):
+def test_outcomes_belong_to_their_drafts_across_preemptions(plain):
     """Catches outcomes paired with another draft, and preempted requests taken for ended ones."""
     prompts, params, expected = plain
     few = [i for i, prompt in enumerate(prompts) if len(prompt) < 500][:12] * 2
     overrides = {"num_gpu_blocks_override": 12, "block_size": 64, "max_model_len": 640}
-    with v2_engine(**overrides) as llm, policy(llm, "adaedl") as rule:
+    with v2_engine(**overrides) as llm, policy(llm, "failfast"):
+        session = proposer(llm).session
         preempted, forgotten, observed = count_preemptions(llm), [], []
-        forget, observe = rule.forget, rule.observe
+        forget, learn = session.forget, session.learn
 
         def recording_forget(req_ids):
             ended = list(req_ids)
             forgotten.extend(ended)
             forget(ended)
 
-        def recording_observe(outcomes):
-            observed.extend(outcomes)
-            observe(outcomes)
+        def recording_learn(rounds):
+            observed.extend(rounds)
+            learn(rounds)
 
-        rule.forget, rule.observe = recording_forget, recording_observe
+        session.forget, session.learn = recording_forget, recording_learn
         with watch(llm) as record:
             answers = generate(llm, [prompts[i] for i in few], [params[i] for i in few])
         assert answers == [expected[i] for i in few]

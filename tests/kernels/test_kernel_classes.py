@@ -64,17 +64,14 @@ def test_attention_classes(recorders, num_heads, num_kv_heads, dtype):
     assert len(warm[block_attention.__name__, "_attention_kernel"]) >= 3
 
 
-@pytest.mark.parametrize("details", [False, True])
 @pytest.mark.parametrize("num_columns", [1984, 151936])
-def test_confidence_classes(recorders, num_columns, details):
+def test_confidence_classes(recorders, num_columns):
     logits = torch.empty(1, num_columns, dtype=torch.bfloat16)
-    confidence.launch_every_class(logits, num_columns, (3,), details=details)
+    confidence.launch_every_class(logits, num_columns, (3,))
     warm = classes(recorders)
     for num_rows in range(1, 700):
         num_tiles = -(-num_columns // launch_table.CONFIDENCE[2].block_n)
         num_splits = launch_table.num_splits(confidence.SPLITS, num_rows, num_tiles)
-        confidence.confidence_argmax(
-            logits, num_columns, (3,), details=details, num_splits=num_splits
-        )
+        confidence.confidence_argmax(logits, num_columns, (3,), num_splits=num_splits)
     assert classes(recorders) == warm
     assert warm[confidence.__name__, "_confidence_kernel"]

@@ -183,9 +183,8 @@ def test_attention_compiles_for_tiles_across_pages(offline, page_size):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_commit_and_confidence_compile_for_sm90(offline, dtype):
     offline.launch_commit(40, dtype)
-    for details in (False, True):
-        for num_splits in (1, 16):
-            offline.launch_confidence(10, dtype=dtype, details=details, num_splits=num_splits)
+    for num_splits in (1, 16):
+        offline.launch_confidence(10, dtype=dtype, num_splits=num_splits)
     assert_builds(offline.kernels)
     loads = offline.kernels[1].asm["ptx"]
     assert re.search(r"ld\.global\S*\.v4\.b32", loads), "the logits must be read 16 bytes at a time"

@@ -123,7 +123,7 @@ def stop_reasons(**given):
     tokens[2, 3] = STOP
     confidences = np.full((4, 60), 0.9, dtype=np.float32)
     confidences[1, 4] = 0.1
-    script = Script([20, 40, 33, 8], tokens, confidences, 0 * confidences)
+    script = Script([20, 40, 33, 8], tokens, confidences)
     drafter = make_drafter(FailFast(0.45), script)
     drafts = drafter.propose(make_step(script, np.array([60, 60, 60, 5]), **given))
     return [STOP_REASONS[i] for i in drafts.stop_reasons], drafts
@@ -185,7 +185,7 @@ def test_a_planner_that_refuses_is_the_load():
     tokens = np.full((1, 60), 5)
     ends = ((0.9, 10, LOAD), (0.9, 3, LOAD), (0.1, 10, DOUBT), (0.1, 3, LOAD))
     for confidence, kept, reason in ends:
-        script = Script([20], tokens, np.full((1, 60), confidence), np.zeros((1, 60)))
+        script = Script([20], tokens, np.full((1, 60), confidence))
         drafter = make_drafter(FailFast(0.45), script)
         drafter.planner = types.SimpleNamespace(
             postpones_commits=True,
@@ -202,7 +202,7 @@ def test_a_planner_that_refuses_is_the_load():
 
 def test_a_spent_budget_is_not_the_load():
     """Catches a planner that is blamed for what `draft_budget` has ended."""
-    script = Script([20], np.full((1, 60), 5), np.full((1, 60), 0.9), np.zeros((1, 60)))
+    script = Script([20], np.full((1, 60), 5), np.full((1, 60), 0.9))
     drafter = make_drafter(FailFast(0.45), script)
     drafter.planner.refusal = LOAD
     drafts = drafter.propose(make_step(script, np.array([60]), budget=15))

@@ -226,7 +226,7 @@ def policy(llm, name, **given):
     if name == "goodput":
         costs = Costs(CostTable([1, 1000], [1.0, 2.0]), CostTable([1, 1000], [5.0, 9.0]))
         drafter.planner = LoadPlanner(costs, knobs["num_speculative_tokens"], 1)
-    drafter.policy = make_policy(name, knobs, knobs["num_speculative_tokens"])
+    drafter.policy = make_policy(knobs)
     own.session = Session(drafter, own.stats, own.eos_token_ids)
     try:
         yield drafter.policy

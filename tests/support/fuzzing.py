@@ -17,7 +17,6 @@ from vllm import SamplingParams
 from engine import chat_ids, core, generate, policy, proposer, shipped_prompts
 from failfast_vllm.drafting.copying import OwnText
 from failfast_vllm.drafting.interfaces import Planner
-from failfast_vllm.drafting.ledger import PerRequest
 from live_weights import reload
 
 ANSWER_LEN = 40  # tokens of the longest answer
@@ -26,10 +25,7 @@ NUM_TEXTS = 4
 POLICIES = (
     "failfast",
     "fixed",
-    "svip",
-    "adaedl",
-    "survival",
-    "tapout",
+    "confidence",
     "goodput",
 )
 EVENTS = (*["step"] * 9, "abort", "abort", "abort late", "abort late", "preempt", "reset")
@@ -184,22 +180,16 @@ class World:
         """State of requests that have ended, anywhere."""
         scheduler, runner = self.core.scheduler, getattr(adapter, "runner", None)
         states = getattr(adapter, "req_states", None)
-        drafter, session = adapter.drafter, adapter.session
-        arms = getattr(drafter.policy, "policies", [])
-        owners = (session, drafter.policy, session.stats, adapter, *arms)
         found = {
             "running": scheduler.running,
             "waiting": list(scheduler.waiting),
             "scheduled": scheduler.requests,
             "answered": self.engine.output_processor.request_states,
             "runner": getattr(runner, "requests", {}),
+            "ledger": adapter.session.ledger,
             "embedded": getattr(adapter, "embedded", {}),
             "slots of V2": getattr(states, "req_id_to_index", {}),
         }
-        for owner in owners:
-            for name, value in vars(owner).items():
-                if isinstance(value, PerRequest):
-                    found[f"{type(owner).__name__}.{name}"] = value
         wrong = [f"left over: {name}, {len(held)}" for name, held in found.items() if len(held)]
         usage = scheduler.kv_cache_manager.usage
         return wrong + ([f"left over: KV pages, {usage:.1%}"] if usage else [])

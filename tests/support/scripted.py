@@ -17,11 +17,10 @@ MASK = 99
 class Script:
     """`DraftModel` that drafts `tokens[s][k]` at the k-th position after the known ones."""
 
-    def __init__(self, known_lens, tokens, confidences, entropies):
+    def __init__(self, known_lens, tokens, confidences):
         self.known_lens = torch.as_tensor(known_lens)
-        self.tokens = torch.as_tensor(tokens)  # [num_seqs, cap], as the next two
+        self.tokens = torch.as_tensor(tokens)  # [num_seqs, cap], as the next
         self.confidences = torch.as_tensor(confidences, dtype=torch.float32)
-        self.entropies = torch.as_tensor(entropies, dtype=torch.float32)
         self.num_forwards = 0
 
     def forward(self, batch):
@@ -29,11 +28,10 @@ class Script:
         seqs = batch.block_table[:, 0].repeat_interleave(batch.query_start_loc.diff())
         return torch.stack((seqs, batch.positions), dim=1)
 
-    def confidence(self, hidden_states, *, details=False):
+    def confidence(self, hidden_states):
         seqs, positions = hidden_states.T
         places = (seqs, (positions - self.known_lens[seqs]).clamp(0, self.tokens.shape[1] - 1))
-        entropies = self.entropies[places] if details else None
-        return TokenConfidence(self.tokens[places], self.confidences[places], entropies)
+        return TokenConfidence(self.tokens[places], self.confidences[places])
 
 
 def make_drafter(policy, script, *, increment=10, max_num_rows=8192, **options):
@@ -77,6 +75,5 @@ def random_script(seed, num_seqs=6, cap=60, alphabet=6):
     doubtful = rng.beta(1, 2, (num_seqs, cap))
     rates = rng.choice([0.0, 0.02, 0.1, 0.4], (num_seqs, 1))
     confidences = np.where(rng.random((num_seqs, cap)) < rates, doubtful, sure)
-    entropies = -2.0 * np.log(confidences) * rng.uniform(0.5, 1.5, (num_seqs, cap))
     tokens = rng.integers(0, alphabet, (num_seqs, cap))
-    return Script(rng.integers(1, 100, num_seqs), tokens, confidences, entropies)
+    return Script(rng.integers(1, 100, num_seqs), tokens, confidences)

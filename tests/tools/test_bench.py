@@ -424,7 +424,7 @@ def real(tmp_path_factory):
 
 def measure(folder):
     small = ["--num-prompts", "3", "--max-tokens", "40", "--repeats", "1"]
-    asked = ["--methods", "survival", "--concurrency", "1", "2", "--requests-per-point", "4"]
+    asked = ["--methods", "confidence", "--concurrency", "1", "2", "--requests-per-point", "4"]
     files = ["--json", folder / "found.json", "--html", folder / "found.html"]
     command = [COMMAND, "bench", *small, *asked, *files]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -437,11 +437,11 @@ def test_a_real_run_agrees_with_itself(real):
     found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
     facts = found["provenance"]
     assert facts["command"].startswith("failfast bench --num-prompts 3 ")
-    assert facts["methods"]["survival"]["policy"] == "survival"
+    assert facts["methods"]["confidence"]["policy"] == "confidence"
     assert facts["target"] == "the shipped small pair"
     assert "/" not in facts["device"] + facts["vllm"]
     rows = {(row["method"], row["concurrency"]): row for row in found["rows"]}
-    assert list(rows) == [(m, c) for c in (1, 2) for m in ("none", "survival")]
+    assert list(rows) == [(m, c) for c in (1, 2) for m in ("none", "confidence")]
     for (method, concurrency), row in rows.items():
         base = rows["none", concurrency]
         ratio = row["tokens_per_second"] / base["tokens_per_second"]
@@ -470,9 +470,9 @@ def test_a_real_run_agrees_with_itself(real):
         assert len(row["trajectory"]) > 1
         assert row["trajectory"][0] == {"accepted": 0, "rejected": 0, "bonus": 1, "copied": 0}
     # one request's decoding does not depend on the others, so neither do its rounds
-    assert rows["survival", 1]["trajectory"] == rows["survival", 2]["trajectory"]
+    assert rows["confidence", 1]["trajectory"] == rows["confidence", 2]["trajectory"]
     assert done.stdout == (folder / "found.md").read_text(encoding="utf-8")
-    assert "| 2 | survival | " in done.stdout
+    assert "| 2 | confidence | " in done.stdout
     assert "concurrency 1" not in done.stderr  # no progress bar without a terminal
 
 
