@@ -1,44 +1,12 @@
-"""What is remembered of each request between its steps. NumPy only."""
+"""The drafts of requests from one step to the next. NumPy only."""
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Generic, TypeVar
 
 from failfast_vllm.drafting.records import Drafts, Round
 
-MAX_REQUESTS = 4096  # preempted ones included; far more than an engine runs at once
-T = TypeVar("T")
 
-
-class PerRequest(Generic[T]):
-    """A value per request, `initial` until it is set; the longest unused go first."""
-
-    def __init__(self, initial: T) -> None:
-        self.initial = initial
-        self._values: OrderedDict[str, T] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __getitem__(self, req_id: str) -> T:
-        return self._values.get(req_id, self.initial)
-
-    def __setitem__(self, req_id: str, value: T) -> None:
-        self._values[req_id] = value
-        self._values.move_to_end(req_id)
-        if len(self._values) > MAX_REQUESTS:
-            self._values.popitem(last=False)
-
-    def forget(self, req_ids: Iterable[str]) -> None:
-        for req_id in req_ids:
-            self._values.pop(req_id, None)
-
-
-class Ledger(PerRequest[Round | None]):
-    """The drafts that are open: proposed, and not verified yet."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
+class Ledger(dict[str, Round]):
+    """The drafts that are open, by request: proposed, and not verified yet."""
 
     def open(
         self, req_ids: Sequence[str], drafts: Drafts, token_ids: Sequence[Sequence[int]] = ()
@@ -53,15 +21,14 @@ class Ledger(PerRequest[Round | None]):
             drafts.first_lens,
             drafts.num_confidences,
             drafts.match_lens,
-            drafts.ends_at_stop,
             drafts.num_passes,
             drafts.seq_rows,
         )
-        for i, (length, first, num_judged, match_len, stops, passes, rows) in enumerate(
+        for i, (length, first, num_judged, match_len, passes, rows) in enumerate(
             zip(*(values.tolist() for values in per_seq), strict=True)
         ):
             if not (rows or length):  # a round without a draft says what its passes took
-                self._values.pop(req_ids[i], None)
+                self.pop(req_ids[i], None)
                 continue
             self[req_ids[i]] = Round(
                 req_ids[i],
@@ -69,7 +36,6 @@ class Ledger(PerRequest[Round | None]):
                 num_first=first,
                 confidences=drafts.confidences[i, :num_judged],
                 match_len=match_len,
-                ends_at_stop=stops and length >= num_judged,
                 num_passes=passes,
                 num_rows=rows,
                 token_ids=token_ids[i] if token_ids else (),
@@ -100,7 +66,7 @@ class Ledger(PerRequest[Round | None]):
         ):
             if not ids:
                 continue
-            found = self._values.pop(req_id, None) or Round(req_id)
+            found = self.pop(req_id, None) or Round(req_id)
             found.num_verified = min(verified, found.num_drafted)
             if not (found.num_verified or plain):
                 continue
@@ -109,3 +75,8 @@ class Ledger(PerRequest[Round | None]):
             found.step, found.num_seqs = step, len(req_ids)
             rounds.append(found)
         return rounds
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """The requests have ended."""
+        for req_id in req_ids:
+            self.pop(req_id, None)

@@ -87,20 +87,18 @@ class Drafts:
     # [num_seqs] tokens of passes: less than `lens` if the others are copied, more if it was cut
     num_confidences: Lengths
     match_lens: Lengths  # [num_seqs] tokens that matched before the first that is copied
-    ends_at_stop: Flags  # [num_seqs], a pass drafted a stop token
     stop_reasons: Lengths  # [num_seqs] index into STOP_REASONS; meaningless where there is no draft
     seq_rows: Lengths  # [num_seqs], of `num_rows`
 
     @staticmethod
     def of_copies(copies: Copies, lens: Lengths) -> Drafts:
         """Those of a step without a pass: [num_seqs] `lens` tokens of each copy."""
-        drafts, zeros = Drafts(), np.zeros((5, len(lens)), dtype=np.int64)
+        drafts, zeros = Drafts(), np.zeros((4, len(lens)), dtype=np.int64)
         drafts.lens, drafts.token_ids, drafts.match_lens = lens, copies.token_ids, copies.match_lens
-        drafts.first_lens, drafts.num_passes, drafts.num_confidences, drafts.seq_rows = zeros[:4]
+        drafts.first_lens, drafts.num_passes, drafts.num_confidences, drafts.seq_rows = zeros
         drafts.num_forwards = drafts.num_rows = 0
         drafts.confidences = np.ones((len(lens), int(lens.max(initial=0))), dtype=np.float32)
-        drafts.ends_at_stop = zeros[4] > 0
-        drafts.stop_reasons = zeros[4] + COPY
+        drafts.stop_reasons = np.full_like(lens, COPY)
         return drafts
 
     def to_lists(self) -> list[list[int]]:
@@ -123,7 +121,6 @@ class Round:
     num_accepted: int = 0
     # of what passes drafted, also if it was not worth verifying; the tokens after it are copied
     confidences: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
-    ends_at_stop: bool = False  # the draft's last token is a stop token
     num_passes: int = 0  # draft passes that the draft took
     num_rows: int = 0  # of this sequence in them
     token_ids: Sequence[int] = ()  # [num_drafted]; empty unless somebody wants them

@@ -87,7 +87,7 @@ class Workspace(Drafts):
         zeros = np.zeros((4, num_seqs), dtype=np.int64)
         self.lens, self.num_passes, self.seq_rows, self.num_confidences = zeros
         self.num_forwards = self.num_rows = 0
-        self.ends_at_stop = np.zeros(num_seqs, dtype=bool)
+        self.ends_at_stop = np.zeros(num_seqs, dtype=bool)  # a pass drafted a stop token
         self.willing = np.zeros(num_seqs, dtype=bool)  # to go on, were it allowed to
         self.confidences = np.ones((num_seqs, width), dtype=np.float32)
         # the same on the device

@@ -100,7 +100,6 @@ def start_serving(adapter: Any, runner: Any) -> None:
     stats.reset()
     if stats.trace is None:  # may be open: some start-ups end twice
         stats.trace = _trace_writer(vllm_config, drafter.geometry.kv_block_size)
-    drafter.policy = make_policy(knobs)
     drafter.blocks.bits.zero_()
     adapter.session.ledger = Ledger()
 

@@ -93,13 +93,10 @@ def test_the_next_step_takes_the_place_of_a_draft():
 def test_what_a_pass_drafted_is_known_where_it_is_not_verified():
     """Catches rows and confidences that are lost with tokens that the planner has cut."""
     ledger, drafts = Ledger(), opened(Ledger())
-    drafts.lens, drafts.ends_at_stop = np.array([4, 0, 0]), np.array([True, True, False])
+    drafts.lens = np.array([4, 0, 0])
     ledger.open(IDS, drafts)
     first, second, third = settle(ledger, [4, 0, 0], [[1], [1], [1]], plain=True)
-    assert (first.num_drafted, len(first.confidences), first.ends_at_stop) == (4, CAP, False)
+    assert (first.num_drafted, len(first.confidences)) == (4, CAP)
     assert (second.num_drafted, len(second.confidences)) == (0, CAP)
     assert second.num_rows == drafts.seq_rows[1] > 0
     assert (third.num_rows, third.num_passes) == (0, 0)
-    drafts.lens = np.array([CAP, 0, 0])
-    ledger.open(IDS, drafts)
-    assert settle(ledger, [CAP, 0, 0], [[1], [1], [1]])[0].ends_at_stop

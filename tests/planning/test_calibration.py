@@ -18,7 +18,7 @@ MIDPOINTS = np.convolve(np.concatenate(([0.0], CONFIDENCE_EDGES, [1.0])), [0.5, 
 def outcome(confidences, accepted, verified=None):
     confidences = np.asarray(confidences, dtype=np.float32)
     verified = len(confidences) if verified is None else verified
-    return Round("r", len(confidences), len(confidences), verified, accepted, confidences, False)
+    return Round("r", len(confidences), len(confidences), verified, accepted, confidences)
 
 
 def drafter(rng, chance, num_drafts, length=24):

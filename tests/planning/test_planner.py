@@ -97,7 +97,7 @@ class Planned:
         self.drafts = []
         if planner.step_began([f"{num} {i}" for i in range(num)], int((kept + 1).sum())):
             rounds = zip(first, drafted, kept, accepted, confidences, strict=True)
-            planner.observe([Round("r", k, f, k, a, c[:n], False) for f, n, k, a, c in rounds if k])
+            planner.observe([Round("r", k, f, k, a, c[:n]) for f, n, k, a, c in rounds if k])
             self.draft(sim, num)
         return num + accepted.sum(), self.clock.ms - began
 
