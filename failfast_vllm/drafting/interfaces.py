@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from failfast_vllm.drafting.records import DraftBatch, DraftStep, Round
 
     Confidences = npt.NDArray[np.floating]
+    Verdict = tuple[torch.Tensor, torch.Tensor]  # see `Policy.extend`
 
 
 class DraftModel(Protocol):
@@ -43,9 +44,7 @@ class Policy(ABC):
     needs_planner = False  # it has no rule without load awareness
 
     @abstractmethod
-    def extend(
-        self, lens: torch.Tensor, confidences: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(self, lens: torch.Tensor, confidences: torch.Tensor) -> Verdict:
         """Judge drafts after an increment.
 
         Args:

@@ -11,6 +11,8 @@ from failfast_vllm.policies.parameters import number
 if TYPE_CHECKING:
     import torch
 
+    from failfast_vllm.drafting.interfaces import Verdict
+
 
 @dataclass(frozen=True)
 class FailFast(Policy):
@@ -20,9 +22,7 @@ class FailFast(Policy):
         0.45, 0, 1, "a draft goes on while every token is at least this probable"
     )
 
-    def extend(
-        self, lens: torch.Tensor, confidences: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(self, lens: torch.Tensor, confidences: torch.Tensor) -> Verdict:
         return lens, confidences.amin(dim=1) >= self.confidence_threshold
 
 
@@ -32,9 +32,7 @@ class Fixed(Policy):
 
     one_pass = True
 
-    def extend(
-        self, lens: torch.Tensor, confidences: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(self, lens: torch.Tensor, confidences: torch.Tensor) -> Verdict:
         return lens, lens > 0  # always: no draft is empty
 
 
@@ -45,9 +43,7 @@ class Goodput(Policy):
     one_pass = True
     needs_planner = True
 
-    def extend(
-        self, lens: torch.Tensor, confidences: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(self, lens: torch.Tensor, confidences: torch.Tensor) -> Verdict:
         return lens, lens < 0  # never
 
 
@@ -62,9 +58,7 @@ class Confidence(Policy):
         0.4, 0, 1, "a draft ends after the first token less probable than this"
     )
 
-    def extend(
-        self, lens: torch.Tensor, confidences: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(self, lens: torch.Tensor, confidences: torch.Tensor) -> Verdict:
         fired = (confidences < self.confidence_threshold).cumsum(dim=1)
         num_before = (fired == 0).sum(dim=1)  # the first that fires
         return (num_before + 1).minimum(lens), num_before >= lens
