@@ -88,7 +88,9 @@ def _ask_vllm(original: Any, args: Any, target: Any, parallel: Any, terms: dict[
     guarded.trust_remote_code = False
     try:
         speculative = original.func(asking, guarded, parallel)
-    except (TypeError, LookupError, AttributeError) as error:
+    except (ValueError, OSError):
+        raise  # vLLM's own: they say what to do
+    except Exception as error:
         must = f"the drafter {terms.get('model')!r} must have a config.json that vLLM can read"
         got = f"{type(error).__name__} ({reason(error)})"
         raise refusal(must, got, "Use the one that was published.") from None

@@ -191,6 +191,12 @@ class Adapter:
         assert self.session is not None
         return self.session.step(view())
 
+    def target_step(self, runner: Any, num_tokens: int) -> torch.Tensor:
+        """Logits of a step of the target, as vLLM runs it: in a graph if one fits."""
+        hidden_states, _ = runner._dummy_run(num_tokens, skip_eplb=True)
+        logits: torch.Tensor = runner.model.compute_logits(hidden_states[:num_tokens])
+        return logits
+
     def clear_new_pages(self, scheduler_output: Any, group: int, page_size: int) -> None:
         """Note that nothing is committed to the pages that this step's requests have got."""
         pages = new_pages(scheduler_output, group, page_size, trusts_hits=not self.foreign_kv)
