@@ -165,12 +165,6 @@ def _problems(
         sum_of = f"{MAX_DIFFUSION_BLOCK_SIZE} + num_speculative_tokens"
         what = f"max_num_batched_tokens must be at least {fewest} ({sum_of})"
         yield what, budget, "Raise it or lower 'num_speculative_tokens'."
-    yield from _target_problems(args, target, given, knobs, drafter)
-
-
-def _target_problems(
-    args: Any, target: Any, given: dict[str, Any], knobs: FailFastConfig, drafter: str | None
-) -> Problems:
     if target.runner_type != "generate" or target.is_encoder_decoder:
         what = "only text generation by decoder-only targets can be drafted for"
         yield what, target.architecture, "Leave the speculative config out."
@@ -204,12 +198,9 @@ def _state_problems(target: Any) -> Problems:
 def _page_problems(target: Any) -> Problems:
     windowed = target.get_sliding_window() or target.attention_chunk_size
     if target.is_hybrid or target.use_mla or windowed:
-        kinds = (
-            "hybrid (Mamba, linear attention), MLA, sliding-window and chunked-attention targets"
-        )
-        what = f"{kinds} have no KV page that is shared with the drafter"
+        kinds = "hybrid, MLA, sliding-window and chunked-attention targets"
         remedy = "Leave 'model' out: drafts are then copies. Or try --disable-sliding-window."
-        yield what, target.architecture, remedy
+        yield f"{kinds} have no KV page for a drafter", target.architecture, remedy
 
 
 def _read_drafter(drafter: str, load_format: Any, given: dict[str, Any]) -> dict[str, Any] | None:
