@@ -103,6 +103,10 @@ def check_drafter_config(
         must = f"{must} have the 'model_type' {family.model_types[0]!r}"
         raise refusal(must, echo(config.get("model_type")), "Set it in its config.json.")
     find_block_size(model, family, config, asked_size)
+    layers = config.get("num_hidden_layers")  # transformers lists them all
+    if type(layers) is not int or not 1 <= layers <= MAX_COUNT:
+        limits = f"{must} have 'num_hidden_layers' as an integer from 1 to {MAX_COUNT}"
+        raise refusal(limits, echo(layers), "Correct its config.json.")
     for key in UNFIT:
         if config.get(key):
             raise refusal(f"{must} have no {key!r}", echo(config[key]), "Use another checkpoint.")

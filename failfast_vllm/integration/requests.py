@@ -5,7 +5,6 @@ what the server was started with, and are checked where the request is admitted.
 """
 
 import difflib
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -92,16 +91,6 @@ def _is(value: Any, types: Any) -> bool:
     return isinstance(value, types) and not isinstance(value, bool)
 
 
-@functools.cache
-def _request_error() -> type[Exception]:
-    from vllm.exceptions import VLLMValidationError
-
-    class RequestError(VLLMValidationError, ValueError):
-        """HTTP 400 on a server, which answers a mere ValueError with 500."""
-
-    return RequestError
-
-
 @hook("requests", "vllm.v1.engine.input_processor:InputProcessor._validate_params")
 def check_request(original: Any, self: Any, params: Any, supported_tasks: Any) -> Any:
     """Checks a request's own limits before it is admitted: they are the client's error.
@@ -109,11 +98,13 @@ def check_request(original: Any, self: Any, params: Any, supported_tasks: Any) -
     Goes when: vLLM lets plugins check a request's `extra_args`.
     """
     if asked_for(self.vllm_config):
+        from vllm.exceptions import VLLMValidationError
+
         knobs = self.vllm_config.additional_config[METHOD]
         try:
             check(params, knobs["num_speculative_tokens"], knobs.get("confidence_threshold", 0.0))
         except ValueError as error:
-            raise _request_error()(str(error)) from None
+            raise VLLMValidationError(str(error)) from None
     return original()
 
 

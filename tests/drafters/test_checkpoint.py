@@ -181,6 +181,7 @@ def bad(key, value, *fragments, family=FAST_DLLM_V2):
 
 
 BAD_CONFIGS = [
+    *(bad("num_hidden_layers", n, "integer", f"got {n!r}") for n in (1 << 31, 0, "2", True, None)),
     bad("quantization_config", {"quant_method": "gptq"}, "gptq"),
     bad("compression_config", {"format": "int-quantized"}, "int-quantized"),
     bad("use_sliding_window", True, family=SDAR),
@@ -189,7 +190,7 @@ BAD_CONFIGS = [
 
 @pytest.mark.parametrize(("family", "changes", "fragments"), BAD_CONFIGS)
 def test_bad_config(tmp_path, family, changes, fragments):
-    """Catches settings that would silently not be followed."""
+    """Catches settings that would silently not be followed, and layers listed until memory ends."""
     fields = tiny_config(family) | changes
     (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     message = refusal(tmp_path)
