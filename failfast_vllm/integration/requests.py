@@ -4,7 +4,6 @@ The keys below come in `SamplingParams.extra_args`, over HTTP in `vllm_xargs`. T
 what the server was started with, and are checked where the request is admitted.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,9 +39,8 @@ def check(params: Any, num_speculative_tokens: int, confidence_threshold: float)
     given = {k: v for k, v in extra_args.items() if isinstance(k, str) and k.startswith(METHOD)}
     for key in given:
         if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(KEYS)}."
-            raise ValueError(f"failfast: unknown key {echo(key)} in a request; {hint}")
+            must = f"use one of {', '.join(KEYS)}."
+            raise ValueError(f"failfast: unknown key {echo(key)} in a request; {must}")
     for key, kind, types, low, high in (
         (MAX_LEN, "an integer", int, 0, num_speculative_tokens),
         (CONFIDENCE_THRESHOLD, "a probability", int | float, confidence_threshold, 1.0),

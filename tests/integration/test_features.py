@@ -266,7 +266,7 @@ def test_blocks_of_undrafted_requests_are_committed(plain, drafting):
         (
             {"failfast_max_length": 3},
             "failfast: unknown key 'failfast_max_length' in a request; "
-            "did you mean 'failfast_max_len'?",
+            "use one of failfast_max_len, failfast_confidence_threshold.",
         ),
         ({"failfast": 3}, "unknown key 'failfast'"),
         ({"failfast_max_len": "3" * 10_000}, "... (10002 characters)."),
