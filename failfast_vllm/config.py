@@ -28,7 +28,6 @@ class FailFastConfig:
     policy: str
     draft_budget: int  # tokens drafted in one step, over all sequences
     copies: bool  # draft copies of a sequence's own text where they are expected to pay
-    path_search: bool  # experimental: choose among the candidates of a pass by earlier text
     load_aware: bool  # draft only where it is expected to raise throughput
     trace: str | None  # the file that rounds are written to
     trace_ids: bool  # with token ids
@@ -59,7 +58,6 @@ class FailFastConfig:
             policy=policy,
             draft_budget=read_integer(given, "draft_budget", 512, 1, 65536),
             copies=copies,
-            path_search=read_flag(given, "path_search", False),
             load_aware=load_aware,
             parameters=policy_parameters(policy, given, cap),
             trace=_trace_file(given),

@@ -12,8 +12,7 @@ from failfast_vllm import METHOD
 from failfast_vllm.drafters.attention import BlockDiffusionMetadata
 from failfast_vllm.drafters.cuda_graphs import Capture, PassGraphs, make_buckets, rows_per_seq
 from failfast_vllm.drafters.parallel import draft_context, drafter_group
-from failfast_vllm.drafting.path_search import MAX_CANDIDATES
-from failfast_vllm.drafting.records import Candidates, DraftBatch
+from failfast_vllm.drafting.records import DraftBatch
 
 
 def row_class(num_rows: int) -> int:
@@ -128,20 +127,8 @@ class HostedDraftModel:
         return hidden_states
 
     def confidence(self, hidden_states: torch.Tensor, *, details: bool = False) -> TokenConfidence:
-        return self._confidence(self._logits(hidden_states), details)
-
-    def candidates(
-        self, hidden_states: torch.Tensor, *, details: bool = False
-    ) -> tuple[TokenConfidence, Candidates]:
-        logits = self._logits(hidden_states)
-        confidence = self._confidence(logits, details)
-        num = min(MAX_CANDIDATES + 1, self.num_draftable_tokens)  # one of them may be MASK
-        logits, token_ids = logits[:, : self.num_draftable_tokens].topk(num)
-        logits = logits.float().masked_fill(token_ids == self.mask_token_id, -torch.inf)
-        shares = (logits - logits.amax(dim=1, keepdim=True)).exp()
-        best, best_ids = confidence.probabilities[:, None], confidence.token_ids[:, None]
-        token_ids = torch.where(best == 0, best_ids, token_ids)  # an undefined row
-        return confidence, Candidates(token_ids, (shares * best).nan_to_num(0.0))
+        logits, forbidden = self._logits(hidden_states), (self.mask_token_id,)
+        return confidence_argmax(logits, self.num_draftable_tokens, forbidden, details=details)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         num_rows = len(hidden_states)
@@ -149,10 +136,6 @@ class HostedDraftModel:
             widened = F.pad(hidden_states, (0, 0, *self._padding(num_rows)))
             logits: torch.Tensor = self.model.compute_logits(widened)
         return logits[:num_rows]
-
-    def _confidence(self, logits: torch.Tensor, details: bool) -> TokenConfidence:
-        forbidden = (self.mask_token_id,)
-        return confidence_argmax(logits, self.num_draftable_tokens, forbidden, details=details)
 
 
 @torch.inference_mode()

@@ -23,7 +23,6 @@ from failfast_vllm.drafting.interfaces import (
     DraftSoFar,
     Planner,
     Policy,
-    TokenChooser,
 )
 from failfast_vllm.drafting.records import DraftBatch, Drafts, DraftStep, Lengths, share
 from failfast_vllm.drafting.workspace import Geometry, Judged, Masks, Workspace
@@ -42,7 +41,6 @@ class Drafter:
     stop_token_ids: torch.Tensor  # [num_ids] int64, tokens after which a draft ends
     max_draft_len: int  # most tokens of a draft; steps may ask for less
     max_draft_budget: int  # tokens that one step may draft over all sequences
-    tokens: TokenChooser = field(default_factory=TokenChooser)
     copies: CopyLane = field(default_factory=CopyLane)
     clock: Callable[[], float] = time.perf_counter  # seconds; passes are timed with it
 
@@ -56,7 +54,6 @@ class Drafter:
 
     def propose(self, step: DraftStep) -> Drafts:
         """Commit every newly complete block and draft for the sequences that may have a draft."""
-        self.tokens.see(step)
         drafts = self._begin(step)
         if isinstance(drafts, Workspace):
             self._passes(drafts)
@@ -103,7 +100,7 @@ class Drafter:
             return
         masks = work.masks(seqs[grows], first_rows[grows], max_copied)
         rows = hidden_states[masks.rows.flatten()]
-        found = self.tokens.choose(self.model, rows, work, masks, details=self.policy.needs_entropy)
+        found = self.model.confidence(rows, details=self.policy.needs_entropy)
         signals = work.fill(masks, found)
         judged = self._judge(work, masks, found.token_ids.view_as(masks.rows), signals)
         work.settle(masks, found.probabilities.view_as(masks.rows), judged)

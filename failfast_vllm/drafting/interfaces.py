@@ -1,4 +1,4 @@
-"""What the algorithm asks of a model, a policy, a planner and its options.
+"""What the algorithm asks of a model, a policy, a planner and a copy lane.
 
 All of them are deterministic: every rank of a tensor-parallel group runs its own and must decide
 alike. What is no abstract class is its own default.
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from failfast_kernels import TokenConfidence
-    from failfast_vllm.drafting.records import Candidates, DraftBatch, DraftStep, Round
-    from failfast_vllm.drafting.workspace import Masks, Workspace
+    from failfast_vllm.drafting.records import DraftBatch, DraftStep, Round
 
     Confidences = npt.NDArray[np.floating]
 
@@ -38,11 +37,6 @@ class DraftModel(Protocol):
 
         `details` asks for the entropy, too.
         """
-
-    def candidates(
-        self, hidden_states: torch.Tensor, *, details: bool = False
-    ) -> tuple[TokenConfidence, Candidates]:
-        """The same, and the most probable tokens; MASK and foreign ids have probability 0."""
 
 
 class Observer:
@@ -163,30 +157,6 @@ class Planner(Observer):
 
     def stood_still(self, seconds: float) -> None:
         """For so long nobody has asked the engine for its next step."""
-
-
-class TokenChooser(Observer):
-    """Chooses the tokens of an increment; the default takes the most probable of each mask."""
-
-    def see(self, step: DraftStep) -> None:
-        """Read a step's known tokens, before anything is drafted."""
-
-    def choose(
-        self,
-        model: DraftModel,
-        hidden_states: torch.Tensor,
-        work: Workspace,
-        masks: Masks,
-        *,
-        details: bool,
-    ) -> TokenConfidence:
-        """A token and its confidence for each mask, [n * longest].
-
-        Args:
-            hidden_states: [n * longest, hidden_size] of the rows that predict `masks`.
-            details: whether entropies are asked for.
-        """
-        return model.confidence(hidden_states, details=details)
 
 
 class CopyLane:

@@ -74,13 +74,6 @@ class Copies(NamedTuple):
     token_ids: torch.Tensor  # [num_seqs, longest draft] int64, NO_TOKEN where there is none
 
 
-class Candidates(NamedTuple):
-    """The most probable tokens after each row."""
-
-    token_ids: torch.Tensor  # [num_rows, k] int64
-    probabilities: torch.Tensor  # [num_rows, k] float32, falling
-
-
 class Drafts:
     """What one step proposes, and what it took."""
 

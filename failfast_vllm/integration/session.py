@@ -105,8 +105,7 @@ class Session:
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended."""
-        drafter = self.drafter
-        for memory in (self.ledger, self.stats, drafter.policy, drafter.tokens):
+        for memory in (self.ledger, self.stats, self.drafter.policy):
             memory.forget(req_ids)
 
     def _gather(self, view: View) -> DraftStep:
@@ -166,7 +165,7 @@ class Adapter:
         model = HostedDraftModel(
             self.model, self.vllm_config, layer_names, table_width, self.device
         )
-        for name in ("forward", "confidence", "candidates"):
+        for name in ("forward", "confidence"):
             setattr(model, name, self.stats.in_model()(getattr(model, name)))
         self.draft_with(make_drafter(model, kv_block_size, num_pages))
 

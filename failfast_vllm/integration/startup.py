@@ -19,9 +19,8 @@ from failfast_vllm.drafters.parallel import keep_apart
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
 from failfast_vllm.drafting.copying import OwnText
 from failfast_vllm.drafting.drafter import Drafter
-from failfast_vllm.drafting.interfaces import CopyLane, Planner, Policy, TokenChooser
+from failfast_vllm.drafting.interfaces import CopyLane, Planner
 from failfast_vllm.drafting.ledger import Ledger
-from failfast_vllm.drafting.path_search import PathSearch
 from failfast_vllm.drafting.workspace import Geometry
 from failfast_vllm.observe.trace import TraceWriter
 from failfast_vllm.planning.costs import Costs, CostTable
@@ -53,12 +52,11 @@ def make_drafter(model: Any, kv_block_size: int, num_pages: int) -> Drafter:
     """
     vllm_config, device = model.vllm_config, model.device
     knobs = vllm_config.additional_config[METHOD]
-    policy, tokens = _learners(knobs)
     target_vocab_size = vllm_config.model_config.get_vocab_size()
     stop_ids = stop_token_ids(vllm_config.model_config)
     return Drafter(
         model,
-        policy,
+        make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"]),
         Planner(knobs["draft_increment"]),
         Geometry(
             vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
@@ -73,16 +71,7 @@ def make_drafter(model: Any, kv_block_size: int, num_pages: int) -> Drafter:
         stop_token_ids=torch.tensor(stop_ids, dtype=torch.int64, device=device),
         max_draft_len=knobs["num_speculative_tokens"],
         max_draft_budget=knobs["draft_budget"],
-        tokens=tokens,
         copies=OwnText(target_vocab_size, device) if knobs["copies"] else CopyLane(),
-    )
-
-
-def _learners(knobs: dict[str, Any]) -> tuple[Policy, TokenChooser]:
-    """What learns while the engine serves, as new."""
-    return (
-        make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"]),
-        PathSearch() if knobs["path_search"] else TokenChooser(),
     )
 
 
@@ -96,7 +85,7 @@ def start_serving(adapter: Any, runner: Any) -> None:
     stats.reset()
     if stats.trace is None:  # may be open: some start-ups end twice
         stats.trace = _trace_writer(vllm_config, drafter.geometry.kv_block_size)
-    drafter.policy, drafter.tokens = _learners(knobs)
+    drafter.policy = make_policy(knobs["policy"], knobs, knobs["num_speculative_tokens"])
     drafter.blocks.bits.zero_()
     adapter.session.ledger = Ledger()
 

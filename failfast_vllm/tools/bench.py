@@ -91,7 +91,6 @@ def methods(drafter: str | None = None, ar_drafter: str = "") -> dict[str, dict[
         "failfast+load_aware": {**failfast, "load_aware": True},
         "failfast-load_aware": failfast,
         "failfast+copies": {**failfast, "load_aware": True, "copies": True},
-        "failfast+path_search": {**failfast, "load_aware": True, "path_search": True},
         "tapout+thompson": {**policies["tapout"], "bandit": "thompson"},
     }
 

@@ -25,10 +25,10 @@ def expected():
 
 
 def test_ids_stay_with_their_request():
-    """Catches a drafter that reads, and counts, the prompt of the request before in its slot."""
+    """Catches a drafter that reads the prompt of the request before in its slot."""
     from vllm import SamplingParams
 
-    with engine({"method": "failfast", "path_search": True}, **EMBEDS) as llm:
+    with engine("failfast", **EMBEDS) as llm:
         params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
         assert_ids_stay_with_their_request(llm, params)
 
@@ -85,7 +85,7 @@ def test_nothing_by_request_outlives_it(traced, name):
     llm = traced
     params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
     prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 60) if 30 < len(p) < 300][:4]
-    with policy(llm, f"{name}+paths"):
+    with policy(llm, name):
         for i, ids in enumerate(prompts):
             llm.llm_engine.add_request(str(i), {"prompt_token_ids": ids}, params)
         names, outputs = set(core(llm).scheduler.requests), {}

@@ -123,9 +123,9 @@ def test_the_end_of_a_request_is_told_to_all_that_remember(session):
     log = []
     session.step(Given([[1], [1]], [90, 90]))
     session.stats.trace = SimpleNamespace(forget=Note("trace", log).forget)
-    session.drafter.policy, session.drafter.tokens = Note("policy", log), Note("tokens", log)
+    session.drafter.policy = Note("policy", log)
     session.forget(["r0"])
-    assert log == [("trace", ["r0"]), ("policy", ["r0"]), ("tokens", ["r0"])]
+    assert log == [("trace", ["r0"]), ("policy", ["r0"])]
     assert (session.ledger["r0"], session.ledger["r1"].num_drafted) == (None, 1)
 
 

@@ -221,7 +221,7 @@ def test_embedded_positions_are_masked():
         requests, params = as_requests(prompts), greedy_params(prompts)
         expected = answers(llm, requests, params)
     tight = {"num_gpu_blocks_override": 18, "block_size": 64, "max_model_len": 512}
-    with v2_engine({"method": "failfast", "path_search": True}, **EMBEDS, **tight) as llm:
+    with v2_engine(**EMBEDS, **tight) as llm:
         assert_ids_stay_with_their_request(
             llm, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
         )

@@ -13,10 +13,8 @@ from failfast_vllm.policies.table import POLICIES
 NUM_PROMPTS = 12
 NUM_DRAWS = 2000
 P_VALUE = 0.001  # ten tests: an honest run fails in one of a hundred
-# +paths: a path through the candidates is drafted
-VARIANTS = [*POLICIES, "tapout+paths", "failfast+paths"]
-# one of each kind: no rule, a rule, what learns, what plans, and what changes the tokens
-DRAWN = {"fixed", "survival", "adaedl", "goodput", "tapout+paths", "failfast+paths"}
+# one of each kind: no rule, a rule, what learns, and what plans
+DRAWN = {"failfast", "fixed", "survival", "adaedl", "tapout", "goodput"}
 # parameters that cut the few tokens of a draw, too
 STRICT = {
     "failfast": {"draft_increment": 1, "confidence_threshold": 0.9},
@@ -52,7 +50,7 @@ def question():
     return free_words(NUM_DRAWS)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", POLICIES)
 def test_greedy_answers(llm, greedy, variant):
     """Alone and in a batch; twice, so that what was learned decides, too."""
     prompts, params, expected = greedy
@@ -80,12 +78,12 @@ def test_requests_leave_nothing_behind(llm, greedy):
     "variant",
     [
         pytest.param(v, marks=pytest.mark.slow if v in DRAWN else pytest.mark.large)
-        for v in VARIANTS
+        for v in POLICIES
     ],
 )
 def test_the_distribution_is_the_targets(llm, question, variant):
     prompt, distribution = question
-    given = STRICT.get(variant.removesuffix("+paths"), {})
+    given = STRICT.get(variant, {})
     with policy(llm, variant, **given), watch(llm) as record:
         draws = draw(llm, prompt, NUM_DRAWS)
     rounds = [r for r in record.rounds if r.drafted]

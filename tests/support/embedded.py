@@ -7,7 +7,6 @@ from safetensors.torch import load_file
 
 from engine import core, proposer
 from failfast_vllm.config import MODELS_DIR
-from failfast_vllm.drafting.path_search import FACTORS, _numbers
 from failfast_vllm.drafting.records import UNKNOWN
 from failfast_vllm.drafting.workspace import Workspace
 
@@ -87,16 +86,10 @@ def checked_views(llm):
 
 
 def assert_ids_stay_with_their_request(llm, params):
-    """A prompt of ids, then an embedded one in its slot: nothing of the first is counted again."""
-    trigrams = proposer(llm).drafter.tokens.trigrams
+    """A prompt of ids, then an embedded one in its slot: the drafter reads none of the ids."""
     first = [301 + 7 * i for i in range(29)]
-    grams = _numbers(np.array([first[i : i + 3] for i in range(27)])) * FACTORS
     answers(llm, [{"prompt_token_ids": first}], params)
-    assert trigrams.times(grams.sum(axis=1)).tolist() == [1] * 27
-    num_seen = trigrams.num_seen
     _, embedded = as_requests([first[::-1]] * 2)
     with checked_views(llm) as hidden:
-        (answer,) = answers(llm, [embedded], params)
+        answers(llm, [embedded], params)
     assert max(hidden) == len(first)
-    assert trigrams.times(grams.sum(axis=1)).tolist() == [1] * 27
-    assert 0 < trigrams.num_seen - num_seen <= len(answer)

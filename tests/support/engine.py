@@ -11,8 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from failfast_vllm.config import METHOD, MODELS_DIR, FailFastConfig
-from failfast_vllm.drafting.interfaces import Planner, TokenChooser
-from failfast_vllm.drafting.path_search import PathSearch
+from failfast_vllm.drafting.interfaces import Planner
 from failfast_vllm.planning.costs import Costs, CostTable
 from failfast_vllm.planning.planner import LoadPlanner
 from failfast_vllm.policies.table import make_policy
@@ -214,22 +213,20 @@ def num_draft_tokens(llm):
 
 
 @contextlib.contextmanager
-def policy(llm, variant, **given):
-    """Exchange the policy of a running engine; behind its name "+paths"."""
+def policy(llm, name, **given):
+    """Exchange the policy of a running engine."""
     from failfast_vllm.integration.session import Session
 
-    name = variant.removesuffix("+paths")
     knobs = FailFastConfig.from_user({"policy": name, **given}).to_dict()
     own = proposer(llm)
     drafter = own.drafter
-    exchanged = ("policy", "planner", "tokens")
-    before, session = {key: getattr(drafter, key) for key in exchanged}, own.session
+    before = {"policy": drafter.policy, "planner": drafter.planner}
+    session = own.session
     drafter.planner = Planner(knobs["draft_increment"])
     if name == "goodput":
         costs = Costs(CostTable([1, 1000], [1.0, 2.0]), CostTable([1, 1000], [5.0, 9.0]))
         drafter.planner = LoadPlanner(costs, knobs["num_speculative_tokens"], 1)
     drafter.policy = make_policy(name, knobs, knobs["num_speculative_tokens"])
-    drafter.tokens = PathSearch() if "+paths" in variant else TokenChooser()
     own.session = Session(drafter, own.stats, own.eos_token_ids)
     try:
         yield drafter.policy

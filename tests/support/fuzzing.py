@@ -25,7 +25,6 @@ LENGTHS = [1, 2, 5, 31, 32, 33, 63, 64, 65, 66, 95, 96, 97, 127, 128, 129, 160, 
 NUM_TEXTS = 4
 POLICIES = (
     "failfast",
-    "failfast+paths",
     "fixed",
     "svip",
     "adaedl",
@@ -187,14 +186,13 @@ class World:
         states = getattr(adapter, "req_states", None)
         drafter, session = adapter.drafter, adapter.session
         arms = getattr(drafter.policy, "policies", [])
-        owners = (session, drafter.policy, drafter.tokens, session.stats, adapter, *arms)
+        owners = (session, drafter.policy, session.stats, adapter, *arms)
         found = {
             "running": scheduler.running,
             "waiting": list(scheduler.waiting),
             "scheduled": scheduler.requests,
             "answered": self.engine.output_processor.request_states,
             "runner": getattr(runner, "requests", {}),
-            "seen": getattr(drafter.tokens, "_seen", {}),
             "embedded": getattr(adapter, "embedded", {}),
             "slots of V2": getattr(states, "req_id_to_index", {}),
         }
