@@ -133,7 +133,8 @@ def find_block_size(
     """
     if family.block_size_key in config:
         return _stated_size(model, family, config, asked_size)
-    name, size = (family.sized_by_name and size_in_name(model, config)) or ("", None)
+    named = size_in_name(model, config) if family.sized_by_name else None
+    name, size = named or ("", None)
     if asked_size is not None:
         doubt = f"as {BLOCK_SIZE!r} says, though {name!r} stands for {size}"
         return BlockSize(asked_size, None if size in (None, asked_size) else doubt)
