@@ -472,7 +472,7 @@ def turn_mask_boolean(path):
         (lose_weights, ["no .safetensors", "convert it"]),
         (pickle_weights, ["no .safetensors", "pickles are never loaded"]),
         (lose_tokenizer, ["cannot load the tokenizer", "complete Fast-dLLM v2 checkpoint"]),
-        (lose_one_tokenizer_file, ["another tokenizer", "unknown to the drafter"]),
+        (lose_one_tokenizer_file, ["another tokenizer", "target's family"]),
         (empty_tokenizer, ["cannot load the tokenizer", "complete Fast-dLLM v2 checkpoint"]),
         (pipe_config, ["cannot read", "config.json", "it is not a file"]),
         (swap_tokens, ["another tokenizer", "' there)", "of the target's family"]),
