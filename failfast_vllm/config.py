@@ -82,7 +82,7 @@ class FailFastConfig:
 
 
 # keys of vLLM's SpeculativeConfig that mean the same for a failfast drafter
-PASSED_ON = ("model", "revision", "draft_tensor_parallel_size")
+PASSED_ON = ("model", "revision")
 KNOWN_KEYS = (
     "method",
     *PASSED_ON,
@@ -112,7 +112,6 @@ def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any] 
             continue  # no drafter: all drafts are copies
         if key in given and (not isinstance(value, str) or not value.strip()):
             raise ValueError(f"failfast: {key!r} must be a non-empty string; got {echo(value)}.")
-    read_integer(given, "draft_tensor_parallel_size", 1, 1, 1024)
     if BLOCK_SIZE in given and not families.is_block_size(given[BLOCK_SIZE]):
         sizes, got = families.BLOCK_SIZE_NAMES, given[BLOCK_SIZE]
         raise ValueError(f"failfast: {BLOCK_SIZE!r} must be one of {sizes}; got {echo(got)}.")

@@ -3,11 +3,10 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from failfast_vllm.drafters.checkpoint import check_files, read_json
 from failfast_vllm.drafters.families import (
     BLOCK_SIZE,
     BLOCK_SIZE_NAMES,
@@ -17,40 +16,17 @@ from failfast_vllm.drafters.families import (
     Family,
     family_of,
     is_block_size,
-    published_names,
+    size_in_name,
 )
-from failfast_vllm.errors import echo, refusal
+from failfast_vllm.errors import echo, reason, refusal
 
 # vLLM's SpeculativeConfig changes the method of a draft model whose path contains one of these
 METHOD_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
-MAX_COUNT, MAX_SIZE = 1 << 10, 1 << 24  # far beyond any drafter; a larger value is a slip
-COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SIZES = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
-# what a key may say, the default first; anything else is not vLLM's Qwen2 or Qwen3
-ALLOWED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "tie_word_embeddings": (False, True),
-    "use_sliding_window": (False, None),
-    "is_causal": (True, None),
-    "dual_chunk_attention_config": (None,),
-    "shared_expert_intermediate_size": (None, 0),
-    "n_routed_experts": (None, 0),
-}
-NO_EXPERTS: dict[str, tuple[Any, ...]] = {"num_experts": (None, 0), "num_local_experts": (None, 0)}
-EXPERTS: dict[str, tuple[Any, ...]] = {  # in every layer
-    "norm_topk_prob": (False, True),
-    "decoder_sparse_step": (1,),
-    "mlp_only_layers": ([], None),
-}
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
-LLAMA3_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor")
-# what transformers fills in where it is absent, and would break on null
-ROPE_OPTIONAL = ("original_max_position_embeddings", "beta_fast", "beta_slow")
-
-Problem = tuple[str, str, Any, str]  # a key, what it must be, what it is, what to do
-CORRECT = "Correct its config.json."
+MAX_COUNT, MAX_SIZE = 1 << 10, 1 << 24  # far beyond any model; a larger value is a slip
+# what layers of vLLM do not follow without a word, as ours have neither scales nor windows
+UNFIT = ("quantization_config", "compression_config", "use_sliding_window")
 
 
 def choose_drafter(target: str, model_type: str, vocab_size: int) -> str | None:
@@ -84,23 +60,33 @@ def check_local_drafter(
             )
         return None
     path = Path(model)
-    config = read_json(path / "config.json", f"give a complete {FAMILY_NAMES} checkpoint.")
-    family = check_drafter_config(model, config, asked_size)
-    if load_format != "dummy":
-        if not any(path.glob("*.safetensors")):
-            others = sorted(p.name for p in (*path.glob("*.bin"), *path.glob("*.pt")))
-            raise ValueError(
-                f"failfast: the drafter {model!r} has no .safetensors file "
-                f"(got {', '.join(others) or 'no weights'}); convert it, pickles are never loaded."
-            )
-        check_files(path, family, config)
+    config = _read_config(path / "config.json")
+    check_drafter_config(model, config, asked_size)
+    if load_format != "dummy" and not any(path.glob("*.safetensors")):
+        raise ValueError(
+            f"failfast: the drafter {model!r} has no .safetensors file; "
+            "convert it, pickles are never loaded."
+        )
     return config
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        if file.exists() and not file.is_file():
+            raise ValueError("it is not a file")  # a pipe would be read for ever
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"failfast: cannot read the drafter's {file} ({reason(error)}); "
+            f"give a complete {FAMILY_NAMES} checkpoint."
+        ) from None
+    return found if isinstance(found, dict) else {}
 
 
 def check_drafter_config(
     model: str, config: Mapping[str, Any], asked_size: int | None = None
 ) -> Family:
-    """The drafter's family; raises ValueError on another architecture, layout or block size."""
+    """The drafter's family; raises ValueError on another kind of checkpoint or block size."""
     architectures = config.get("architectures")
     family, must = family_of(architectures), f"the drafter {model!r} must"
     if family is None:
@@ -117,10 +103,13 @@ def check_drafter_config(
         must = f"{must} have the 'model_type' {family.model_types[0]!r}"
         raise refusal(must, echo(config.get("model_type")), "Set it in its config.json.")
     find_block_size(model, family, config, asked_size)
-    filled = family.filled(config)
-    for problems in (_other_layout, _wrong_sizes, _wrong_rope):
-        for key, what, got, remedy in problems(family, filled):
-            raise refusal(f"{must} have {key!r} {what}", echo(got), remedy)
+    layers = config.get("num_hidden_layers")  # transformers lists them all
+    if type(layers) is not int or not 1 <= layers <= MAX_COUNT:
+        limits = f"{must} have 'num_hidden_layers' as an integer from 1 to {MAX_COUNT}"
+        raise refusal(limits, echo(layers), "Correct its config.json.")
+    for key in UNFIT:
+        if config.get(key):
+            raise refusal(f"{must} have no {key!r}", echo(config[key]), "Use another checkpoint.")
     return family
 
 
@@ -144,8 +133,8 @@ def find_block_size(
     """
     if family.block_size_key in config:
         return _stated_size(model, family, config, asked_size)
-    sizes = [(name, family.size_in_name(name)) for name in published_names(model, config)]
-    name, size = next((pair for pair in sizes if pair[1] is not None), ("", None))
+    named = size_in_name(model, config) if family.sized_by_name else None
+    name, size = named or ("", None)
     if asked_size is not None:
         doubt = f"as {BLOCK_SIZE!r} says, though {name!r} stands for {size}"
         return BlockSize(asked_size, None if size in (None, asked_size) else doubt)
@@ -154,7 +143,7 @@ def find_block_size(
             f"the default of {family.name}, as neither its config.json nor its name says it; "
             f"set {BLOCK_SIZE!r} if it was trained with other blocks"
         )
-        return BlockSize(family.default_block_size, doubt)
+        return BlockSize(family.default_block_size, doubt if family.sized_by_name else None)
     if not is_block_size(size):
         must = f"the drafter {model!r} must have blocks of {BLOCK_SIZE_NAMES} tokens"
         remedy = f"Use another checkpoint, or set {BLOCK_SIZE!r} if the name means something else."
@@ -173,88 +162,6 @@ def _stated_size(
         stated = f"the {key!r} in the config.json of the drafter {model!r}, {size}"
         raise refusal(f"{BLOCK_SIZE!r} must be {stated}", str(asked_size), "Leave it out.")
     return BlockSize(size, None)
-
-
-def _other_layout(family: Family, config: Mapping[str, Any]) -> Iterator[Problem]:
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key) is not None:
-            yield key, "absent", config[key], "Use its unquantised weights."
-    projections = {
-        "attention_bias": (True,) if family.qkv_bias else (False, True),
-        "qk_norm": (family.qk_norm,),
-    }
-    experts = EXPERTS if family.has_experts else NO_EXPERTS
-    for key, allowed in (ALLOWED | projections | experts).items():
-        value = config.get(key, allowed[0])
-        if not any(type(value) is type(each) and value == each for each in allowed):
-            what = "as " + " or ".join(map(json.dumps, allowed))
-            yield key, what, value, "Another layout cannot be loaded."
-    if family.has_experts and "norm_topk_prob" not in config:  # both occur
-        yield "norm_topk_prob", "as false or true", None, CORRECT
-
-
-def _wrong_sizes(family: Family, config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Later checks rely on earlier ones: only the first problem counts."""
-    for key in COUNTS + SIZES:
-        yield from _no_integer(config, key, MAX_COUNT if key in COUNTS else MAX_SIZE)
-    if family.has_experts:
-        yield from _no_integer(config, "num_experts", MAX_COUNT)
-        yield from _no_integer(config, "num_experts_per_tok", config["num_experts"])
-        yield from _no_integer(config, "moe_intermediate_size", MAX_SIZE)
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    kv_heads, stated = config["num_key_value_heads"], config.get("head_dim")
-    if heads % kv_heads:
-        what = f"as a divisor of 'num_attention_heads' ({heads})"
-        yield "num_key_value_heads", what, kv_heads, CORRECT
-    if family.qk_norm:
-        yield from _no_integer(config, "head_dim", MAX_COUNT)
-        if config["head_dim"] % 2:
-            yield "head_dim", "even", stated, CORRECT
-    elif hidden % heads or hidden // heads % 2:
-        what = f"that splits 'hidden_size' ({hidden}) into heads of even size"
-        yield "num_attention_heads", what, heads, CORRECT
-    elif stated not in (None, hidden // heads):
-        what = f"equal to 'hidden_size' / 'num_attention_heads' ({hidden // heads})"
-        yield "head_dim", what, stated, CORRECT
-    if config.get("layer_types") not in (None, ["full_attention"] * config["num_hidden_layers"]):
-        what = "with 'full_attention' for each layer"
-        yield "layer_types", what, config["layer_types"], "Others cannot be loaded."
-    epsilon = config.get("rms_norm_eps", 1e-6)
-    if not _is_positive(epsilon) or epsilon >= 1:
-        yield "rms_norm_eps", "between 0 and 1", epsilon, CORRECT
-
-
-def _wrong_rope(family: Family, config: Mapping[str, Any]) -> Iterator[Problem]:
-    theta = config.get("rope_theta")
-    for key in ("rope_scaling", "rope_parameters"):  # the older name first
-        rope = config.get(key)
-        if rope is None:
-            continue
-        scaling: dict[str, Any] = rope if isinstance(rope, dict) else {"type": None}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind not in ROPE_TYPES or "mrope_section" in scaling:
-            what = f"with a 'rope_type' among {', '.join(ROPE_TYPES)}"
-            yield key, what, rope, "Others cannot be loaded."
-        needed = {"default": (), "llama3": LLAMA3_NUMBERS}.get(kind, ("factor",))
-        for number in (*needed, *(name for name in ROPE_OPTIONAL if name in scaling)):
-            if not _is_positive(scaling.get(number)):
-                what = f"with a positive {number!r}" + ("" if number in needed else ", or none")
-                yield key, what, rope, CORRECT
-        if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-            yield key, "with a 'high_freq_factor' above its 'low_freq_factor'", rope, CORRECT
-        theta = scaling.get("rope_theta", theta)
-    if not _is_positive(theta):
-        yield "rope_theta", "as a positive number", theta, CORRECT
-
-
-def _no_integer(config: Mapping[str, Any], key: str, high: int) -> Iterator[Problem]:
-    value = config.get(key)
-    if type(value) is not int or not 1 <= value <= high:
-        yield key, f"as an integer from 1 to {high}", value, CORRECT
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= 1e12
 
 
 def undivided_size(config: Mapping[str, Any], num_ranks: int) -> str | None:
@@ -288,13 +195,13 @@ def check_tokenizers(
     by_id = {i: token for token, i in drafter.items() if i != mask_token_id}
     clash = next((i for token, i in target.items() if i in by_id and by_id[i] != token), None)
     missing = len([i for i in target.values() if i not in by_id and i != mask_token_id])
-    reason = f"{missing} of its {len(target)} tokens are unknown to the drafter"
+    why = f"{missing} of its {len(target)} tokens are unknown to the drafter"
     if clash is not None:
-        reason = f"id {clash} is {by_id[clash]!r} there"
+        why = f"id {clash} is {by_id[clash]!r} there"
     if clash is not None or missing > len(target) // 100:
         raise ValueError(
             f"failfast: the drafter {drafter_name!r} has another tokenizer than the target "
-            f"{target_name!r} ({reason}); use a drafter of the target's family."
+            f"{target_name!r} ({why}); use a drafter of the target's family."
         )
 
 

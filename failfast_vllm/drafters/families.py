@@ -36,9 +36,7 @@ class Family:
     targets: tuple[str, ...]  # model types of the targets that it drafts for
     vocab_sizes: tuple[int, ...]  # of the published checkpoints and their targets, padding included
     defaults: Mapping[str, Any]  # the published configuration class's, for what a file leaves out
-    # The names of checkpoints of `default_block_size` whose config.json does not say so: others of
-    # the family have their size in their name. None: the configuration class has the default.
-    plain_names: re.Pattern[str] | None = None
+    sized_by_name: bool = False  # a silent config.json: the block size is in the name, if at all
     has_experts: bool = False  # layers of Qwen3-MoE
 
     def filled(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,14 +49,6 @@ class Family:
     def head_dim(self, config: Mapping[str, Any]) -> int:
         """Of a `filled` config: what it states, else the hidden size over the heads."""
         return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-    def size_in_name(self, name: str) -> int | None:
-        """The diffusion block size that a checkpoint's published name stands for, or None."""
-        if self.plain_names is None:
-            return self.default_block_size
-        if found := re.search(r"-b(\d{1,4})(?=-|$)", name):  # JetLM/SDAR-1.7B-Chat-b32
-            return int(found[1])
-        return self.default_block_size if self.plain_names.fullmatch(name) else None
 
 
 DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "rope_theta": 10000.0}
@@ -97,9 +87,7 @@ SDAR = Family(
     targets=("qwen3", "qwen3_moe"),
     vocab_sizes=QWEN_VOCAB_SIZES,
     defaults={"head_dim": 128, **DEFAULTS},
-    plain_names=re.compile(
-        r"SDAR-(1\.7|4|8)B-Chat|TraDo-[48]B-Instruct|TraDo-8B-Thinking", re.IGNORECASE
-    ),
+    sized_by_name=True,
 )
 SDAR_MOE = replace(
     SDAR,
@@ -110,26 +98,26 @@ SDAR_MOE = replace(
     drafter="JetLM/SDAR-30B-A3B-Chat-b32",
     targets=(),  # chosen for none: it costs what a large target does
     defaults={},  # whose a silent file would be could not be looked up: all must be stated
-    plain_names=re.compile("SDAR-30B-A3B-(Chat|Sci)", re.IGNORECASE),
     has_experts=True,
 )
 FAMILIES = (FAST_DLLM_V2, SDAR, SDAR_MOE)
 FAMILY_NAMES = " or ".join(family.name for family in FAMILIES)
 
 
-def published_names(path: str, config: Mapping[str, Any]) -> list[str]:
-    """The names under which a checkpoint may have been published, the likeliest first.
+def size_in_name(path: str, config: Mapping[str, Any]) -> tuple[str, int] | None:
+    """A published name, and the diffusion block size that it says: JetLM/SDAR-1.7B-Chat-b32.
 
     `path` is a hub id or a directory, also one inside a hub cache.
     """
     origin = config.get("_name_or_path")  # what it was trained from
     origin = origin if isinstance(origin, str) else ""
-    names = []
-    for each in (Path(path), Path(path).resolve(), Path(origin)):  # through "." and links
+    for place in (Path(path), Path(path).resolve(), Path(origin)):  # through "." and links
         # models--JetLM--SDAR-1.7B-Chat-b32/snapshots/<commit>
-        inside = [part for part in each.parts if part.startswith("models--")]
-        names.append(inside[-1].rsplit("--", 1)[1] if inside else each.name)
-    return names
+        cached = [part for part in place.parts if part.startswith("models--")]
+        for name in (place.name, *cached):
+            if found := re.search(r"-b(\d{1,4})(?=-|$)", name):
+                return name, int(found[1])
+    return None
 
 
 def family_of(architectures: Any) -> Family | None:

@@ -6,7 +6,6 @@ needs to know travels in `additional_config["failfast"]`.
 
 import copy
 import functools
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +17,6 @@ from failfast_vllm.errors import reason, refusal
 from failfast_vllm.integration.engine_hooks import install_metrics, register_model
 from failfast_vllm.integration.hooks import asked_for, hook, install, logger
 
-VOCABULARIES = ("tokenizer.json", "vocab.json")
 ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
 SPECULATIVE_CONFIG = "vllm.config.speculative:SpeculativeConfig"
 
@@ -90,7 +88,9 @@ def _ask_vllm(original: Any, args: Any, target: Any, parallel: Any, terms: dict[
     guarded.trust_remote_code = False
     try:
         speculative = original.func(asking, guarded, parallel)
-    except (TypeError, LookupError, AttributeError) as error:
+    except (ValueError, OSError):
+        raise  # vLLM's own: they say what to do
+    except Exception as error:
         must = f"the drafter {terms.get('model')!r} must have a config.json that vLLM can read"
         got = f"{type(error).__name__} ({reason(error)})"
         raise refusal(must, got, "Use the one that was published.") from None
@@ -115,27 +115,6 @@ def add_cli_args(original: Any, parser: Any) -> Any:
         from_text.__name__ = "speculative config"  # argparse prints it in its own error
         action.type = from_text
     return parser
-
-
-@hook("configuration", f"{ENGINE_ARGS}._set_default_max_num_seqs_and_batched_tokens_args")
-def make_room_for_lora(
-    original: Any, self: Any, usage_context: Any, model_config: Any, parallel_config: Any
-) -> None:
-    """Says which flags make vLLM's LoRA buffers hold a full draft of every sequence.
-
-    Goes when: vLLM sizes these buffers by the longest drafts.
-    """
-    original()
-    if not self.enable_lora or METHOD not in (self.additional_config or {}):
-        return
-    per_seq = 1 + self.additional_config[METHOD]["num_speculative_tokens"]
-    budget, needed = self.max_num_batched_tokens, self.max_num_seqs * per_seq
-    if budget < needed:
-        raise ValueError(
-            f"failfast: LoRA needs max_num_batched_tokens of at least {needed} (max_num_seqs "
-            f"{self.max_num_seqs} x (1 + num_speculative_tokens)); got {budget}. Use "
-            f"--max-num-seqs {budget // per_seq} or --max-num-batched-tokens {needed}."
-        )
 
 
 @hook("configuration", f"{SPECULATIVE_CONFIG}.verify_equal_vocab_size_if_draft_model")
@@ -173,10 +152,6 @@ def _problems(
     args: Any, target: Any, given: dict[str, Any], knobs: FailFastConfig, drafter: str | None
 ) -> Problems:
     """What vLLM's arguments, or its ModelConfig of the target, ask for that cannot work."""
-    num_ranks = given.get("draft_tensor_parallel_size", 1)
-    if num_ranks not in (1, args.tensor_parallel_size):
-        what = "'draft_tensor_parallel_size' must be 1 or the target's tensor_parallel_size"
-        yield f"{what} ({args.tensor_parallel_size})", num_ranks, "Leave it out."
     for kind in ("pipeline", "decode_context", "prefill_context"):
         if (num_ranks := getattr(args, f"{kind}_parallel_size")) > 1:
             what = f"{kind.replace('_', '-')} parallelism is not supported"
@@ -184,27 +159,15 @@ def _problems(
     if args.async_scheduling:
         what = "asynchronous scheduling assumes one draft length for all sequences"
         yield what, True, "Leave --async-scheduling out."
-    fewest, budget = (
-        MAX_DIFFUSION_BLOCK_SIZE + knobs.num_speculative_tokens,
-        args.max_num_batched_tokens,
-    )
+    fewest = MAX_DIFFUSION_BLOCK_SIZE + knobs.num_speculative_tokens
+    budget = args.max_num_batched_tokens
     if budget is not None and budget < fewest:
         sum_of = f"{MAX_DIFFUSION_BLOCK_SIZE} + num_speculative_tokens"
         what = f"max_num_batched_tokens must be at least {fewest} ({sum_of})"
         yield what, budget, "Raise it or lower 'num_speculative_tokens'."
-    yield from _target_problems(args, target, given, knobs, drafter)
-
-
-def _target_problems(
-    args: Any, target: Any, given: dict[str, Any], knobs: FailFastConfig, drafter: str | None
-) -> Problems:
-    if target.runner_type != "generate":
-        what = "only text generation can be drafted for"
-        yield what, target.runner_type, "Leave the speculative config out."
-    if target.is_encoder_decoder:
-        what = "encoder-decoder targets are not supported: the drafter sees text only"
-        remedy = "Use a decoder-only target, or leave the speculative config out."
-        yield what, target.architecture, remedy
+    if target.runner_type != "generate" or target.is_encoder_decoder:
+        what = "only text generation by decoder-only targets can be drafted for"
+        yield what, target.architecture, "Leave the speculative config out."
     yield from _state_problems(target)
     if drafter is not None:
         yield from _page_problems(target)
@@ -214,11 +177,9 @@ def _target_problems(
             yield f"the KV page must be {multiple} tokens", args.block_size, remedy
     elif not knobs.copies:
         what = f"no drafter is known for the target {target.model!r}, and copies are switched off"
-        yield (
-            what,
-            {key: given[key] for key in ("copies", "load_aware") if key in given},
-            ("Remove these keys, or name a drafter with the same tokenizer: 'model'."),
-        )
+        got = {key: given[key] for key in ("copies", "load_aware") if key in given}
+        remedy = "Remove these keys, or name a drafter with the same tokenizer: 'model'."
+        yield what, got, remedy
 
 
 def _state_problems(target: Any) -> Problems:
@@ -235,17 +196,11 @@ def _state_problems(target: Any) -> Problems:
 
 
 def _page_problems(target: Any) -> Problems:
-    no_page = "have no KV page that is shared with the drafter"
-    if target.is_hybrid or target.use_mla:
-        what = f"hybrid (Mamba, linear attention) and MLA targets {no_page}"
-        yield what, target.architecture, "Leave 'model' out: drafts are then copies."
-    if window := target.get_sliding_window() or target.attention_chunk_size:
-        what = f"targets with sliding-window or chunked attention {no_page}"
-        yield (
-            what,
-            window,
-            "Leave 'model' out: drafts are then copies. Or --disable-sliding-window.",
-        )
+    windowed = target.get_sliding_window() or target.attention_chunk_size
+    if target.is_hybrid or target.use_mla or windowed:
+        kinds = "hybrid, MLA, sliding-window and chunked-attention targets"
+        remedy = "Leave 'model' out: drafts are then copies. Or try --disable-sliding-window."
+        yield f"{kinds} have no KV page for a drafter", target.architecture, remedy
 
 
 def _read_drafter(drafter: str, load_format: Any, given: dict[str, Any]) -> dict[str, Any] | None:
@@ -281,7 +236,7 @@ def _fit_drafter(
     if doubt:
         _warn_once(f"failfast: {drafter!r} drafts in blocks of {size}: {doubt}")
     check_balancing(family, drafter, enable_eplb)
-    _spread_drafter(speculative, hf_config, given)
+    _spread_drafter(speculative, hf_config)
     # cut like a dense MLP: ranks that hold different experts would wait for each other
     speculative.draft_parallel_config.enable_expert_parallel = False
     return {
@@ -302,25 +257,17 @@ def check_balancing(family: Family, drafter: str, enable_eplb: bool) -> None:
         )
 
 
-def _spread_drafter(speculative: Any, hf_config: dict[str, Any], given: dict[str, Any]) -> None:
+def _spread_drafter(speculative: Any, hf_config: dict[str, Any]) -> None:
     """Shard the drafter over the target's ranks, or have each hold the whole of it."""
     num_ranks = speculative.target_parallel_config.tensor_parallel_size
-    if given.get("draft_tensor_parallel_size", num_ranks) == 1:
-        return
-    undivided = checks.undivided_size(hf_config, num_ranks)
-    if undivided is None:
+    if undivided := checks.undivided_size(hf_config, num_ranks):
+        text = "each of the %d ranks holds the whole drafter, which they cannot share (%s)"
+        logger.info(f"failfast: {text}", num_ranks, undivided)
+    elif num_ranks > 1:
         speculative.draft_tensor_parallel_size = num_ranks
         speculative.draft_parallel_config = speculative.create_draft_parallel_config(
             speculative.target_parallel_config, num_ranks, speculative.draft_model_config
         )
-    elif "draft_tensor_parallel_size" in given:
-        raise ValueError(
-            f"failfast: {num_ranks} ranks cannot share the drafter {speculative.model!r}; "
-            f"got {undivided}. Set 'draft_tensor_parallel_size' to 1."
-        )
-    else:
-        text = "each of the %d ranks holds the whole drafter, which they cannot share (%s)"
-        logger.info(f"failfast: {text}", num_ranks, undivided)
 
 
 def _token_facts(speculative: Any, family: Family, hf_config: dict[str, Any]) -> dict[str, int]:
@@ -335,16 +282,12 @@ def _token_facts(speculative: Any, family: Family, hf_config: dict[str, Any]) ->
     from vllm.tokenizers.registry import cached_tokenizer_from_config
 
     try:
-        files = [os.path.join(drafter, name) for name in VOCABULARIES]
-        if os.path.isdir(drafter) and not any(map(os.path.isfile, files)):
-            raise OSError(f"it has no {' or '.join(VOCABULARIES)}")  # else an empty one is made
         tokenizer = AutoTokenizer.from_pretrained(
             drafter, revision=speculative.revision, trust_remote_code=False
         )
     except Exception as error:  # of a damaged file the libraries raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"failfast: cannot load the tokenizer of the drafter {drafter!r} ({reason}); "
+            f"failfast: cannot load the tokenizer of the drafter {drafter!r} ({reason(error)}); "
             f"give a complete {family.name} checkpoint."
         ) from None
     theirs, ours = cached_tokenizer_from_config(target).get_vocab(), tokenizer.get_vocab()

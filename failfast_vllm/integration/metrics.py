@@ -13,11 +13,11 @@ import numpy as np
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from failfast_vllm.drafting.records import STOP_REASONS
-from failfast_vllm.observe.counters import CONFIDENCE_SCALE, NUM_BINS, NUM_COUNTS, SCALARS
+from failfast_vllm.observe.counters import CONFIDENCE_SCALE, NUM_BINS, NUM_COUNTS, NUM_SCALARS
 
 LENGTH_BUCKETS = (0, 1, 2, 4, 6, 8, 10, 12, 16, 20, 30, 40, 60, 128)
 LABELS = ("model_name", "engine")
-COUNTERS = {  # name: text and further labels; first those of SCALARS, in their order
+COUNTERS = {  # name: text and further labels; first those of `DraftStats.take`, in their order
     "draft_passes": ("Forward passes of the drafter.",),
     "draft_rows": ("Rows of these passes.",),
     "draft_seconds": ("Time spent on drafts.",),
@@ -89,7 +89,7 @@ class FailFastStatLogger(AggregateStatLoggerBase):
         for begin in range(0, len(counts), NUM_COUNTS):  # one list per step that has ended
             scalars, stops, bins = np.split(
                 np.array(counts[begin : begin + NUM_COUNTS]),
-                [len(SCALARS), len(SCALARS) + len(STOP_REASONS)],
+                [NUM_SCALARS, NUM_SCALARS + len(STOP_REASONS)],
             )
             for name, value in zip(names, scalars.tolist(), strict=False):
                 self._add(engine, name, value / 1e6 if name.endswith("_seconds") else value)

@@ -4,8 +4,6 @@ The keys below come in `SamplingParams.extra_args`, over HTTP in `vllm_xargs`. T
 what the server was started with, and are checked where the request is admitted.
 """
 
-import difflib
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -41,9 +39,8 @@ def check(params: Any, num_speculative_tokens: int, confidence_threshold: float)
     given = {k: v for k, v in extra_args.items() if isinstance(k, str) and k.startswith(METHOD)}
     for key in given:
         if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(KEYS)}."
-            raise ValueError(f"failfast: unknown key {echo(key)} in a request; {hint}")
+            must = f"use one of {', '.join(KEYS)}."
+            raise ValueError(f"failfast: unknown key {echo(key)} in a request; {must}")
     for key, kind, types, low, high in (
         (MAX_LEN, "an integer", int, 0, num_speculative_tokens),
         (CONFIDENCE_THRESHOLD, "a probability", int | float, confidence_threshold, 1.0),
@@ -92,16 +89,6 @@ def _is(value: Any, types: Any) -> bool:
     return isinstance(value, types) and not isinstance(value, bool)
 
 
-@functools.cache
-def _request_error() -> type[Exception]:
-    from vllm.exceptions import VLLMValidationError
-
-    class RequestError(VLLMValidationError, ValueError):
-        """HTTP 400 on a server, which answers a mere ValueError with 500."""
-
-    return RequestError
-
-
 @hook("requests", "vllm.v1.engine.input_processor:InputProcessor._validate_params")
 def check_request(original: Any, self: Any, params: Any, supported_tasks: Any) -> Any:
     """Checks a request's own limits before it is admitted: they are the client's error.
@@ -109,11 +96,13 @@ def check_request(original: Any, self: Any, params: Any, supported_tasks: Any) -
     Goes when: vLLM lets plugins check a request's `extra_args`.
     """
     if asked_for(self.vllm_config):
+        from vllm.exceptions import VLLMValidationError
+
         knobs = self.vllm_config.additional_config[METHOD]
         try:
             check(params, knobs["num_speculative_tokens"], knobs.get("confidence_threshold", 0.0))
         except ValueError as error:
-            raise _request_error()(str(error)) from None
+            raise VLLMValidationError(str(error)) from None
     return original()
 
 

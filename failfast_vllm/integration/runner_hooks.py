@@ -84,13 +84,14 @@ def follow_requests(original: Any, self: Any, scheduler_output: Any) -> Any:
 
 
 @hook("v1", f"{V1}:GPUModelRunner.take_draft_token_ids")
+@hook("v2", f"{V2}:GPUModelRunner.take_draft_token_ids")
 def take_drafts(original: Any, self: Any) -> Any:
-    """Drafts, now that the step's tokens have gone out; the counts go along.
+    """Drafts, now that the step's tokens have gone out; tells the scheduler each draft's length.
 
-    Goes when: vLLM sends a step's tokens to the clients before it drafts.
+    Goes when: vLLM sends a step's tokens out first, and V2 reports one draft length per request.
     """
-    proposer = _ours(self)
-    return original() if proposer is None else proposer.take_drafts()
+    ours = _ours(self)
+    return original() if ours is None else ours.take_drafts()
 
 
 @hook("v1", f"{V1}:GPUModelRunner._sample")
@@ -186,16 +187,6 @@ def widen_graphs(original: Any, self: Any, kv_cache_config: Any) -> None:
         from failfast_vllm.integration.v2 import widen_target_graphs
 
         widen_target_graphs(self)
-
-
-@hook("v2", f"{V2}:GPUModelRunner.take_draft_token_ids")
-def take_lengths(original: Any, self: Any) -> Any:
-    """Drafts, now that the step's tokens have gone out; tells the scheduler each draft's length.
-
-    Goes when: vLLM's V2 runner reports one draft length per request.
-    """
-    speculator = _ours(self)
-    return original() if speculator is None else speculator.take_drafts()
 
 
 @hook("v2", f"{V2}:GPUModelRunner.finish_requests")

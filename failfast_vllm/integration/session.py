@@ -9,17 +9,12 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.outputs import DraftTokenIds
 
-from failfast_vllm.drafters.hosted import max_positions
+from failfast_vllm.drafters.hosted import HostedDraftModel, max_positions
 from failfast_vllm.drafting.drafter import Drafter
 from failfast_vllm.drafting.ledger import Ledger
 from failfast_vllm.drafting.records import Drafts, DraftStep, Flags, Lengths, Round
 from failfast_vllm.integration.requests import asked
-from failfast_vllm.integration.startup import (
-    NoDraftModel,
-    TimedDraftModel,
-    make_drafter,
-    stop_token_ids,
-)
+from failfast_vllm.integration.startup import NoDraftModel, make_drafter, stop_token_ids
 from failfast_vllm.observe.counters import DraftStats
 
 
@@ -165,8 +160,11 @@ class Adapter:
             num_pages: of as many tokens.
             table_width: columns of the block tables.
         """
-        model = TimedDraftModel(self.model, self.vllm_config, layer_names, table_width, self.device)
-        model.stats = self.stats
+        model = HostedDraftModel(
+            self.model, self.vllm_config, layer_names, table_width, self.device
+        )
+        for name in ("forward", "confidence"):
+            setattr(model, name, self.stats.in_model()(getattr(model, name)))
         self.draft_with(make_drafter(model, kv_block_size, num_pages))
 
     def draft_with(self, drafter: Drafter) -> None:
@@ -189,6 +187,12 @@ class Adapter:
             return None
         assert self.session is not None
         return self.session.step(view())
+
+    def target_step(self, runner: Any, num_tokens: int) -> torch.Tensor:
+        """Logits of a step of the target, as vLLM runs it: in a graph if one fits."""
+        hidden_states, _ = runner._dummy_run(num_tokens, skip_eplb=True)
+        logits: torch.Tensor = runner.model.compute_logits(hidden_states[:num_tokens])
+        return logits
 
     def clear_new_pages(self, scheduler_output: Any, group: int, page_size: int) -> None:
         """Note that nothing is committed to the pages that this step's requests have got."""

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.forward_context import set_forward_context
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from failfast_vllm.drafters.hosted import profile_pass
@@ -87,19 +86,6 @@ class _Proposer(Adapter):
         step = scheduler_output, emitted, common_attn_metadata
         self.postponed = functools.partial(_View, self, *step)
         return [[]] * len(emitted)
-
-    def target_step(self, runner: Any, num_tokens: int) -> torch.Tensor:
-        """Logits of a step of the target, without attention."""
-        positions = torch.arange(num_tokens, device=self.device) % self.position_limit
-        ids = torch.zeros_like(positions).int()
-        of_one, lora = np.array([num_tokens]), runner.lora_config
-        with (
-            runner.maybe_select_dummy_loras(lora, of_one, num_sampled_tokens=of_one),
-            set_forward_context(None, self.vllm_config, num_tokens=num_tokens),
-        ):
-            hidden_states = runner.model(input_ids=ids, positions=positions)
-            logits: torch.Tensor = runner.model.compute_logits(hidden_states)
-        return logits
 
     def begin(self, runner: Any, scheduler_output: Any) -> None:
         """Called by the runner before each step, also in steps without any request."""

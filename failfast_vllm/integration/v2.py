@@ -155,12 +155,6 @@ class _Speculator(Adapter):
         no_drafts: torch.Tensor = self.draft_tokens[: input_batch.num_reqs].fill_(0)
         return no_drafts
 
-    def target_step(self, runner: Any, num_tokens: int) -> torch.Tensor:
-        """Logits of a step of the target, as vLLM runs it: in a graph if one fits."""
-        hidden_states, _ = runner._dummy_run(num_tokens, skip_eplb=True)
-        logits: torch.Tensor = runner.model.compute_logits(hidden_states[:num_tokens])
-        return logits
-
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended; also called in steps without any other."""
         for req_id in req_ids:

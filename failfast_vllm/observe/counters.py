@@ -13,17 +13,9 @@ from failfast_vllm.observe.trace import TraceWriter
 
 NUM_BINS = 10  # of confidence
 CONFIDENCE_SCALE = 1000  # confidences are added up as integers
-SCALARS = (
-    "draft_passes",
-    "draft_rows",
-    "draft_us",
-    "verify_us",
-    "steps",
-    "copied_tokens",
-    "copied_accepted_tokens",
-)
+NUM_SCALARS = 7  # see `DraftStats.take`
 Confidences = npt.NDArray[np.float32]
-NUM_COUNTS = len(SCALARS) + len(STOP_REASONS) + 3 * NUM_BINS
+NUM_COUNTS = NUM_SCALARS + len(STOP_REASONS) + 3 * NUM_BINS
 
 
 class DraftStats:

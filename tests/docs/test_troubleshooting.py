@@ -30,6 +30,6 @@ def test_messages_are_found():
     assert len(texts) > 100
     assert any(text.startswith("unknown key … in the speculative config") for text in texts)
     assert "the drafter … must have finite weights" in texts  # refusal(must, ...)
-    assert "even" in texts  # a generator of problems
+    assert any(text.startswith("on CPUs, vLLM does not") for text in texts)  # a generator
     assert "failfast is off:" in texts  # a warning
     assert "not installed" in texts  # of the doctor

@@ -3,13 +3,10 @@
 import ast
 import json
 import math
-import os
-import random
 import socket
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from build_config import build, edit
 from checkpoints import (
@@ -18,14 +15,13 @@ from checkpoints import (
     random_tensors,
     tiny_config,
     write_checkpoint,
-    write_header,
     write_headers,
     write_weights,
 )
 from engine import engine, generate, proposer
 from failfast_vllm.config import METHOD, MODELS_DIR
 from failfast_vllm.drafters import checks
-from failfast_vllm.drafters.checkpoint import INDEX, expected_shapes
+from failfast_vllm.drafters.checkpoint import check_tensors, expected_shapes
 from failfast_vllm.drafters.families import FAMILIES, FAST_DLLM_V2, SDAR, SDAR_MOE
 from published import (
     FAST_DLLM_1_5B,
@@ -78,7 +74,7 @@ def test_published_sizes(name):
 def test_published_configs_are_accepted(tmp_path, monkeypatch, caplog, name):
     """Catches a published field that a check refuses, and a config class from remote code.
 
-    And SDAR in blocks of 4 where only its name says 32, or a warning where the name says it all.
+    And SDAR in blocks of 4 where only its name says 32, or a warning where the name says it.
     """
     from failfast_vllm.drafters.hf_config import CONFIGS
     from failfast_vllm.integration.startup import stop_token_ids
@@ -101,7 +97,9 @@ def test_published_configs_are_accepted(tmp_path, monkeypatch, caplog, name):
     assert facts["mask_token_id"] == mask
     assert facts["diffusion_block_size"] == block_size
     assert facts["draft_increment"] == min(block_size, 10)
-    assert "failfast: " not in caplog.text
+    is_silent = family is not FAST_DLLM_V2 and "-b" not in name
+    assert ("in blocks of 4: the default" in caplog.text) == is_silent
+    assert caplog.text.count("failfast: ") == is_silent
     assert facts["num_draftable_tokens"] == 151936  # what both padded vocabularies hold
     assert stop_token_ids(built.model_config) == [151644]  # the target ends answers
     loaded = built.speculative_config.draft_model_config
@@ -109,21 +107,6 @@ def test_published_configs_are_accepted(tmp_path, monkeypatch, caplog, name):
     assert not loaded.trust_remote_code
     assert loaded.hf_config.rope_parameters["rope_theta"] == 1_000_000
     assert loaded.get_head_size() == 128
-
-
-def test_only_headers_are_read(tmp_path):
-    """Catches a check that reads 3 GB before a server may start."""
-
-    def num_bytes_read():
-        with open("/proc/self/io") as file:
-            return int(file.readline().split()[1])
-
-    drafter = published(tmp_path, "Fast_dLLM_v2_1.5B")
-    size = (drafter / "model.safetensors").stat().st_size
-    before = num_bytes_read()
-    checks.check_local_drafter(str(drafter))
-    assert size > 3_000_000_000
-    assert num_bytes_read() - before < 200_000
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -165,189 +148,6 @@ def objection(check, *args):
     return None
 
 
-def raw(data):
-    return lambda path, shapes: (path / "model.safetensors").write_bytes(data)
-
-
-def header(text, length=None):
-    data = text if isinstance(text, bytes) else text.encode()
-    return raw((len(data) if length is None else length).to_bytes(8, "little") + data)
-
-
-def entry(dtype="BF16", shape=(1,), offsets=(0, 2)):
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
-
-
-def one_tensor(**changes):
-    return header(json.dumps({"a": entry() | changes}) + " " * 2)
-
-
-def shapes_with(**changes):
-    """Write other shapes; None removes a tensor."""
-
-    def damage(path, shapes):
-        shapes = {**shapes, **changes}
-        kept = {name: shape for name, shape in shapes.items() if shape is not None}
-        write_header(path / "model.safetensors", kept)
-
-    return damage
-
-
-def entries_with(change):
-    """Change one tensor's entry; the data stay."""
-
-    def damage(path, shapes):
-        begin = 0
-        for name, shape in shapes.items():
-            end = begin + 2 * math.prod(shape)
-            if name == Q_PROJ:
-                break
-            begin = end
-        changed = entry(shape=shape, offsets=(begin, end)) | change(shape, begin, end)
-        write_header(path / "model.safetensors", shapes, **{Q_PROJ: changed})
-
-    return damage
-
-
-def last_as(dtype, num_bytes):
-    """A sound file in which one tensor, the last, has another type."""
-
-    def damage(path, shapes):
-        begin = 2 * sum(math.prod(shape) for name, shape in shapes.items() if name != Q_PROJ)
-        end = begin + num_bytes * math.prod(shapes[Q_PROJ])
-        others = {name: shape for name, shape in shapes.items() if name != Q_PROJ}
-        changed = entry(dtype, shapes[Q_PROJ], (begin, end))
-        write_header(path / "model.safetensors", others, **{Q_PROJ: changed})
-        cut(end - begin)(path, shapes)
-
-    return damage
-
-
-def cut(num_bytes):
-    def damage(path, shapes):
-        file = path / "model.safetensors"
-        os.truncate(file, file.stat().st_size + num_bytes)
-
-    return damage
-
-
-def be_a_directory(path, shapes):
-    (path / "model.safetensors").unlink()
-    (path / "model.safetensors").mkdir()
-
-
-def be_a_pipe(path, shapes):
-    (path / "model.safetensors").unlink()
-    os.mkfifo(path / "model.safetensors")
-
-
-def dangle(path, shapes):
-    (path / "model.safetensors").unlink()
-    (path / "model.safetensors").symlink_to("nowhere")
-
-
-def lose_prefix(path, shapes):
-    write_header(
-        path / "model.safetensors",
-        {name.removeprefix("model."): shape for name, shape in shapes.items()},
-    )
-
-
-def repeat_name(path, shapes):
-    text = json.dumps({"a": entry()})
-    text = text[:-1] + ", " + text[1:]
-    header(text + "  ", len(text))(path, shapes)
-
-
-MALFORMED_FILES = {
-    "empty": (raw(b""), ["header too small"]),
-    "seven-bytes": (raw(b"\1" * 7), ["header too small"]),
-    "header-beyond-the-end": (header("{}", 100), ["invalid header length"]),
-    "absurd-header": (header("{}", 2**63 + 5), ["header too large"]),
-    "no-json": (header("weights!"), ["expected value"]),
-    "no-utf8": (header(b'{"\xff": 1}'), ["utf-8"]),
-    "utf16": (header('{"a": 1}'.encode("utf-16")), ["utf-8"]),
-    "nested-for-ever": (header('{"a":' * 200_000), ["recursion"]),
-    "endless-number": (header('{"a": ' + "9" * 5000 + "}"), ["out of range"]),
-    "a-list": (header("[]"), ["invalid type: sequence"]),
-    "repeated-name": (repeat_name, ["'a'", "no place"]),
-    "metadata": (header('{"__metadata__": {"a": 1}}'), ["expected a string"]),
-    "entry": (header('{"a": 5}'), ["integer `5`"]),
-    "no-dtype": (one_tensor(dtype=None), ["invalid type: null"]),
-    "boolean-shape": (one_tensor(shape=[True]), ["boolean `true`"]),
-    "negative-shape": (one_tensor(shape=[-1]), ["integer `-1`"]),
-    "fractional-shape": (one_tensor(shape=[1.0]), ["floating point `1.0`"]),
-    "negative-offset": (one_tensor(data_offsets=[-2, 0]), ["integer `-2`"]),
-    "three-offsets": (one_tensor(data_offsets=[0, 1, 2]), ["invalid length 3"]),
-    "huge-offset": (one_tensor(data_offsets=[10**4000, 0]), ["out of range"]),
-    "truncated": (cut(-1), ["is damaged", "not fully covered"]),
-    "trailing-bytes": (cut(+1), ["is damaged", "not fully covered"]),
-    "overlap": (
-        entries_with(lambda shape, begin, end: {"data_offsets": [begin - 2, end - 2]}),
-        [f"invalid offset for tensor `{Q_PROJ}`"],
-    ),
-    "decreasing": (
-        entries_with(lambda shape, begin, end: {"data_offsets": [begin, begin - 2]}),
-        [f"invalid offset for tensor `{Q_PROJ}`"],
-    ),
-    "hole": (
-        entries_with(lambda shape, begin, end: {"data_offsets": [begin + 2, end]}),
-        [f"invalid offset for tensor `{Q_PROJ}`"],
-    ),
-    "bytes-of-another-dtype": (
-        entries_with(lambda *_: {"dtype": "F32"}),
-        ["is damaged", "invalid shape, data type, or offset"],
-    ),
-    "int8": (last_as("I8", 1), [Q_PROJ, "got 'I8'", "unquantised"]),
-    "fp8": (last_as("F8_E4M3", 1), [Q_PROJ, "got 'F8_E4M3'"]),
-    "float64": (last_as("F64", 8), [Q_PROJ, "F16, BF16, F32"]),
-    "an-unprintable-name": (
-        header(json.dumps({"a\x1b" + "b" * 5000: entry(offsets=(2, 4))}) + " " * 4),
-        ["is damaged", "invalid offset for tensor `a", "..."],
-    ),
-    "unknown-type": (one_tensor(dtype="\x1b[31m\n" * 99), ["is damaged", "unknown variant"]),
-    "a-directory": (be_a_directory, ["is not a file"]),
-    "a-pipe": (be_a_pipe, ["is not a file"]),
-    "a-dangling-link": (dangle, ["is not a file"]),
-    "nothing": (header("{}"), ["lacks 27 of its 27 tensors", "lm_head.weight"]),
-    "no-embedding": (
-        shapes_with(**{"model.embed_tokens.weight": None}),
-        ["lacks 1 of its 27", "'model.embed_tokens.weight'", "complete"],
-    ),
-    "no-bias": (
-        shapes_with(**{"model.layers.0.self_attn.k_proj.bias": None}),
-        ["lacks 1 of its 27", "'model.layers.0.self_attn.k_proj.bias'"],
-    ),
-    "no-output-head": (shapes_with(**{"lm_head.weight": None}), ["lacks 1", "'lm_head.weight'"]),
-    "no-prefix": (lose_prefix, ["'embed_tokens.weight'", "no place"]),
-    "output-bias": (  # vLLM drops it without a word
-        shapes_with(**{"model.layers.0.self_attn.o_proj.bias": [256]}),
-        ["'model.layers.0.self_attn.o_proj.bias'", "no place"],
-    ),
-    "head-norm": (
-        shapes_with(**{"model.layers.0.self_attn.q_norm.weight": [64]}),
-        ["'model.layers.0.self_attn.q_norm.weight'", "no place"],
-    ),
-    "third-layer": (
-        shapes_with(**{"model.layers.2.input_layernorm.weight": [256]}),
-        ["'model.layers.2.input_layernorm.weight'", "no place"],
-    ),
-    "adapter": (
-        shapes_with(**{"base_model.model.q_proj.lora_A.weight": [8, 256]}),
-        ["'base_model.model.q_proj.lora_A.weight'", "no place"],
-    ),
-    "transposed": (
-        shapes_with(**{"model.layers.0.self_attn.k_proj.weight": [256, 128]}),
-        ["'model.layers.0.self_attn.k_proj.weight'", "[128, 256]", "got [256, 128]"],
-    ),
-    "flattened": (shapes_with(**{"model.norm.weight": [1, 256]}), ["[256]; got [1, 256]"]),
-    "other-vocabulary": (
-        shapes_with(**{"lm_head.weight": [2048, 256]}),
-        ["'lm_head.weight'", "[1984, 256]; got [2048, 256]"],
-    ),
-}
-
-
 @pytest.fixture
 def checkpoint(tmp_path):
     """An untied Fast-dLLM checkpoint, headers only, and its shapes."""
@@ -359,178 +159,17 @@ def checkpoint(tmp_path):
     return path, published_shapes(FAST_DLLM_V2, fields)
 
 
-@pytest.mark.parametrize(
-    ("damage", "fragments"), MALFORMED_FILES.values(), ids=MALFORMED_FILES.keys()
-)
-def test_malformed_file(checkpoint, damage, fragments):
-    """Catches weights that vLLM would load partly, or fail on deep inside a worker."""
-    path, shapes = checkpoint
-    checks.check_local_drafter(str(path))
-    damage(path, shapes)
-    message = refusal(path)
-    assert all(fragment in message for fragment in [str(path), *fragments]), message
-
-
-def test_a_malformed_file_is_refused_before_the_engine_is_configured(checkpoint):
-    """Catches checks that nobody calls; with dummy weights no file is asked for."""
-    path, _ = checkpoint
-    (path / "model.safetensors").unlink()
-    arguments = {"skip_tokenizer_init": True}
-    assert build(asking(path), load_format="dummy", **arguments).speculative_config
-    (path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match=r"\Afailfast: .*header too small"):
-        build(asking(path), **arguments)
-
-
-def test_what_is_accepted_is_safetensors(tmp_path):
-    """Catches headers that only we can read, and errors that are not ours, among 2,000 damages."""
-    sizes = {"hidden_size": 8, "head_dim": 2, "intermediate_size": 6, "vocab_size": 10}
-    path, dice, num_accepted = tmp_path / "ck", random.Random(0), 0
-    write_checkpoint(path, SDAR, tiny_config(SDAR, **sizes, num_hidden_layers=1))
-    good = (path / "model.safetensors").read_bytes()
-    num_bytes = 8 + int.from_bytes(good[:8], "little")
-    for _ in range(2000):
-        data = bytearray(good)
-        position = dice.randrange(num_bytes)
-        if dice.random() < 0.9:
-            data[position] = dice.choice(b'0123456789[]{},:"-. eE_\\\x00\xff')
-        else:
-            data = data[:position]
-        (path / "model.safetensors").write_bytes(data)
-        message = objection(checks.check_local_drafter, str(path))
-        if message is None:
-            num_accepted += 1
-            load_file(path / "model.safetensors")
-        else:
-            assert message.startswith("failfast: ")
-            assert "\n" not in message
-    assert 0 < num_accepted < 100
-
-
-def rewrite_index(change):
-    def damage(path):
-        file = path / INDEX
-        index = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text(json.dumps(change(index)), encoding="utf-8")
-
-    return damage
-
-
-def remap(**shard_of):
-    """Move tensors to other shards in the index only; None removes one."""
-
-    def change(index):
-        weight_map = {**index["weight_map"], **shard_of}
-        return {"weight_map": {k: v for k, v in weight_map.items() if v is not None}}
-
-    return rewrite_index(change)
-
-
-def index_text(text):
-    return lambda path: (path / INDEX).write_text(text, encoding="utf-8")
-
-
-def lose_index(path):
-    (path / INDEX).unlink()
-
-
-def lose_shard(path):
-    (path / SHARDS[1]).unlink()
-
-
-def truncate_shard(path):
-    os.truncate(path / SHARDS[1], (path / SHARDS[1]).stat().st_size - 4)
-
-
-def hold_twice(path):
-    """The second shard also holds what the index puts into the first."""
-    tensors = load_file(path / SHARDS[1])
-    save_file({**tensors, FIRST: torch.zeros(1984, 128)}, path / SHARDS[1])
-
-
-def consolidate(path):
-    """All weights a second time, without an index that chooses."""
-    lose_index(path)
-    write_header(path / "all.safetensors", {"model.norm.weight": [128]})
-
-
-SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-FIRST = "model.embed_tokens.weight"  # in the first shard
-MALFORMED_SHARDS = {
-    "missing-shard": (lose_shard, [INDEX, repr(SHARDS[1]), "not there"]),
-    "truncated-shard": (truncate_shard, [SHARDS[1], "not fully covered"]),
-    "outside": (remap(**{FIRST: f"../{SHARDS[0]}"}), [f"'../{SHARDS[0]}'", "not there"]),
-    "not-safetensors": (remap(**{FIRST: "pytorch_model.bin"}), ["'pytorch_model.bin'"]),
-    "held-twice": (hold_twice, [SHARDS[1], repr(FIRST), "also holds"]),
-    "held-twice-without-index": (consolidate, ["'model.norm.weight'", "also holds"]),
-    "garbage-index": (index_text("{"), [INDEX, "cannot read"]),
-    "nested-index": (index_text("[" * 200_000), [INDEX, "recursion"]),
-    "list-index": (index_text("[]"), [INDEX, "'weight_map'", "got None"]),
-    "index-of-numbers": (index_text('{"weight_map": {"a": 1}}'), [INDEX, "got {'a': 1}"]),
-    "empty-index": (index_text('{"weight_map": {}}'), ["lacks 24 of its 24 tensors"]),
-}
-
-
-@pytest.fixture
-def sharded(tmp_path):
-    write_checkpoint(tmp_path / "ck", SDAR, tiny_config(SDAR), shards=2)
-    return tmp_path / "ck"
-
-
-@pytest.mark.parametrize(
-    ("damage", "fragments"), MALFORMED_SHARDS.values(), ids=MALFORMED_SHARDS.keys()
-)
-def test_malformed_shards(sharded, damage, fragments):
-    """Catches half-downloaded checkpoints, and tensors that replace each other."""
-    checks.check_local_drafter(str(sharded))
-    damage(sharded)
-    message = refusal(sharded)
-    assert all(fragment in message for fragment in [str(sharded), *fragments]), message
-
-
-def test_an_index_chooses_as_in_vllm(sharded):
-    """Catches a check of other files than those vLLM loads."""
-    from vllm.model_executor.model_loader.weight_utils import filter_duplicate_safetensors_files
-
-    (sharded / "consolidated.safetensors").touch()
-    (sharded / "pytorch_model.bin").touch()
-    checks.check_local_drafter(str(sharded))
-    files = [str(path) for path in sharded.glob("*.safetensors")]
-    chosen = filter_duplicate_safetensors_files(files, str(sharded), INDEX)
-    assert sorted(chosen) == [str(sharded / shard) for shard in SHARDS]
-
-
-@pytest.mark.parametrize("shard_of", [{FIRST: SHARDS[1]}, {FIRST: None}, {"extra": SHARDS[0]}])
-def test_an_index_chooses_no_tensors(sharded, shard_of):
-    """Catches a refusal of what vLLM loads completely: it reads all that the files hold."""
-    remap(**shard_of)(sharded)
-    checks.check_local_drafter(str(sharded))
-
-
-def test_hidden_files_do_not_count(checkpoint):
-    """Catches an interrupted copy that vLLM would not see either."""
-    path, _ = checkpoint
-    (path / ".left-over.safetensors").touch()
-    checks.check_local_drafter(str(path))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_every_float_type_is_accepted(tmp_path, dtype):
-    """Catches bytes counted for another type."""
-    write_checkpoint(tmp_path / "ck", SDAR, tiny_config(SDAR), dtype=dtype)
-    checks.check_local_drafter(str(tmp_path / "ck"))
-
-
 @pytest.mark.parametrize("rows", [1984, 2048])
-def test_a_tied_checkpoint_may_carry_its_output_head(tmp_path, rows):
+def test_a_tied_checkpoint_may_carry_its_output_head(rows):
     """Catches one of another shape, which says that the config belongs to another model."""
-    path, fields = tmp_path / "ck", tiny_config(SDAR, tie_word_embeddings=True)
-    tensors = write_checkpoint(path, SDAR, fields)
-    write_weights(path, {**tensors, "lm_head.weight": torch.zeros(rows, 128)})
+    fields = tiny_config(SDAR, tie_word_embeddings=True)
+    tensors = random_tensors(SDAR, fields) | {"lm_head.weight": torch.zeros(rows, 128)}
+    passed = check_tensors("a-drafter", tensors.items(), expected_shapes(SDAR, fields))
     if rows == 1984:
-        checks.check_local_drafter(str(path))
+        assert dict(passed).keys() == tensors.keys()
     else:
-        assert "'lm_head.weight' of shape [1984, 128]; got [2048, 128]" in refusal(path)
+        with pytest.raises(ValueError, match=r"'lm_head.weight' of shape \[1984, 128\]; got"):
+            list(passed)
 
 
 # --- configs ---------------------------------------------------------------------------------
@@ -541,92 +180,20 @@ def bad(key, value, *fragments, family=FAST_DLLM_V2):
     return pytest.param(family, {key: value}, [repr(key), *fragments], id=label)
 
 
-LLAMA3 = {"type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "max_position_embeddings",
-)
 BAD_CONFIGS = [
-    *(bad(key, value, "integer") for key in SIZES for value in (0, -1, "many", True, 2.5, 1 << 30)),
-    *(bad(key, "absent", "got None") for key in SIZES if key not in SDAR.defaults),
-    *(bad(key, "absent", "got None", family=SDAR_MOE) for key in SIZES),
-    bad("rope_theta", "absent", "got None", family=SDAR_MOE),
-    bad("head_dim", "absent", "got None", family=SDAR_MOE),
-    *(bad("head_dim", value, "integer", family=SDAR) for value in (0, None, "64", 64.0, 1 << 20)),
-    bad("head_dim", 63, "even", family=SDAR),
-    bad("head_dim", 128, "(64)"),
-    bad("num_attention_heads", 3, "divisor", "(3)", family=SDAR),
-    bad("num_attention_heads", 6, "splits 'hidden_size' (256)"),
-    bad("hidden_act", "gelu", "silu"),
-    bad("use_sliding_window", True, "false"),
-    bad("layer_types", ["full_attention", "sliding_attention"], "full_attention"),
-    bad("layer_types", ["full_attention"], "each layer"),
-    bad("layer_types", 5, "each layer"),
-    bad("tie_word_embeddings", "yes", "true"),
-    bad("attention_bias", False, "true"),
-    bad("attention_bias", 1, "true", family=SDAR),
-    bad("qk_norm", True, "false"),
-    bad("qk_norm", False, "true", family=SDAR),
-    bad("is_causal", False, "true"),
-    bad("dual_chunk_attention_config", {"chunk_size": 4}, "null"),
-    bad("num_experts", 128, "null", family=SDAR),
-    bad("num_local_experts", 8, "null"),
-    bad("n_routed_experts", 8, "null"),
-    bad("shared_expert_intermediate_size", 64, "null", family=SDAR_MOE),
-    *(
-        bad(key, value, "integer", family=SDAR_MOE)
-        for key in ("num_experts", "moe_intermediate_size", "num_experts_per_tok")
-        for value in (0, "absent", True, 1 << 30)
-    ),
-    bad("num_experts", 4096, "from 1 to 1024", family=SDAR_MOE),  # 50 M tensors in 4096 layers
-    bad("num_experts_per_tok", 9, "from 1 to 8", family=SDAR_MOE),
-    bad("norm_topk_prob", "absent", "got None", family=SDAR_MOE),
-    bad("norm_topk_prob", 1, "true", family=SDAR_MOE),
-    *(bad("decoder_sparse_step", value, "as 1", family=SDAR_MOE) for value in (0, 2, None, True)),
-    *(bad("mlp_only_layers", value, "as []", family=SDAR_MOE) for value in ([0], 1, ["0"])),
-    bad("quantization_config", {"quant_method": "gptq"}, "gptq", "unquantised"),
-    bad("compression_config", {"format": "int-quantized"}, "unquantised"),
-    bad("rms_norm_eps", 0, "between 0 and 1"),
-    bad("rms_norm_eps", 2, "between 0 and 1"),
-    bad("rms_norm_eps", math.nan, "between 0 and 1"),
-    bad("rope_theta", -1.0, "positive"),
-    bad("rope_theta", math.inf, "positive"),
-    bad("rope_theta", 10**400, "positive"),
-    bad("rope_theta", "1e6", "positive"),
-    bad("rope_scaling", "yarn", "'rope_type'"),
-    bad("rope_scaling", {"rope_type": "spiral", "factor": 2.0}, "spiral"),
-    bad("rope_scaling", {"type": "mrope", "mrope_section": [8, 12, 12]}, "mrope"),
-    bad("rope_scaling", {"rope_type": ["yarn"]}, "'rope_type'"),
-    bad("rope_scaling", {"rope_type": "default", "mrope_section": [8, 12, 12]}, "mrope"),
-    bad("rope_scaling", {"rope_type": "linear"}, "'factor'"),
-    bad("rope_scaling", {"rope_type": "linear", "factor": 0}, "'factor'"),
-    bad("rope_scaling", {"type": "yarn"}, "'factor'"),
-    *(
-        bad("rope_scaling", {"type": "yarn", "factor": 4.0, key: value}, repr(key))
-        for key in ("original_max_position_embeddings", "beta_fast", "beta_slow")
-        for value in (None, 0)
-    ),
-    bad("rope_scaling", {"type": "llama3", "factor": 4.0}, "'low_freq_factor'"),
-    bad("rope_scaling", LLAMA3 | {"low_freq_factor": 4.0}, "above"),
-    bad("rope_scaling", {"rope_type": "longrope", "factor": 4.0}, "linear, dynamic, yarn, llama3"),
-    bad("rope_parameters", {"full_attention": {"rope_theta": 1e4}, "rope_theta": None}),
+    *(bad("num_hidden_layers", n, "integer", f"got {n!r}") for n in (1 << 31, 0, "2", True, None)),
+    bad("quantization_config", {"quant_method": "gptq"}, "gptq"),
+    bad("compression_config", {"format": "int-quantized"}, "int-quantized"),
+    bad("use_sliding_window", True, family=SDAR),
 ]
 
 
 @pytest.mark.parametrize(("family", "changes", "fragments"), BAD_CONFIGS)
 def test_bad_config(tmp_path, family, changes, fragments):
-    """Catches sizes that fail deep in vLLM, and settings that it would silently not follow."""
+    """Catches settings that would silently not be followed, and layers listed until memory ends."""
     fields = tiny_config(family) | changes
-    fields = {key: value for key, value in fields.items() if value != "absent"}
     (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     message = refusal(tmp_path)
-    if "rope_parameters" in changes:
-        fragments = ["'rope_theta'", "got None"]
     assert all(fragment in message for fragment in [str(tmp_path), *fragments]), message
 
 
@@ -641,35 +208,9 @@ def test_no_config_value_escapes(family):
         for value in values:
             changed = {**family_config, key: value}
             message = objection(checks.check_drafter_config, "a-drafter", changed)
-            if message is None:
-                assert all(map(math.prod, expected_shapes(family, changed).values()))
-            else:
+            if message is not None:
                 assert message.startswith("failfast: "), (key, value)
                 assert "\n" not in message, (key, value)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-        {"rope_scaling": LLAMA3},
-        {
-            "rope_scaling": {
-                "rope_type": "yarn",
-                "factor": 4.0,
-                "original_max_position_embeddings": 1024,
-            }
-        },
-        {"attention_bias": True},
-        {"num_experts": 0},
-    ],
-)
-def test_what_vllm_does_follow_is_accepted(tmp_path, changes):
-    """Catches checks that refuse every checkpoint but the published ones."""
-    write_checkpoint(tmp_path / "ck", SDAR, tiny_config(SDAR, **changes))
-    checks.check_local_drafter(str(tmp_path / "ck"))
 
 
 @pytest.mark.parametrize("family", [FAST_DLLM_V2, SDAR], ids=lambda family: family.name)
@@ -721,7 +262,7 @@ def test_a_config_from_the_hub_is_checked_alike(monkeypatch):
     """Catches checks that only directories meet; the hub is replaced."""
     fields = {**FAST_DLLM_1_5B, "quantization_config": {"quant_method": "awq"}}
     monkeypatch.setattr("vllm.transformers_utils.repo_utils.get_hf_file_to_dict", lambda *_: fields)
-    with pytest.raises(ValueError, match=r"\Afailfast: .*'quantization_config' absent") as caught:
+    with pytest.raises(ValueError, match=r"\Afailfast: .*no 'quantization_config'") as caught:
         build(asking("somebody/a-drafter"))
     assert "'somebody/a-drafter'" in str(caught.value)
 
@@ -764,6 +305,10 @@ BAD_WEIGHTS = {
         ["'model.norm.weight' of shape", "got [7]"],
     ),
     "none": (lambda tensors: [], ["lacks"]),
+    "quantised": (
+        lambda tensors: [("model.norm.weight", tensors["model.norm.weight"].to(torch.int8))],
+        ["'model.norm.weight' in 16 or 32 bits", "got torch.int8"],
+    ),
 }
 
 

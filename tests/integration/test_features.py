@@ -266,7 +266,7 @@ def test_blocks_of_undrafted_requests_are_committed(plain, drafting):
         (
             {"failfast_max_length": 3},
             "failfast: unknown key 'failfast_max_length' in a request; "
-            "did you mean 'failfast_max_len'?",
+            "use one of failfast_max_len, failfast_confidence_threshold.",
         ),
         ({"failfast": 3}, "unknown key 'failfast'"),
         ({"failfast_max_len": "3" * 10_000}, "... (10002 characters)."),
@@ -274,7 +274,7 @@ def test_blocks_of_undrafted_requests_are_committed(plain, drafting):
 )
 def test_wrong_keys_are_refused(plain, drafting, extra_args, message):
     """Catches a value that only the engine would find wrong: it would die of it."""
-    with pytest.raises(ValueError, match=r"\Afailfast: ") as caught:
+    with pytest.raises(VLLMValidationError, match=r"\Afailfast: ") as caught:
         drafting.generate(
             {"prompt_token_ids": plain.prompts[0]},
             SamplingParams(extra_args=extra_args),
@@ -319,7 +319,7 @@ def test_whatever_a_request_asks_stays_in_range(max_len, threshold):
 
 def test_logprob_token_ids_are_refused(plain, drafting):
     """Beside a request with logprobs they end vLLM's engine, alone they come back empty."""
-    with pytest.raises(ValueError, match="failfast: 'logprob_token_ids' does not go with"):
+    with pytest.raises(VLLMValidationError, match="failfast: 'logprob_token_ids' does not go with"):
         drafting.generate(
             {"prompt_token_ids": plain.prompts[0]},
             SamplingParams(logprob_token_ids=[5, 6]),

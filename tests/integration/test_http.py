@@ -238,7 +238,7 @@ def test_wrong_request_is_the_clients_fault(server, questions):
             "failfast: 'failfast_confidence_threshold' must be a probability from 0.45 to 1.0 on "
             "this server; got 0.1.",
         ),
-        ({"failfast_maxlen": 3}, "did you mean 'failfast_max_len'?"),
+        ({"failfast_maxlen": 3}, "use one of failfast_max_len"),
     ],
 )
 def test_wrong_keys_of_a_request_are_the_clients_fault(server, questions, xargs, message):

@@ -4,6 +4,7 @@ Written examples of each kind stand beside the tests of its room, which name wha
 any value may come under any key, and any byte of a file may be another.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -20,7 +21,6 @@ from damage import as_json, cases, changed, damaged, nested, objection, values
 from failfast_vllm import config as user_config
 from failfast_vllm.config import KNOWN_KEYS, METHOD, MODELS_DIR, FailFastConfig
 from failfast_vllm.drafters import checks
-from failfast_vllm.drafters.checkpoint import INDEX, expected_shapes
 from failfast_vllm.drafters.families import FAMILIES, FAST_DLLM_V2
 from failfast_vllm.integration import requests
 from failfast_vllm.tools import bench, cli
@@ -57,9 +57,7 @@ def test_speculative_configs(keys):
 def test_configs_of_drafters(family, data):
     """Catches fields that only together are wrong, and values that are echoed whole."""
     fields = data.draw(changed(tiny_config(family)))
-    if objection(checks.check_drafter_config, "a-drafter", fields) is None:
-        assert all(min(shape) > 0 for shape in expected_shapes(family, fields).values())
-        objection(checks.mask_token_id, family, fields, {})
+    objection(checks.check_drafter_config, "a-drafter", fields)
 
 
 def test_what_python_cannot_show():
@@ -77,9 +75,7 @@ def check_odd(odd):
     for family in FAMILIES:
         config = tiny_config(family)
         for key in (*config, "layer_types", "quantization_config", "rope_parameters"):
-            fields = {**config, key: odd}
-            if objection(checks.check_drafter_config, "a-drafter", fields) is None:
-                objection(checks.mask_token_id, family, fields, {})
+            objection(checks.check_drafter_config, "a-drafter", {**config, key: odd})
 
 
 @cases(400)
@@ -123,10 +119,6 @@ class Trap:
         return open, (str(self.path), "w")
 
 
-FILES = ("config.json", INDEX, "model-00001-of-00002.safetensors")
-HEADER = 3000  # bytes of a weight file that are damaged: its header, and a little more
-
-
 def lose(file):
     file.unlink()
 
@@ -149,29 +141,22 @@ def be_empty(file):
     file.write_bytes(b"")
 
 
-@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("change", [lose, be_a_folder, be_a_pipe, be_a_pickle, be_empty])
-def test_files_of_another_kind(whole, tmp_path, name, change):
+def test_files_of_another_kind(whole, tmp_path, change):
     path = shutil.copytree(whole, tmp_path / "a-drafter")
-    change(path / name)
-    message = objection(checks.check_local_drafter, str(path))
-    assert message or (name == INDEX and change in (lose, be_a_folder, be_a_pipe))
+    change(path / "config.json")
+    assert objection(checks.check_local_drafter, str(path))
     assert not (whole.parent / "run").exists()
 
 
-@pytest.mark.parametrize("name", FILES)
 @cases(150)
 @given(data=st.data())
-def test_damaged_checkpoints(whole, name, data):
+def test_damaged_checkpoints(whole, data):
     """Catches files whose damage is found by a library only, and code that is run to find it."""
-    file = whole / name
+    file = whole / "config.json"
     before = file.read_bytes()
-    if name == INDEX:
-        content = data.draw(damaged(before) | changed(json.loads(before)).map(as_json))
-    else:
-        content = data.draw(damaged(before[:HEADER])) + before[HEADER:]
     try:
-        file.write_bytes(content)
+        file.write_bytes(data.draw(damaged(before)))
         objection(checks.check_local_drafter, str(whole))
     finally:
         file.write_bytes(before)
@@ -188,7 +173,8 @@ def test_damage_that_vllm_meets(whole, name, data):
     try:
         file.write_bytes(data.draw(damaged(before) | changed(json.loads(before)).map(as_json)))
         asked = {"method": METHOD, "model": str(whole)}
-        objection(lambda: build(asked, trust_remote_code=True))
+        with contextlib.suppress(ValueError):  # ours, or vLLM's own
+            build(asked, trust_remote_code=True)
     finally:
         file.write_bytes(before)
     assert not (whole.parent / "run").exists()

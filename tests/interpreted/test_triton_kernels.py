@@ -217,14 +217,6 @@ def test_attention_refuses_what_it_was_not_written_for():
     attention = block_attention.block_diffusion_attention
     with pytest.raises(ValueError, match="head_dim must be one of"):
         Case([(1, 3)], 32, 1, 2, head_dim=48).run(attention, DEVICE)
-    case = Case([(1, 3)], 48, 1, 2, block_size=16)
-    case.block_size = 32
-    with pytest.raises(ValueError, match="multiple of 32 tokens; got 48"):
-        case.run(attention, DEVICE)
-    case = Case([(1, 3)], 32, 1, 2)
-    case.kv_cache = case.kv_cache.half()
-    with pytest.raises(ValueError, match="must share one float type"):
-        case.run(attention, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

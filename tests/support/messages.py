@@ -6,8 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ERRORS = {"ValueError", "RuntimeError", "ArgumentTypeError"}
-# generators of problems, by what they yield: where the sentence stands
-PROBLEMS = {"Problems": 0, "Iterator[Problem]": 1}
+# generators of problems: where the sentence stands in what they yield
+PROBLEMS = {"Problems": 0}
 VARIABLE = re.compile(r"(…\W?\s*)*…")
 
 

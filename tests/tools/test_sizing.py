@@ -122,8 +122,6 @@ def test_kv_of_a_token(name, kv_kib):
     [
         ("SDAR-1.7B-Chat-b32", 32),
         ("JetLM/SDAR-4B-Chat-b8", 8),
-        ("sdar-8b-chat", 4),
-        ("TraDo-8B-Thinking", 4),
         ("SDAR-30B-A3B-Chat-b16", 16),
         ("Fast_dLLM_v2_7B", 32),
     ],
