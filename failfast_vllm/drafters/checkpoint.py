@@ -163,9 +163,7 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
             raise ValueError("it is not a file")  # a pipe would be read for ever
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"failfast: cannot read the drafter's {file} ({reason(error)}); {remedy}"
-        ) from None
+        raise ValueError(f"failfast: cannot read {file} ({reason(error)}); {remedy}") from None
     return found if isinstance(found, dict) else {}
 
 

@@ -118,7 +118,7 @@ def check_drafter_config(
         raise refusal(must, echo(config.get("model_type")), "Set it in its config.json.")
     find_block_size(model, family, config, asked_size)
     filled = family.filled(config)
-    for problems in (_other_layout, _wrong_sizes, _wrong_rope):
+    for problems in (_other_layout, wrong_sizes, _wrong_rope):
         for key, what, got, remedy in problems(family, filled):
             raise refusal(f"{must} have {key!r} {what}", echo(got), remedy)
     return family
@@ -193,7 +193,7 @@ def _other_layout(family: Family, config: Mapping[str, Any]) -> Iterator[Problem
         yield "norm_topk_prob", "as false or true", None, CORRECT
 
 
-def _wrong_sizes(family: Family, config: Mapping[str, Any]) -> Iterator[Problem]:
+def wrong_sizes(family: Family, config: Mapping[str, Any]) -> Iterator[Problem]:
     """Later checks rely on earlier ones: only the first problem counts."""
     for key in COUNTS + SIZES:
         yield from _no_integer(config, key, MAX_COUNT if key in COUNTS else MAX_SIZE)

@@ -266,13 +266,9 @@ ODD_SETTINGS = ("[" * 9000, "9" * 5000, "NaN", "1e999", "\u0663", "007", "0", "-
     | values.map(str),
 )
 def test_settings_of_methods(name, key, value):
-    """Catches a setting that only an engine would refuse, minutes later."""
-    known, found = bench.methods(), []
+    """Catches a setting of ours that only an engine would refuse, minutes later."""
     setting = f"{name}:{key}={value}"
-    objection(lambda: found.append(bench.with_settings(setting, known)), prefix="")
-    if found and known[name]["method"] != METHOD:  # an engine that checks less than ours
-        numbers = [found[0][long] for long in bench.SHORT_KEYS.values() if long in found[0]]
-        assert all(type(number) is int for number in numbers)
+    objection(lambda: bench.with_settings(setting, bench.methods()), prefix="")
 
 
 ROW = {"method": "none", "concurrency": 1, "tokens_per_second": 1.0, "speedup": None}
