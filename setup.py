@@ -57,7 +57,7 @@ setup(
         "rich",
         "tqdm",
     ],
-    extras_require={"bench": ["matplotlib"], "smollm2": ["gguf"]},
+    extras_require={"bench": ["matplotlib"], "smollm2": ["gguf", "accelerate"]},
     entry_points={
         "vllm.general_plugins": ["failfast = failfast_vllm.plugin:register"],
         "console_scripts": ["failfast = failfast_vllm.tools.cli:main"],

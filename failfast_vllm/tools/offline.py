@@ -107,7 +107,7 @@ def read_prompts(path: Path) -> list[Prompt]:
             raise ValueError(
                 f'{path}, line {number} must hold "messages" (a list of objects with "role" and '
                 f'"content"), "prompt" or "question" (a text), or "turns" (a list of texts); got '
-                f"{line[:60]}"
+                f"{line[:60]!r}"
             ) from None
     if not prompts:
         raise ValueError(f"{path} holds no prompts.")

@@ -64,7 +64,7 @@ def test_the_report(file, capsys):
     text = capsys.readouterr().out
     assert "acceptance_length       15" in text
     assert "steps_without_draft     2\n" in text
-    assert "acceptance_by_position  [0.667, 1.0, 0.5, 1.0" in text
+    assert "acceptance_by_position  [0.667, 1, 0.5, 1," in text
     assert cli.main(["trace", str(file), "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["run"] == HEADER

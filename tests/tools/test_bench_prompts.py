@@ -61,7 +61,7 @@ def test_a_line_of_another_shape_is_named(line, tmp_path):
         ValueError, match=r'other.jsonl, line 2 must hold "messages".* got'
     ) as found:
         read_prompts(path)
-    assert str(found.value).endswith(line)
+    assert str(found.value).endswith(repr(line))
 
 
 class ChatTokenizer:
