@@ -15,7 +15,7 @@ import os
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -232,23 +232,22 @@ def measure(args: argparse.Namespace, prompts: list[Prompt]) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.device_type == "cpu"
-    names = list(dict.fromkeys([BASELINE, *args.methods]))
-    settings: dict[str, Any] = {
-        "model": args.target or str(MODELS_DIR / "target"),
-        "dtype": args.dtype or ("float32" if on_cpu else "auto"),
-        "enforce_eager": not args.compile,
-        "max_model_len": args.max_model_len,
-        "max_num_seqs": max(args.concurrency),
-    }
-    if not args.target:  # 50,000 tokens, so that many engines fit into one machine
-        settings["kv_cache_memory_bytes"] = 2**29
+    names, known = list(dict.fromkeys([BASELINE, *args.methods])), methods(args.drafter)
+    settings = _engine_settings(args, on_cpu)
     rows = list[Row]()
-    result = {"provenance": _facts(args, names, settings, len(prompts), on_cpu), "rows": rows}
+    result = {"provenance": _facts(args, names, len(prompts), on_cpu), "rows": rows}
     runs: dict[int, dict[str, list[Run]]] = {c: {} for c in sorted(args.concurrency)}
     total = len(names) * (1 + len(runs) * (args.repeats + 1))
     with tqdm(total=total, unit="run", disable=None, file=sys.stderr) as bar:
         for group in [names] if on_cpu else [[name] for name in names]:
-            with engines(group, args, settings, prompts, bar) as started:
+            with contextlib.ExitStack() as stack:
+                started = dict[str, EngineProcess]()
+                for name in group:
+                    bar.set_description(f"starting {name}")
+                    job = (with_settings(name, known), settings, prompts, args.max_tokens)
+                    started[name] = EngineProcess(name, *job)
+                    stack.callback(started[name].close)
+                    bar.update()
                 for concurrency, found in runs.items():
                     num_requests = args.requests_per_point or max(32, 4 * concurrency)
                     found |= measure_point(started, concurrency, args.repeats, num_requests, bar)
@@ -262,47 +261,31 @@ def measure(args: argparse.Namespace, prompts: list[Prompt]) -> dict[str, Any]:
     return result
 
 
+def _engine_settings(args: argparse.Namespace, on_cpu: bool) -> dict[str, Any]:
+    settings = {
+        "dtype": args.dtype or ("float32" if on_cpu else "auto"),
+        "enforce_eager": not args.compile,
+        "max_model_len": args.max_model_len,
+        "max_num_seqs": max(args.concurrency),
+    }
+    if args.target:
+        return {"model": args.target, **settings}
+    return {"kv_cache_memory_bytes": 2**29, **settings}  # 50,000 tokens: many engines fit in
+
+
 def _facts(
-    args: argparse.Namespace,
-    names: list[str],
-    settings: dict[str, Any],
-    num_prompts: int,
-    on_cpu: bool,
+    args: argparse.Namespace, names: list[str], num_prompts: int, on_cpu: bool
 ) -> dict[str, Any]:
+    """The command has the rest."""
     prompts = " ".join(Path(file).name for file in args.prompts or []) or "held-out"
     return provenance(
         target=args.target or shipped.SHIPPED_PAIR,
-        drafter=args.drafter or ("the target's own" if args.target else shipped.SHIPPED_PAIR),
-        compiled=args.compile,
-        **{name: settings[name] for name in ("dtype", "max_model_len", "max_num_seqs")},
+        dtype=_engine_settings(args, on_cpu)["dtype"],
         methods=names,
         engines="in turns" if on_cpu else "one after another",
         prompts=f"{prompts}, {num_prompts} of them",
-        max_tokens=args.max_tokens,
-        requests_per_point=args.requests_per_point or "4 x concurrency, at least 32",
         repeats=args.repeats,
     )
-
-
-@contextlib.contextmanager
-def engines(
-    names: list[str],
-    args: argparse.Namespace,
-    settings: dict[str, Any],
-    prompts: list[Prompt],
-    bar: Any,
-) -> Iterator[dict[str, EngineProcess]]:
-    """Methods with an engine each, which end together."""
-    started, known = dict[str, EngineProcess](), methods(args.drafter)
-    try:
-        for name in names:
-            bar.set_description(f"starting {name}")
-            config = with_settings(name, known)
-            started[name] = EngineProcess(name, config, settings, prompts, args.max_tokens)
-            bar.update()
-        yield started
-    finally:
-        EngineProcess.close(started.values())
 
 
 def measure_point(

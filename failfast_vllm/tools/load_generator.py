@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle, islice, takewhile
 from typing import Any, NamedTuple
 
@@ -226,13 +226,10 @@ class EngineProcess:
             raise ValueError(f"the engine of {self.name!r} failed: {found}")
         return found
 
-    @staticmethod
-    def close(engines: "Collection[EngineProcess]") -> None:
-        """End them side by side: each takes seconds."""
-        for each in engines:
-            each._pipe.close()
-        for each in engines:
-            each._process.join(30)
+    def close(self) -> None:
+        """End it, which takes seconds."""
+        self._pipe.close()
+        self._process.join(30)
 
 
 def _work(

@@ -286,9 +286,8 @@ class FakeProcess:
         yield None
         yield made_up(1.0, [[1, 2]] * num_requests)
 
-    @staticmethod
-    def close(engines):
-        FakeProcess.running = FakeProcess.running[len(engines) :]
+    def close(self):
+        FakeProcess.running.pop()
 
 
 @pytest.fixture
