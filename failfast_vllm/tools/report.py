@@ -48,15 +48,9 @@ def _git_sha() -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder and try the file; raises ValueError."""
-    existed = path.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise ValueError(f"cannot write {path} ({error.strerror}). Choose another file.") from None
-    if not existed:
-        path.unlink()
+    """Make the folder and the file; raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.open("a").close()
 
 
 def save(result: dict[str, Any], path: Path) -> None:
