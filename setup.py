@@ -50,7 +50,6 @@ setup(
         "torch",
         "transformers",
         "triton",
-        "tokenizers",
         "safetensors",
         "numpy",
         "prometheus-client",
