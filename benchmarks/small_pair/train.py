@@ -238,11 +238,25 @@ def seed_previous_token_head(attention: torch.nn.Module) -> None:
     attention.k_proj.bias[half : half + num_pairs] = amplitude * frequencies.sin()
 
 
+def pad_vocabulary(model: Qwen2ForCausalLM, vocab_size: int) -> None:
+    """vLLM's draft_model wants the target's vocabulary size.
+
+    The padding repeats row 0: equal logits, and the lower id wins a tie.
+    """
+    num_rows = model.config.vocab_size
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    embedding = model.get_input_embeddings().weight  # also the head's
+    with torch.no_grad():
+        embedding[num_rows:] = embedding[0]
+
+
 def save_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     """Write one bf16 checkpoint; the drafter's config as Fast-dLLM v2 publishes it."""
     path = MODELS_DIR / name
     exported = Qwen2ForCausalLM(model.config).to(torch.bfloat16)
     exported.load_state_dict(model.state_dict())
+    if name == "ar-drafter":
+        pad_vocabulary(exported, TARGET.vocab_size)
     exported.generation_config.do_sample = False
     exported.save_pretrained(path)
     (path / "model.safetensors").chmod(0o644)

@@ -60,7 +60,7 @@ def check_local_drafter(
             )
         return None
     path = Path(model)
-    config = _read_config(path / "config.json")
+    config = read_json(path / "config.json", f"give a complete {FAMILY_NAMES} checkpoint.")
     check_drafter_config(model, config, asked_size)
     if load_format != "dummy" and not any(path.glob("*.safetensors")):
         raise ValueError(
@@ -70,16 +70,14 @@ def check_local_drafter(
     return config
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """What a file says, or nothing where it is no object; raises ValueError with the remedy."""
     try:
         if file.exists() and not file.is_file():
             raise ValueError("it is not a file")  # a pipe would be read for ever
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"failfast: cannot read the drafter's {file} ({reason(error)}); "
-            f"give a complete {FAMILY_NAMES} checkpoint."
-        ) from None
+        raise ValueError(f"failfast: cannot read {file} ({reason(error)}); {remedy}") from None
     return found if isinstance(found, dict) else {}
 
 

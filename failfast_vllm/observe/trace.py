@@ -1,4 +1,4 @@
-"""Rounds on disk, one JSON object per line: a header for each run, and a `Round` for each round."""
+"""Rounds on disk, one JSON object per line: a header for each run, then its rounds."""
 
 import itertools
 import json
@@ -9,12 +9,10 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import failfast_vllm
-from failfast_vllm.drafting.records import MAX_SPECULATIVE_TOKENS
-from failfast_vllm.drafting.records import Round as Verified
-from failfast_vllm.errors import echo
+from failfast_vllm.drafting.records import Round
 
 logger = logging.getLogger("vllm.failfast")
 
@@ -27,6 +25,7 @@ MAX_PENDING = 32768  # lines that wait for a slow disk, some 50 MB
 class TraceWriter:
     """Appends rounds to a file from a thread of its own; the engine never waits for the disk.
 
+    The prompt is never in it; an answer may end inside the last round that its request emitted.
     What fails (a full disk, say) ends the trace with one warning. `header` goes after the format,
     this package's version and the date; `with_ids` adds the ids to the lines.
     """
@@ -42,7 +41,7 @@ class TraceWriter:
         self._lock = threading.Lock()  # one flush at a time
         threading.Thread(target=self._run, name="failfast-trace", daemon=True).start()
 
-    def observe(self, rounds: Sequence[Verified]) -> None:
+    def observe(self, rounds: Sequence[Round]) -> None:
         """Take down verified rounds."""
         if self._stopped.is_set():
             return
@@ -50,16 +49,17 @@ class TraceWriter:
         if len(self._pending) > MAX_PENDING:
             self._stop(f"{MAX_PENDING} rounds wait for the disk")
 
-    def _line(self, verified: Verified) -> dict[str, Any]:
+    def _line(self, verified: Round) -> dict[str, Any]:
         line = {
-            "step": verified.step,
-            "seqs": verified.num_seqs,
-            "request": self._numbers[verified.req_id],
-            "known": verified.known_len,
-            "drafted": verified.num_verified,
-            "passes": verified.num_passes,
-            "rows": verified.num_rows,
-            "accepted": verified.num_accepted,
+            "step": verified.step,  # of the engine, from 1: the one that verified the round
+            "seqs": verified.num_seqs,  # sequences in that step
+            "request": self._numbers[verified.req_id],  # 0, 1, ... by their first rounds
+            "known": verified.known_len,  # tokens of prompt and answer before the round
+            "drafted": verified.num_verified,  # tokens that the target verified; 0: a plain step
+            "passes": verified.num_passes,  # draft passes that the draft took
+            "rows": verified.num_rows,  # rows of this sequence in them, commits included
+            "accepted": verified.num_accepted,  # of these, kept; the target adds one
+            # of the drafted tokens, as far as a pass drafted them
             "confidences": [round(p, 3) for p in verified.verified_confidences.tolist()],
         }
         if self.with_ids:
@@ -104,68 +104,6 @@ class TraceWriter:
         logger.warning("failfast: the trace %s ends here (%s).", self.path, reason)
 
 
-class Round(NamedTuple):
-    """One line of a trace; with `"trace_ids": true` also `id`, `draft_ids` and `emitted_ids`.
-
-    Never the prompt. An answer may end inside the last round that its request emitted.
-    """
-
-    step: int  # of the engine, from 1: the one that verified the round
-    seqs: int  # sequences in that step
-    request: int  # 0, 1, ... in the order of their first rounds; read back: over all runs
-    known: int  # tokens of prompt and answer before the round
-    drafted: int  # tokens that the target verified; 0 = a plain step
-    passes: int  # draft passes that the draft took
-    rows: int  # rows of this sequence in them, blocks that they committed included
-    accepted: int  # drafted tokens that the target kept; it adds one of its own
-    confidences: tuple[float, ...]  # of the drafted tokens, as far as a pass drafted them
-
-
-class Trace(NamedTuple):
-    """A file's rounds, in its order."""
-
-    headers: Sequence[Mapping[str, Any]]  # one per run
-    rounds: Sequence[Round]
-
-
-def read(path: str | Path) -> Trace:
-    """Read a trace, also while it grows; a line cut at its end or before another run is left out.
-
-    Raises:
-        ValueError: no trace, or a damaged line, with its number.
-    """
-    try:
-        text = Path(path).read_bytes().decode("utf-8", errors="replace")
-    except OSError as error:
-        raise ValueError(
-            f"cannot read {path} ({error.strerror}); give a file that a server has written."
-        ) from None
-    lines = text.split("\n")[:-1]  # after the last newline: nothing, or a line that is cut
-    headers: list[dict[str, Any]] = []
-    rounds: list[Round] = []
-    first_request = 0  # of this run
-    pairs = itertools.zip_longest(lines, lines[1:], fillvalue="")
-    for number, (line, after) in enumerate(pairs, 1):
-        where, fields = f"{path}, line {number}:", _object(line)
-        if FORMAT in fields:
-            if fields[FORMAT] != VERSION:
-                raise ValueError(
-                    f"{where} must be of trace format {VERSION}; got {echo(fields[FORMAT])}. "
-                    "Read it with the version that wrote it."
-                )
-            headers.append(fields)
-            first_request = max((r.request + 1 for r in rounds), default=0)
-        elif not headers:
-            raise ValueError(f"{where} must be a trace's header; got {line[:40]!r}.")
-        elif found := _round(fields):
-            rounds.append(found._replace(request=found.request + first_request))
-        elif FORMAT not in _object(after):
-            raise ValueError(f"{where} must be a round; got {line[:40]!r}. Remove the line.")
-    if not headers:
-        raise ValueError(f"{path} is empty; wait until the server has run a step.")
-    return Trace(headers, rounds)
-
-
 def is_trace(path: Path) -> bool:
     """Whether a file is empty or starts like a trace."""
     start = f'{{"{FORMAT}":'.encode()
@@ -173,24 +111,3 @@ def is_trace(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(start)) in (b"", start)
-
-
-def _object(line: str) -> dict[str, Any]:
-    """The JSON object that a line holds; empty if it holds none."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _round(fields: Mapping[str, Any]) -> Round | None:
-    counts = [fields.get(name) for name in Round._fields[:-1]]
-    confidences = fields.get("confidences")
-    in_range = all(type(n) is int and 0 <= n < 2**63 for n in counts)
-    if not isinstance(confidences, list) or not in_range:
-        return None
-    found = Round._make([*counts, tuple(confidences)])
-    fits = max(len(confidences), found.accepted) <= found.drafted <= MAX_SPECULATIVE_TOKENS
-    sound = all(isinstance(p, int | float) and 0 <= p <= 1 for p in confidences)
-    return found if fits and sound else None

@@ -1,10 +1,10 @@
 """`failfast bench`: drafting methods side by side, by concurrency.
 
 Every method has an engine in a process of its own, and one of them works at a time. Within each
-repeat they take turns of a quarter second, so that all see the same machine; on a GPU, the engines
-of a `--target` run one after another instead, each with the whole memory. A figure is the median
-over the repeats or the sum of their counts, a speed-up the median of the ratios within a repeat.
-The first round of every point is a warm-up (a CPU compiles its matrix kernels per row count).
+repeat they take turns of a quarter second, so that all see the same machine; on a GPU the engines
+run one after another instead, each with the whole memory. A figure is the median over the repeats
+or the sum of their counts, a speed-up the median of the ratios within a repeat. The first round of
+every point is a warm-up (a CPU compiles its matrix kernels per row count).
 """
 
 import argparse
@@ -13,87 +13,24 @@ import importlib.util
 import json
 import os
 import random
-import re
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 from failfast_vllm.config import MODELS_DIR, FailFastConfig, parse
-from failfast_vllm.drafters.checks import check_local_drafter
 from failfast_vllm.errors import echo
 from failfast_vllm.policies.table import POLICIES
 from failfast_vllm.tools import shipped
-from failfast_vllm.tools.load_generator import EngineProcess, Run, Sums
-from failfast_vllm.tools.offline import Prompt, engine_environment, read_prompts
-from failfast_vllm.tools.report import Row, by_task, check_writable, provenance, read, report, save
+from failfast_vllm.tools.load_generator import EngineProcess, Run, Served, Sums
+from failfast_vllm.tools.offline import Prompt, engine_environment, positive, read_prompts
+from failfast_vllm.tools.report import Row, check_writable, provenance, read, report, save
 
 BASELINE = "none"
-DEFAULT_METHODS = ["ngram", "draft_model", "fixed K8", "failfast"]
-ONE_AFTER_ANOTHER = (
-    "failfast bench: each engine of --target gets the whole GPU, so the methods run one after "
-    "another; speed-ups include whatever changed on the machine in between."
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `failfast bench`."""
-
-    def add(flag: str, text: str, **options: Any) -> None:
-        parser.add_argument(flag, help=text, **options)
-
-    text = (
-        "what to compare, besides none: NAME or NAME:KEY=VALUE,... with keys of the speculative "
-        "config (of ngram: min, max, k); names: " + ", ".join(methods())
-    )
-    add("--methods", text, nargs="+", default=DEFAULT_METHODS)
-    many = {"type": int, "nargs": "+", "default": [1, 2, 4, 8, 16, 32, 64], "metavar": "N"}
-    add("--concurrency", "requests in flight; default: 1 to 64", **many)
-    add("--repeats", "counted rounds per point; default: 3", type=int, default=3, metavar="N")
-    add("--requests-per-point", "default: 4 x concurrency, at least 32", type=int, metavar="N")
-    text = (
-        'JSON lines with "messages" or "prompt", or of Spec-Bench, GSM8K or HumanEval as published'
-    )
-    add("--prompts", f"{text}; default: held-out", nargs="+", metavar="FILE")
-    text = "prompts in use, spread evenly over all lines; default: 64"
-    add("--num-prompts", text, type=int, default=64, metavar="N")
-    add("--max-tokens", "per answer; default: 200", type=int, default=200, metavar="N")
-    add("--target", "checkpoint or hub id; default: the shipped one", metavar="MODEL")
-    add("--drafter", "of failfast; default: the target's own", metavar="MODEL")
-    add("--ar-drafter", "of draft_model; default: the shipped one", metavar="MODEL")
-    add("--dtype", "default: float32 on CPUs, else auto")
-    add("--max-model-len", "default: 2048", type=int, default=2048, metavar="N")
-    add("--compile", "compile the models, as vLLM does by default", action="store_true")
-    add("--json", "write the results here, and a table to the same name with .md", metavar="FILE")
-    add("--html", "write a page with plots here (needs matplotlib)", metavar="FILE")
-    text = "show the results of an earlier --json, and measure nothing"
-    add("--from", text, metavar="FILE", dest="earlier")
-
-
-def methods(drafter: str | None = None, ar_drafter: str = "") -> dict[str, dict[str, Any] | None]:
-    """Name -> speculative config."""
-    ngram = {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4}
-    ours = {"method": "failfast", "load_aware": False, **({"model": drafter} if drafter else {})}
-    policies = {name: {**ours, "policy": name} for name in POLICIES}
-    failfast, fixed = policies["failfast"], policies["fixed"]
-    return {
-        BASELINE: None,
-        "ngram": {**ngram, "num_speculative_tokens": 5},
-        "draft_model": {"method": "draft_model", "model": ar_drafter, "num_speculative_tokens": 5},
-        "suffix": {"method": "suffix"},
-        **{f"fixed K{k}": {**fixed, "num_speculative_tokens": k} for k in (2, 4, 8, 16)},
-        **policies,
-        "goodput": {**policies["goodput"], "load_aware": True},  # the planner is all of it
-        "failfast": {**failfast, "load_aware": FailFastConfig.from_user({}).load_aware},
-        "failfast+load_aware": {**failfast, "load_aware": True},
-        "failfast-load_aware": failfast,
-        "failfast+copies": {**failfast, "load_aware": True, "copies": True},
-    }
-
-
+DEFAULT_METHODS = ["ngram", "draft_model", "fixed:k=8", "failfast"]
 SHORT_KEYS = {  # of the speculative config, in --methods
     "min": "prompt_lookup_min",
     "max": "prompt_lookup_max",
@@ -101,112 +38,147 @@ SHORT_KEYS = {  # of the speculative config, in --methods
 }
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `failfast bench`."""
+    add = parser.add_argument
+    count: dict[str, Any] = {"type": positive, "metavar": "N"}
+    text = (
+        "what to compare, besides none: NAME or NAME:KEY=VALUE,... with keys of the speculative "
+        "config (min, max and k are short for those of ngram); names: " + ", ".join(methods())
+    )
+    add("--methods", help=text, nargs="+")
+    loads, text = [1, 2, 4, 8, 16, 32, 64], "requests in flight; default: 1 to 64"
+    add("--concurrency", help=text, nargs="+", default=loads, **count)
+    add("--repeats", help="counted rounds per point; default: 3", default=3, **count)
+    add("--requests-per-point", help="default: 4 x concurrency, at least 32", **count)
+    text = "JSON lines with messages or prompt, or of Spec-Bench, GSM8K or HumanEval as published"
+    add("--prompts", help=f"{text}; default: held-out", nargs="+", metavar="FILE")
+    text = "prompts in use, spread evenly over all lines; default: 64"
+    add("--num-prompts", help=text, default=64, **count)
+    add("--max-tokens", help="per answer; default: 200", default=200, **count)
+    add("--target", help="checkpoint or hub id; default: the shipped one", metavar="MODEL")
+    add("--drafter", help="of failfast; default: the target's own", metavar="MODEL")
+    add("--dtype", help="default: float32 on CPUs, else auto")
+    add("--max-model-len", help="default: 2048", default=2048, **count)
+    add("--compile", help="compile the models, as vLLM does by default", action="store_true")
+    add("--json", help="write the results here", type=Path, metavar="FILE")
+    add("--html", help="write a page with plots (needs matplotlib)", type=Path, metavar="FILE")
+    text = "show the results of an earlier --json, and measure nothing"
+    add("--from", help=text, type=Path, metavar="FILE", dest="earlier")
+
+
+def methods(drafter: str | None = None) -> dict[str, dict[str, Any] | None]:
+    """Name -> speculative config."""
+    ngram = {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+    model = str(MODELS_DIR / "ar-drafter")
+    ours = {"method": "failfast", "load_aware": False, **({"model": drafter} if drafter else {})}
+    policies = {name: {**ours, "policy": name} for name in POLICIES}
+    for name in ("failfast", "goodput"):  # by default, and the planner is all of it
+        policies[name]["load_aware"] = True
+    return {
+        BASELINE: None,
+        "ngram": {**ngram, "num_speculative_tokens": 5},
+        "draft_model": {"method": "draft_model", "model": model, "num_speculative_tokens": 5},
+        "suffix": {"method": "suffix"},
+        **policies,
+    }
+
+
 def with_settings(name: str, known: Mapping[str, dict[str, Any] | None]) -> dict[str, Any] | None:
     """The config of a method, NAME or NAME:KEY=VALUE,...; raises ValueError."""
-    base, colon, settings = name.partition(":")
+    base, _, settings = name.partition(":")
     if base not in known:
         raise ValueError(f"unknown method {echo(base)}; choose from {', '.join(known)}.")
     config = dict(known[base] or {})
-    is_ours = config.get("method") == "failfast"
-    short_keys = [short for short, key in SHORT_KEYS.items() if key in config]
-    for setting in settings.split(",") if colon else ():
-        short, _, text = setting.partition("=")
-        is_count = re.fullmatch("[1-9][0-9]{0,8}", text)
-        if not is_ours and not (is_count and short in short_keys):
-            takes = ", ".join(f"{each}=N" for each in short_keys) or "no settings"
-            got = f"{echo(setting)} in {echo(name)}"
-            raise ValueError(f"{base} takes {takes} with N from 1; got {got}.")
+    for setting in filter(None, settings.split(",")):
+        key, _, text = setting.partition("=")
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):  # a text
             value = text
-        config[SHORT_KEYS.get(short, short)] = value
-    if is_ours:
-        given = parse(config)
-        if given is None:
-            must = f"the 'method' of {base} must stay 'failfast'"
-            raise ValueError(f"{must}; got {echo(config['method'])}. Remove it.")
+        config[SHORT_KEYS.get(key, key)] = value
+    if (given := parse(config)) is not None:  # of other methods vLLM checks the settings
         FailFastConfig.from_user(given)
     return config or None
 
 
-class Job(NamedTuple):
-    """A checked command."""
-
-    args: argparse.Namespace
-    methods: list[str]  # "none" first
-    left_out: dict[str, str]  # method -> why
-    prompts: list[Prompt]
-
-
-def prepare(args: argparse.Namespace) -> Job:
-    """Check a command; raises ValueError or OSError in one line."""
-    for name in ("concurrency", "repeats", "requests_per_point", "num_prompts", "max_tokens"):
-        given = getattr(args, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and value < 1:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} must be at least 1; got {value}.")
-    known, left_out = methods(), dict[str, str]()
+def prepare(args: argparse.Namespace) -> list[Prompt]:
+    """Check a command; its prompts. Raises ValueError or OSError in one line."""
+    if not args.methods:  # the shipped draft_model suits the shipped target
+        args.methods = [m for m in DEFAULT_METHODS if not (args.target and m == "draft_model")]
     for name in args.methods:
-        method = (with_settings(name, known) or {}).get("method")
-        if method == "suffix" and importlib.util.find_spec("arctic_inference") is None:
-            left_out[name] = "arctic_inference is not installed"
-        if method == "draft_model" and args.target and not args.ar_drafter:
-            left_out[name] = "no --ar-drafter for this target"
+        with_settings(name, methods())
     prompts = [p for file in args.prompts or [shipped.PROMPTS] for p in read_prompts(Path(file))]
     num_prompts = min(args.num_prompts, len(prompts))
     prompts = [prompts[i * len(prompts) // num_prompts] for i in range(num_prompts)]
     random.Random(0).shuffle(prompts)  # a point that asks few meets all kinds, too
-    for model in filter(None, (args.target, args.drafter, args.ar_drafter)):
-        looks_local = Path(model).exists() or model.startswith((".", "/", "~"))
-        if looks_local and not (Path(model) / "config.json").is_file():
-            raise ValueError(f"{model} has no config.json. Give a checkpoint or a hub id.")
-    if args.drafter:
-        check_local_drafter(args.drafter)
     if args.json:
-        check_writable(Path(args.json))
-    chosen = dict.fromkeys([BASELINE, *args.methods])
-    return Job(args, [name for name in chosen if name not in left_out], left_out, prompts)
+        check_writable(args.json)
+    return prompts
 
 
-def make_row(method: str, concurrency: int, runs: list[Run], baselines: list[Run] | None) -> Row:
-    """One method at one concurrency; `baselines` are those of "none" in the same repeats."""
-    served = [s for run in runs for s in run.served]
-    pairs = list(zip(runs, baselines, strict=True)) if baselines else []
-    ratios = [run.tokens_per_second / base.tokens_per_second for run, base in pairs]
-    equal = [
-        a.token_ids == b.token_ids
-        for run, base in pairs
-        for a, b in zip(run.served, base.served, strict=True)
-    ]
-    rate = sum(s.num_tokens for s in served) / sum(s.latency_ms for s in served) * 1e3
-    after_first = [
-        (s.latency_ms - s.ttft_ms) / (s.num_tokens - 1) for s in served if s.num_tokens > 1
+def make_row(
+    method: str, concurrency: int, runs: list[Run], baselines: list[Run], tasks: list[str]
+) -> Row:
+    """One method at one concurrency; `baselines` are those of "none" in the same repeats.
+
+    Request i of each run has task `tasks[i]`.
+    """
+    pairs, by_task = list[tuple[Served, Served]](), defaultdict[str, list[Any]](list)
+    for run, base in zip(runs, baselines, strict=True):
+        for task, *pair in zip(tasks, run.served, base.served, strict=True):
+            pairs.append((pair[0], pair[1]))
+            by_task[task].append(pairs[-1])
+    ratios = [
+        run.tokens_per_second / base.tokens_per_second
+        for run, base in zip(runs, baselines, strict=True)
     ]
     return {
         "method": method,
         "concurrency": concurrency,
+        **figures(pairs),
         "tokens_per_second": round(median(run.tokens_per_second for run in runs), 2),
-        "speedup": round(median(ratios), 3) if ratios else None,
+        "speedup": round(median(ratios), 3),
         "speedups": [round(ratio, 3) for ratio in ratios],
-        "tokens_per_second_per_request": round(rate, 2),
+        **_means(runs),
+        "tasks": {task: figures(found) for task, found in by_task.items()},
+    }
+
+
+def figures(pairs: list[tuple[Served, Served]]) -> Row:
+    """Of answered requests, each with its twin without drafts.
+
+    The speed-up is that of a request's tokens per second; the tokens per step are those after an
+    answer's first.
+    """
+    served, twins = zip(*pairs, strict=True)
+    equal = [a.token_ids == b.token_ids for a, b in pairs]
+    speed, base = (
+        1e3 * sum(s.num_tokens for s in side) / sum(s.latency_ms for s in side)
+        for side in (served, twins)
+    )
+    num_steps = sum(len(s.step_ms) - 1 for s in served)
+    num_tokens = sum(s.num_tokens - 1 for s in served)
+    after_first = [
+        (s.latency_ms - s.ttft_ms) / (s.num_tokens - 1) for s in served if s.num_tokens > 1
+    ]
+    return {
         "requests": len(served),
+        "tokens_per_second_per_request": round(speed, 2),
+        "speedup": round(speed / base, 3),
+        "tokens_per_step": round(num_tokens / num_steps, 3) if num_steps else None,
+        "answers_equal_to_none": round(sum(equal) / len(equal), 4),
         **_percentiles("ttft", [s.ttft_ms for s in served]),
         **_percentiles("tpot", after_first),
         **_percentiles("latency", [s.latency_ms for s in served]),
-        "answers_equal_to_none": round(sum(equal) / len(equal), 4) if equal else None,
-        **_means(runs),
-        "trajectory": [
-            {
-                "accepted": len(r.accepted),
-                "rejected": len(r.rejected),
-                "bonus": len(r.bonus),
-                "copied": r.num_copied,
-            }
-            for r in runs[-1].served[0].rounds
-        ],
     }
+
+
+def _percentiles(name: str, values: list[float]) -> dict[str, float | None]:
+    import numpy as np
+
+    p50, p99 = np.percentile(values, [50, 99]).round(3).tolist() if values else (None, None)
+    return {f"{name}_p50_ms": p50, f"{name}_p99_ms": p99}
 
 
 def _means(runs: list[Run]) -> dict[str, float | None]:
@@ -218,7 +190,7 @@ def _means(runs: list[Run]) -> dict[str, float | None]:
     return {
         **{
             name: round(sums[name] / sums["steps"], 3) if name in sums else None
-            for name in ("draft_ms", "own_ms", "verify_ms", "other_ms")
+            for name in ("draft_ms", "own_ms")
         },
         "acceptance_length": round(1 + sums["accepted"] / rounds, 3),
         "passes_per_round": round(sums["passes"] / rounds, 3),
@@ -230,127 +202,90 @@ def _means(runs: list[Run]) -> dict[str, float | None]:
     }
 
 
-def _percentiles(name: str, values: list[float]) -> dict[str, float | None]:
-    import numpy as np
-
-    p50, p99 = np.percentile(values, [50, 99]).round(3).tolist() if values else (None, None)
-    return {f"{name}_p50_ms": p50, f"{name}_p99_ms": p99}
-
-
 def run(args: argparse.Namespace) -> int:
     """Measure, or read what was measured, and print the tables."""
     if args.html:
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--html needs matplotlib. Run `pip install matplotlib`.")
-        check_writable(Path(args.html))
+        check_writable(args.html)
     if args.earlier:
-        result = read(Path(args.earlier))
+        result = read(args.earlier)
     else:
         if not args.target:
             shipped.check_shipped(*shipped.SHIPPED)
             # 5 M parameters: waiting for a second thread costs more than it computes
             os.environ.setdefault("OMP_NUM_THREADS", "1")
-        job = prepare(args)
+        prompts = prepare(args)
         with engine_environment():
-            result = measure(job)
+            result = measure(args, prompts)
     print(report(result))
     if args.html:
         from failfast_vllm.tools.page import page
 
-        Path(args.html).write_text(page(result), encoding="utf-8")
+        args.html.write_text(page(result), encoding="utf-8")
     return 0
 
 
-def measure(job: Job) -> dict[str, Any]:
+def measure(args: argparse.Namespace, prompts: list[Prompt]) -> dict[str, Any]:
     """Measure, and write every point: {"provenance": ..., "rows": ...}."""
     from tqdm import tqdm  # type: ignore[import-untyped]
     from vllm.platforms import current_platform
 
-    args = job.args
-    for name, reason in job.left_out.items():
-        print(f"failfast bench: {name} is left out: {reason}.", file=sys.stderr)
     on_cpu = current_platform.device_type == "cpu"
-    take_turns = on_cpu or not args.target
-    if not take_turns:
-        print(ONE_AFTER_ANOTHER, file=sys.stderr)
-    engine_args = engine_settings(job, on_cpu, take_turns)
+    names, known = list(dict.fromkeys([BASELINE, *args.methods])), methods(args.drafter)
+    settings = _engine_settings(args, on_cpu)
     rows = list[Row]()
-    result = {"provenance": _facts(job, engine_args, take_turns), "rows": rows}
+    result = {"provenance": _facts(args, names, len(prompts), on_cpu), "rows": rows}
     runs: dict[int, dict[str, list[Run]]] = {c: {} for c in sorted(args.concurrency)}
-    groups = [job.methods] if take_turns else [[name] for name in job.methods]
-    total = len(job.methods) * (1 + len(runs) * (args.repeats + 1))
+    total = len(names) * (1 + len(runs) * (args.repeats + 1))
     with tqdm(total=total, unit="run", disable=None, file=sys.stderr) as bar:
-        for group in groups:
-            with engines(group, job, engine_args, bar) as started:
+        for group in [names] if on_cpu else [[name] for name in names]:
+            with contextlib.ExitStack() as stack:
+                started = dict[str, EngineProcess]()
+                for name in group:
+                    bar.set_description(f"starting {name}")
+                    job = (with_settings(name, known), settings, prompts, args.max_tokens)
+                    started[name] = EngineProcess(name, *job)
+                    stack.callback(started[name].close)
+                    bar.update()
                 for concurrency, found in runs.items():
                     num_requests = args.requests_per_point or max(32, 4 * concurrency)
                     found |= measure_point(started, concurrency, args.repeats, num_requests, bar)
-                    if len(found) < len(job.methods):
+                    if len(found) < len(names):
                         continue
-                    tasks = list(islice(cycle(p["task"] for p in job.prompts), num_requests))
+                    tasks = list(islice(cycle(p["task"] for p in prompts), num_requests))
                     for name, each in found.items():
-                        row = make_row(name, concurrency, each, found[BASELINE])
-                        rows.append({**row, "tasks": by_task(each, found[BASELINE], tasks)})
+                        rows.append(make_row(name, concurrency, each, found[BASELINE], tasks))
                     if args.json:
                         save(result, args.json)
     return result
 
 
-def engine_settings(job: Job, on_cpu: bool, take_turns: bool) -> dict[str, Any]:
-    """The arguments of every engine; those that take turns share a GPU's memory."""
-    args = job.args
+def _engine_settings(args: argparse.Namespace, on_cpu: bool) -> dict[str, Any]:
     settings = {
-        "model": args.target or str(MODELS_DIR / "target"),
         "dtype": args.dtype or ("float32" if on_cpu else "auto"),
         "enforce_eager": not args.compile,
         "max_model_len": args.max_model_len,
         "max_num_seqs": max(args.concurrency),
     }
-    if not args.target:  # 50,000 tokens, so that many engines fit into one machine
-        settings["kv_cache_memory_bytes"] = 2**29
-    if take_turns and not on_cpu:
-        settings["gpu_memory_utilization"] = round(0.9 / len(job.methods), 3)
-    return settings
+    if args.target:
+        return {"model": args.target, **settings}
+    return {"kv_cache_memory_bytes": 2**29, **settings}  # 50,000 tokens: many engines fit in
 
 
-def _facts(job: Job, engine_args: dict[str, Any], take_turns: bool) -> dict[str, Any]:
-    args = job.args
-    shown = methods(args.drafter, args.ar_drafter or "shipped")  # without a temporary folder
+def _facts(
+    args: argparse.Namespace, names: list[str], num_prompts: int, on_cpu: bool
+) -> dict[str, Any]:
+    """The command has the rest."""
     prompts = " ".join(Path(file).name for file in args.prompts or []) or "held-out"
     return provenance(
         target=args.target or shipped.SHIPPED_PAIR,
-        drafter=args.drafter or ("the target's own" if args.target else shipped.SHIPPED_PAIR),
-        compiled=args.compile,
-        **{name: engine_args[name] for name in ("dtype", "max_model_len", "max_num_seqs")},
-        methods={name: with_settings(name, shown) for name in job.methods},
-        engines="in turns" if take_turns else "one after another",
-        prompts=f"{prompts}, {len(job.prompts)} of them",
-        max_tokens=args.max_tokens,
-        requests_per_point=args.requests_per_point or "4 x concurrency, at least 32",
+        dtype=_engine_settings(args, on_cpu)["dtype"],
+        methods=names,
+        engines="in turns" if on_cpu else "one after another",
+        prompts=f"{prompts}, {num_prompts} of them",
         repeats=args.repeats,
-        left_out=job.left_out,
     )
-
-
-@contextlib.contextmanager
-def engines(
-    names: list[str], job: Job, engine_args: dict[str, Any], bar: Any
-) -> Iterator[dict[str, EngineProcess]]:
-    """Methods with an engine each, which end together."""
-    args, started = job.args, dict[str, EngineProcess]()
-    with contextlib.ExitStack() as stack:
-        ar_drafter = args.ar_drafter or ""
-        if not ar_drafter and any(name.startswith("draft_model") for name in names):
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            ar_drafter = str(shipped.padded_ar_drafter(Path(folder)))
-        stack.callback(EngineProcess.close, started.values())
-        configs = methods(args.drafter, ar_drafter)
-        for name in names:
-            bar.set_description(f"starting {name}")
-            settings = (with_settings(name, configs), engine_args, job.prompts, args.max_tokens)
-            started[name] = EngineProcess(name, *settings)
-            bar.update()
-        yield started
 
 
 def measure_point(

@@ -12,7 +12,7 @@ import os
 import sys
 
 import failfast_vllm
-from failfast_vllm.tools import bench, demo, doctor, shipped, sizing, trace_report, version
+from failfast_vllm.tools import bench, demo, doctor, shipped, sizing, version
 
 COMMANDS = {
     "version": (version, "Print the versions and the device that a bug report needs."),
@@ -21,7 +21,6 @@ COMMANDS = {
     "demo": (demo, "Compare greedy decoding without and with failfast at batch size 1."),
     "bench": (bench, "Compare drafting methods by concurrency."),
     "plan": (sizing, "Count the memory that a drafter takes beside a target."),
-    "trace": (trace_report, "Summarise rounds that a server has recorded."),
 }
 
 

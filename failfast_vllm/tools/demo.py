@@ -14,7 +14,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from failfast_vllm.config import MODELS_DIR, FailFastConfig
 from failfast_vllm.tools import offline
 from failfast_vllm.tools.load_generator import Run, Watch, closed_loop
 from failfast_vllm.tools.offline import Prompt, positive
@@ -58,60 +57,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     count: dict[str, Any] = {"type": positive, "metavar": "N"}
     parser.add_argument("--num-prompts", default=6, help="default: 6", **count)
     parser.add_argument("--max-tokens", default=256, help="per answer; default: 256", **count)
-    parser.add_argument("--target", type=Path, metavar="PATH", help="default: the shipped target")
-    parser.add_argument("--drafter", type=Path, metavar="PATH", help="default: the target's own")
     parser.add_argument("--record", type=Path, metavar="FILE.svg", help="write the replay here")
-    parser.add_argument("--trace", metavar="FILE.jsonl", help="for `failfast trace`")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare, and print both sides; returns 1 if the answers differ."""
-    check_shipped(*([] if args.target else ["target"] if args.drafter else ["target", "drafter"]))
-    prompts = choose_prompts(PROMPTS, args.num_prompts)
+    check_shipped("target", "drafter")
     if args.record:
         check_writable(args.record)
-    for path in filter(None, (args.target, args.drafter)):
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{path} has no config.json. Give a checkpoint directory.")
-    given = {"model": args.drafter and str(args.drafter), "trace": args.trace}
-    speculative = {"method": "failfast", **{k: value for k, value in given.items() if value}}
-    FailFastConfig.from_user(speculative)  # a trace that cannot be written is refused here
-    if not args.target:  # 5 M parameters: waiting for a second thread costs more than it computes
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # 5 M parameters: waiting for a second thread costs more than it computes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with offline.engine_environment():
-        target = str(args.target or MODELS_DIR / "target")
-        result = compare(target, speculative, prompts, args.max_tokens)
+        result = compare(choose_prompts(PROMPTS, args.num_prompts), args.max_tokens)
     show(result, args)
     return 0 if result.outputs_identical else 1
 
 
 def choose_prompts(path: Path, num_prompts: int) -> list[Prompt]:
-    """`num_prompts` of a file's prompts, one of each task in turn; raises ValueError if short."""
+    """At most `num_prompts` of a file's prompts, one of each task in turn."""
     by_task = defaultdict[str, list[Prompt]](list)
     for prompt in offline.read_prompts(path):
         by_task[prompt["task"]].append(prompt)
-    prompts = [prompt for turn in zip_longest(*by_task.values()) for prompt in turn if prompt]
-    if num_prompts > len(prompts):
-        raise ValueError(
-            f"--num-prompts must be at most {len(prompts)}, what {path.name} holds; "
-            f"got {num_prompts}."
-        )
-    return prompts[:num_prompts]
+    turns = zip_longest(*by_task.values())
+    return [prompt for turn in turns for prompt in turn if prompt][:num_prompts]
 
 
-def compare(
-    target: str, speculative_config: dict[str, Any], prompts: list[Prompt], max_tokens: int
-) -> Comparison:
-    """Answer `prompts` without, then with failfast; raises ValueError where vLLM refuses."""
+def compare(prompts: list[Prompt], max_tokens: int) -> Comparison:
+    """Answer `prompts` without, then with failfast."""
     import torch
     from tqdm import tqdm  # type: ignore[import-untyped]
     from vllm.platforms import current_platform
 
     runs = []
     with tqdm(total=6, unit="step", leave=False) as bar:
-        for config in (None, speculative_config):
+        for config in (None, {"method": "failfast"}):
             bar.set_description("failfast" if config else "baseline")
-            with offline.engine(config, model=target, **SETTINGS) as llm:
+            with offline.engine(config, **SETTINGS) as llm:
                 bar.update()
                 tokenizer = llm.get_tokenizer()
                 runs.append(_answer_all(llm, config, prompts, max_tokens, bar))
@@ -185,13 +166,11 @@ def table(result: Comparison) -> Iterator[str]:
         f"{SETTINGS['dtype']}, {result.device}"
     )
     figures = result.to_dict()
-    for label, value in (
-        ("tokens/s without", f"{result.baseline.tokens_per_second:.1f}"),
-        ("tokens/s with failfast", f"{result.failfast.tokens_per_second:.1f}"),
-        ("speed-up", f"{figures['speedup']:.2f} x"),
-        ("acceptance length", f"{figures['acceptance_length']:.2f} tokens per round"),
-        ("draft passes", f"{figures['passes_per_round']:.2f} per round"),
-        ("longest accepted run", f"{figures['longest_accepted']} tokens"),
-        ("outputs", "identical" if result.outputs_identical else "DIFFERENT"),
-    ):
-        yield f"  {label:<24}{value}"
+    rates = figures["tokens_per_second"]
+    yield f"  tokens/s without        {rates['baseline']:.1f}"
+    yield f"  tokens/s with failfast  {rates['failfast']:.1f}"
+    yield f"  speed-up                {figures['speedup']:.2f} x"
+    yield f"  acceptance length       {figures['acceptance_length']:.2f} tokens per round"
+    yield f"  draft passes            {figures['passes_per_round']:.2f} per round"
+    yield f"  longest accepted run    {figures['longest_accepted']} tokens"
+    yield f"  outputs                 {'identical' if result.outputs_identical else 'DIFFERENT'}"

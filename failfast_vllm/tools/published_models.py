@@ -1,11 +1,9 @@
-"""Tables of `failfast plan`: the memory of GPUs, and the sizes of published models."""
+"""Table of `failfast plan`: the sizes of published models."""
 
 from functools import partial
 from typing import Any
 
 from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR, SDAR_MOE
-
-GPUS = {"H200": 141e9, "H100": 80e9, "A100-80G": 80e9, "L40S": 48e9, "A6000": 48e9}  # bytes
 
 SIZES = (
     "hidden_size",

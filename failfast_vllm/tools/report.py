@@ -6,12 +6,10 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import failfast_vllm
-from failfast_vllm.tools.load_generator import Run, Served
 from failfast_vllm.tools.version import device, installed
 
 Row = dict[str, Any]
@@ -50,28 +48,16 @@ def _git_sha() -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder and try the file; raises ValueError."""
-    if path.suffix == ".md":
-        raise ValueError(f"{path} is where the table goes. Choose another ending.")
-    existed = path.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise ValueError(f"cannot write {path} ({error.strerror}). Choose another file.") from None
-    if not existed:
-        path.unlink()
+    """Make the folder and the file; raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.open("a").close()
 
 
-def save(result: dict[str, Any], path: str) -> None:
-    """Write the results as JSON, and their tables beside them."""
-    for file, text in (
-        (Path(path), json.dumps(result, indent=1)),
-        (Path(path).with_suffix(".md"), report(result)),
-    ):
-        draft = file.with_name(file.name + ".tmp")  # a run killed here leaves the old file whole
-        draft.write_text(text + "\n", encoding="utf-8")
-        draft.replace(file)
+def save(result: dict[str, Any], path: Path) -> None:
+    """Write the results as JSON."""
+    draft = path.with_name(path.name + ".tmp")  # a run killed here leaves the old file whole
+    draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -97,39 +83,6 @@ def facts(result: dict[str, Any]) -> list[list[str]]:
         [key, value if isinstance(value, str) else json.dumps(value)]
         for key, value in result["provenance"].items()
     ]
-
-
-def by_task(runs: list[Run], baselines: list[Run], tasks: list[str]) -> dict[str, Row]:
-    """Task -> figures of its requests alone; request i of each run has task `tasks[i]`.
-
-    The speed-up is that of a request's tokens per second, over all repeats; the tokens per step
-    are those after an answer's first.
-    """
-    found: dict[str, list[tuple[Served, Served]]] = {}
-    for run, base in zip(runs, baselines, strict=True):
-        for task, ours, others in zip(tasks, run.served, base.served, strict=True):
-            found.setdefault(task, []).append((ours, others))
-    return {task: _task_row(pairs) for task, pairs in found.items()}
-
-
-def _task_row(pairs: list[tuple[Served, Served]]) -> Row:
-    """Figures of requests, each with its twin without drafts."""
-    ours, others = zip(*pairs, strict=True)
-    equal = [a.token_ids == b.token_ids for a, b in pairs]
-    num_steps = sum(len(s.step_ms) - 1 for s in ours)
-    num_tokens = sum(s.num_tokens - 1 for s in ours)
-    return {
-        "requests": len(pairs),
-        "tokens_per_second_per_request": round(_speed(ours), 2),
-        "speedup": round(_speed(ours) / _speed(others), 3),
-        "tokens_per_step": round(num_tokens / num_steps, 3) if num_steps else None,
-        "answers_equal_to_none": round(sum(equal) / len(equal), 4),
-    }
-
-
-def _speed(served: Sequence[Served]) -> float:
-    """Tokens per second of a request."""
-    return 1e3 * sum(s.num_tokens for s in served) / sum(s.latency_ms for s in served)
 
 
 def speedups_table(rows: list[Row]) -> Table:
@@ -158,8 +111,6 @@ COLUMNS = {  # title -> key, format
     "TPOT p99": ("tpot_p99_ms", "{:.2f}"),
     "draft ms": ("draft_ms", "{:.2f}"),
     "of it ours": ("own_ms", "{:.2f}"),
-    "verify ms": ("verify_ms", "{:.2f}"),
-    "other ms": ("other_ms", "{:.2f}"),
     "equal answers": ("answers_equal_to_none", "{:.1%}"),
 }
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 from failfast_vllm.config import MODELS_DIR
@@ -70,28 +69,3 @@ def run(args: argparse.Namespace) -> int:
         for name, path in paths.items():
             print(f"{name:<12}{path}")
     return 0
-
-
-def padded_ar_drafter(folder: Path) -> Path:
-    """A copy of the autoregressive drafter in `folder` with the target's vocabulary.
-
-    vLLM's draft_model wants equal ones. The padding repeats row 0: equal logits, and the lower id
-    wins a tie.
-    """
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    source, padded = MODELS_DIR / "ar-drafter", folder / "ar-drafter"
-    shutil.copytree(source, padded, copy_function=shutil.copyfile)
-    target, config = (
-        json.loads((path / "config.json").read_text(encoding="utf-8"))
-        for path in (MODELS_DIR / "target", source)
-    )
-    weights = load_file(source / "model.safetensors")
-    rows = weights["model.embed_tokens.weight"]  # also the head's
-    padding = rows[:1].expand(target["vocab_size"] - len(rows), -1)
-    weights["model.embed_tokens.weight"] = torch.cat([rows, padding])
-    save_file(weights, padded / "model.safetensors", metadata={"format": "pt"})
-    config["vocab_size"] = target["vocab_size"]
-    (padded / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return padded

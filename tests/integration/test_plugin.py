@@ -4,6 +4,7 @@ import importlib.metadata
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -256,13 +257,12 @@ def test_changed_process_stops_failfast_and_nobody_else(monkeypatch, renamed, st
         EngineArgs(model=TARGET, speculative_config=METHOD).create_engine_config()
 
 
-def test_other_drafters_must_still_match_the_vocabulary():
-    """The shipped pair of autoregressive models is padded differently; vLLM refuses it."""
-    other = {
-        "method": "draft_model",
-        "model": str(MODELS_DIR / "ar-drafter"),
-        "num_speculative_tokens": 3,
-    }
+def test_other_drafters_must_still_match_the_vocabulary(tmp_path):
+    """Catches a hook that lets any drafter's vocabulary differ, which vLLM refuses."""
+    drafter = shutil.copytree(MODELS_DIR / "ar-drafter", tmp_path / "drafter")
+    config = json.loads((drafter / "config.json").read_text(encoding="utf-8"))
+    (drafter / "config.json").write_text(json.dumps({**config, "vocab_size": 1984}))
+    other = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": 3}
     with pytest.raises(ValueError, match="should have the same vocabulary size"):
         EngineArgs(model=TARGET, speculative_config=other).create_engine_config()
 

@@ -15,10 +15,10 @@ from engine import (
     watch,
 )
 from failfast_vllm.config import MODELS_DIR
-from failfast_vllm.observe.trace import read
 from independent import IndependentDrafter
 from runners import plain, start_batch_invariant, v1_engine, v2_engine  # noqa: F401 - a fixture
 from state_check import TOLERANCE, largest_error
+from trace_lines import rounds_of
 from wide_models import FEW_POSITIONS, few_positions, rewrite
 
 NUM_ROUNDS = 50
@@ -70,7 +70,7 @@ def test_v2_equals_v1_round_by_round(plain, v1_record, tmp_path):
         return sorted((r.drafted, r.emitted, r.num_passes, r.known_len, r.num_rows) for r in rounds)
 
     assert comparable(record.rounds) == comparable(v1_record.rounds)
-    assert [(r.known, r.drafted, r.passes, r.rows, r.accepted) for r in read(path).rounds] == [
+    assert [(r.known, r.drafted, r.passes, r.rows, r.accepted) for r in rounds_of(path)] == [
         (r.known_len, len(r.drafted), r.num_passes, r.num_rows, len(r.emitted) - 1)
         for r in record.rounds
     ]

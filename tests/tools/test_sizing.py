@@ -28,6 +28,7 @@ MOE = {  # Qwen3-30B-A3B
     "intermediate_size": 6144,
     "decoder_sparse_step": 1,
     "vocab_size": 151936,
+    "max_position_embeddings": 40960,
     "tie_word_embeddings": False,
 }
 
@@ -134,15 +135,10 @@ def test_published_drafters_have_the_blocks_of_their_names(name, size):
     assert ("block_size" in MODELS[result["drafter"]]) is False
 
 
-def test_the_block_size_can_be_given(tmp_path, capsys):
-    """Catches a plan that cannot be made for what `diffusion_block_size` serves."""
-    config = MODELS["JetLM/SDAR-1.7B-Chat"]
-    argv = ["plan", "Qwen3-8B", "--drafter", write(tmp_path / "mine", config)]
-    assert cli.main([*argv, "--diffusion-block-size", "16"]) == 0
-    text = capsys.readouterr().out
-    assert "blocks of 16)" in text
-    assert "neither its config.json nor its name" not in text
-    assert cli.main(argv) == 0
+def test_a_doubtful_block_size_is_said(tmp_path, capsys):
+    """Catches a size that nobody has stated and that passes for one that somebody has."""
+    path = write(tmp_path / "mine", MODELS["JetLM/SDAR-1.7B-Chat"])
+    assert cli.main(["plan", "Qwen3-8B", "--drafter", path]) == 0
     text = capsys.readouterr().out
     assert "blocks of 4)" in text
     assert "drafts in blocks of 4: the default of SDAR, as neither its config.json nor" in text
@@ -161,40 +157,30 @@ def test_a_silent_drafter_is_counted_with_the_defaults_of_its_class(tmp_path):
 
 
 def test_quantised_weights_are_not_called_exact(tmp_path):
-    """Catches bf16 bytes for weights of 4 bits, or of an unknown size."""
+    """Catches bf16 bytes that pass for those of weights of 4 bits."""
     config = MODELS["Qwen/Qwen2.5-7B-Instruct"]
     awq = {**config, "quantization_config": {"quant_method": "awq", "bits": 4}}
-    known = plan.make_plan(write(tmp_path / "known", awq))
-    assert known["weight_bytes_exact"] == {"target": False, "drafter": True}
-    bf16 = memory("Qwen/Qwen2.5-7B-Instruct").weight_bytes
-    assert bf16 / 4 < known["weight_bytes"]["target"] < bf16 / 2
-    assert "(not exact)" in plan.render(known)
-    assert "are not exact (linear layers at 4 bits, without scales)" in plan.render(known)
-    other = {**config, "quantization_config": {"quant_method": "compressed-tensors"}}
-    unknown = plan.make_plan(write(tmp_path / "unknown", other))
-    assert "are not exact (embeddings, biases and norms only)" in plan.render(unknown)
+    found = plan.make_plan(write(tmp_path / "known", awq))
+    assert found["weight_bytes_exact"] == {"target": False, "drafter": True}
+    assert found["weight_bytes"]["target"] == memory("Qwen/Qwen2.5-7B-Instruct").weight_bytes
+    assert "(not exact)" in plan.render(found)
+    assert "is quantised: it takes less than these unquantised weights" in plan.render(found)
 
 
 def test_the_command_prints_bytes(capsys):
-    """Catches a report that leaves the drafter out where it says whether the weights fit."""
+    """Catches a unit or a share that is off by a thousand or 1024."""
     assert cli.main(["plan", "Qwen3-8B", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["drafter"] == "JetLM/SDAR-1.7B-Chat-b32"
-    assert report["weights_fit"] is True
     assert cli.main(["plan", "Qwen3-8B"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:6] == [
+    assert lines[:5] == [
         "target    Qwen/Qwen3-8B",
         "drafter   JetLM/SDAR-1.7B-Chat-b32 (SDAR, blocks of 32)",
         "weights   target 16.38 GB, drafter 4.06 GB",
         "KV        target 144 KiB per token, drafter 112 KiB: 44% of the pool",
         "logits    2373 MB float32 at most: 64 drafts of 60 tokens, verified at once",
-        "GPU       the weights fit: H200 has 141 GB",
     ]
-    # 29.54 GB alone would fit
-    drafter = ["--drafter", "SDAR-30B-A3B-Chat"]
-    assert cli.main(["plan", "Qwen3-14B", "--gpu", "A100-80G", *drafter]) == 0
-    assert "the weights do not fit: A100-80G has 80 GB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("target", PUBLISHED_TARGETS)
@@ -222,10 +208,8 @@ def test_the_shipped_pair_is_planned(capsys):
 @pytest.mark.parametrize(
     ("argv", "hint"),
     [
-        (["Qwen2.5-7B-Instruct", "--gpu", "H20"], "H200, H100, A100-80G, L40S, A6000"),
         (["nowhere/model"], "Qwen/Qwen3-32B"),
         (["Qwen3-8B", "--drafter", "some/drafter"], "JetLM/SDAR-1.7B-Chat-b32"),
-        (["Qwen3-8B", "--diffusion-block-size", "64"], "must be one of 4, 8, 16, 32; got 64"),
         ([str(Path(__file__))], "give a config.json"),
     ],
 )
@@ -245,7 +229,7 @@ def test_what_cannot_be_planned_is_one_line(argv, hint, capsys):
         ({"hidden_size": "big"}, "'hidden_size'"),
         ({"hidden_size": 10**400}, "'hidden_size' as an integer"),  # too large for gigabytes
         ({"num_hidden_layers": 10**9}, "'num_hidden_layers' as an integer"),  # takes for ever
-        ({"head_dim": ["128"]}, "'head_dim' as an integer"),
+        ({"head_dim": ["128"]}, "'head_dim' equal to 'hidden_size' / "),
         ({"dtype": "int3"}, "int3"),
         ({**MOE, "mlp_only_layers": [0]}, "mixes dense and expert"),
     ],
@@ -272,9 +256,9 @@ def test_a_target_without_a_drafter(changed, tmp_path, capsys):
     assert "drafter   none is known: drafts are copies" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [["plan"], ["plan", "x", "--diffusion-block-size", "-4"]])
+@pytest.mark.parametrize("argv", [["plan"], ["plan", "x", "--gpu", "H200"]])
 def test_wrong_arguments_exit_with_2(argv, capsys):
-    """Catches a bad number that reaches the arithmetic."""
+    """Catches a plan of nothing, and a flag that is ignored."""
     with pytest.raises(SystemExit) as stopped:
         cli.main(argv)
     assert stopped.value.code == 2
