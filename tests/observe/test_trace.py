@@ -1,8 +1,6 @@
 """Traces: what is written, what is read back, and that the engine never suffers from it."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -352,20 +350,3 @@ def test_what_an_engine_records(tmp_path, warnings, monkeypatch):
     assert (header["draft_increment"], header["diffusion_block_size"]) == (10, 32)
     assert header["kv_block_size"] % 32 == 0
     assert not {"trace", "trace_ids"} & set(header)
-
-
-@pytest.mark.slow
-def test_a_trace_without_a_server(tmp_path, capsys):
-    """The newcomer's way to a trace: catches a demo that ends before the file is written."""
-    path = tmp_path / "t.jsonl"
-    options = ["--trace", path, "--num-prompts", "2", "--max-tokens", "32", "--json"]
-    command = [Path(sys.executable).with_name("failfast"), "demo", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert cli.main(["trace", str(path), "--json"]) == 0
-    summary = json.loads(capsys.readouterr().out)
-    assert summary["requests"] == 2 * 2  # the warm-up asks, too
-    assert summary["acceptance_length"] > 1
-    assert summary["emitted"] <= 2 * 2 * (32 + 1)
-    fields = json.loads(path.read_text().splitlines()[2])
-    assert set(fields) == KEYS
