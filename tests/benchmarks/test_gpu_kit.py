@@ -419,8 +419,42 @@ def test_shrunken_shapes_with_random_weights_draft(tmp_path):
     assert "SYNTHETIC" not in spec["label"]
 
 
+def assert_small_runs(plain, ours):
+    assert plain["name"] == "float32, eager: none"
+    assert "same_answers" not in plain
+    assert ours["same_answers"] == "4 of 4"
+    assert ours["3 requests"]["passes"] > 0
+
+
 @no_gpu
-@pytest.mark.slow
+def test_the_small_runs_on_a_cpu(monkeypatch, tmp_path):
+    """Catches engines that do not start or draft, and a comparison that finds no answers.
+
+    In this process; specs and results go through JSON as they do between two.
+    """
+
+    def in_this_process(spec, folder, seconds):
+        result = engine.one_engine(json.loads(json.dumps(spec)))
+        return json.loads(json.dumps(result)), "", ""
+
+    monkeypatch.setattr(engine, "run_process", in_this_process)
+    lines = []
+    until = time.monotonic() + 1000
+    assert engine.run_all(engine.small_runs(True), tmp_path, until, lines.append) == 0, lines
+    assert_small_runs(*lines)
+
+
+def test_an_engine_that_fails_says_why(tmp_path):
+    """Catches a parent and a child that do not understand each other."""
+    result, problem, output = engine.run_process({"speculative": None}, tmp_path, 60)
+    assert result is None
+    assert problem.startswith("exit status 1 | ")
+    assert problem.endswith("KeyError: 'engine'")
+    assert "one_engine" in output
+
+
+@no_gpu
+@pytest.mark.large
 def test_the_small_phase_on_a_cpu(tmp_path):
     """The whole chain: shell script, phase, engines in processes of their own, comparison."""
     environment = {k: v for k, v in os.environ.items() if k != "OUT"} | {"PYTHON": sys.executable}
@@ -434,11 +468,7 @@ def test_the_small_phase_on_a_cpu(tmp_path):
     assert result.returncode == 0, result.stdout
     found = json.loads((tmp_path / "small.json").read_text())
     assert found["ok"]
-    plain, ours = found["steps"][0]["commands"][0]["result"]["engines"]
-    assert plain["name"] == "float32, eager: none"
-    assert "same_answers" not in plain
-    assert ours["same_answers"] == "4 of 4"
-    assert ours["3 requests"]["passes"] > 0
+    assert_small_runs(*found["steps"][0]["commands"][0]["result"]["engines"])
 
 
 # --- probe, tuner ---------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ COMMANDS = {
     "vllm serve MODEL": "tests/integration/test_http.py::test_chat_completion",
     "vllm serve ...": "tests/observe/test_trace.py::test_what_an_engine_records",
     "VLLM_CPU_KVCACHE_SPACE=1 .venv/bin/vllm serve failfast_vllm/small_pair/target": (
-        "tests/integration/test_http.py::test_the_default_serves_many_and_one"
+        "tests/integration/test_chaos.py::test_a_server_in_chaos"
     ),
     "curl -s http://localhost:8000/v1/chat": "tests/integration/test_http.py::test_chat_completion",
     "curl -s http://localhost:8000/metrics": (

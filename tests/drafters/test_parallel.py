@@ -1,6 +1,8 @@
 """Several ranks answer as one does: a shared drafter, whole drafters, data parallel."""
 
 import asyncio
+import contextlib
+import multiprocessing
 import types
 from collections import Counter
 
@@ -9,6 +11,8 @@ import torch
 from vllm import SamplingParams
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.v1.engine import coordinator, utils
+from vllm.v1.executor import multiproc_executor
 
 from checkpoints import tiny_config, write_checkpoint
 from engine import TARGET, engine, generate, mixed_prompts, watch
@@ -23,10 +27,21 @@ from rank_worker import EXTENSION
 from wide_models import equal_experts, four_heads, rewrite
 
 TWO_RANKS = {"tensor_parallel_size": 2, "worker_extension_cls": EXTENSION}
-NUM_PROMPTS = 24
-NUM_REQUESTS = 80
+NUM_PROMPTS = 18
+NUM_REQUESTS = 30
 HANG_SECONDS = 240  # a tenth of it on an idle machine
 SHARED_DRAFTS = 0.98  # sharded sums round differently: a tie between two tokens may turn over
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ranks_share_imports():
+    """vLLM's processes begin as copies of one that has imported it and has no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vllm.v1.worker.cpu_worker", "vllm.v1.engine.core"])
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (coordinator, utils, multiproc_executor):
+            patch.setattr(module, "get_mp_context", lambda: context)
+        yield
 
 
 def limits(count):
@@ -49,28 +64,33 @@ def expert_drafter(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_plain_ranks():
-    """What two ranks answer without speculation."""
-    with engine(**TWO_RANKS) as llm:
+def plain():
+    """Prompts, and what one rank answers without speculation."""
+    with engine() as llm:
         prompts = mixed_prompts(llm.get_tokenizer(), NUM_PROMPTS)
         return prompts, generate(llm, prompts, limits(NUM_PROMPTS))
 
 
 @pytest.fixture(scope="module")
-def one_rank(two_plain_ranks):
+def one_rank(plain):
     """What one rank drafts."""
-    prompts, _ = two_plain_ranks
+    prompts, _ = plain
     with engine("failfast") as llm, watch(llm) as record:
         generate(llm, prompts, limits(NUM_PROMPTS))
     return record
 
 
-def on_two_ranks(speculative_config, prompts):
-    """Answers, and what each rank drafted."""
+@contextlib.contextmanager
+def two_ranks(speculative_config):
+    """Yields the engine and what asks it: prompts -> answers, and what each rank drafted."""
     with engine(speculative_config, **TWO_RANKS) as llm:
-        llm.collective_rpc("start_watching")
-        answers = generate(llm, prompts, limits(len(prompts)))
-        return answers, llm.collective_rpc("watched"), llm.collective_rpc("drafter_shapes")
+
+        def ask(prompts):
+            llm.collective_rpc("start_watching")
+            answers = generate(llm, prompts, limits(len(prompts)))
+            return answers, llm.collective_rpc("watched")
+
+        yield llm, ask
 
 
 def decisions(record):
@@ -79,13 +99,15 @@ def decisions(record):
 
 
 @pytest.mark.slow
-def test_whole_drafters_draft_what_one_rank_drafts(two_plain_ranks, one_rank):
+def test_whole_drafters_draft_what_one_rank_drafts(plain, one_rank):
     """Three heads cannot be shared by two ranks, so each holds all of them and asks nobody.
 
     Catches a layer or a gather that still uses the target's group: it would hang, or draft garbage.
     """
-    prompts, expected = two_plain_ranks
-    answers, records, shapes = on_two_ranks("failfast", prompts)
+    prompts, expected = plain
+    with two_ranks("failfast") as (llm, ask):
+        answers, records = ask(prompts)
+        shapes = llm.collective_rpc("drafter_shapes")
     assert answers == expected
     assert decisions(records[0]) == decisions(records[1])
     records[0].assert_not_vacuous()
@@ -94,14 +116,21 @@ def test_whole_drafters_draft_what_one_rank_drafts(two_plain_ranks, one_rank):
 
 
 @pytest.mark.slow
-def test_a_shared_drafter_takes_the_same_decisions_on_every_rank(
-    two_plain_ranks, one_rank, shared_drafter
-):
-    """Catches ranks that see other logits: one would take a pass more than the other, and wait."""
-    prompts, expected = two_plain_ranks
-    answers, records, shapes = on_two_ranks(
-        {"method": "failfast", "model": shared_drafter}, prompts
-    )
+def test_a_shared_drafter_takes_the_same_decisions_on_every_rank(plain, one_rank, shared_drafter):
+    """Catches ranks that see other logits: one would take a pass more than the other, and wait.
+
+    And ranks that plan by their own times: one would draft where the other rests, and wait.
+    """
+    prompts, expected = plain
+    asked = {"method": "failfast", "model": shared_drafter, "load_aware": True}
+    with two_ranks(asked) as (llm, ask):
+        answers, records = ask(prompts)
+        assert answers == expected
+        assert decisions(records[0]) == decisions(records[1])
+        assert records[0].num_drafted > 0
+        llm.collective_rpc("draft_at_any_load")
+        answers, records = ask(prompts)
+        shapes = llm.collective_rpc("drafter_shapes")
     assert answers == expected
     assert decisions(records[0]) == decisions(records[1])
     records[0].assert_not_vacuous()
@@ -115,24 +144,15 @@ def test_a_shared_drafter_takes_the_same_decisions_on_every_rank(
 
 
 @pytest.mark.slow
-def test_ranks_that_plan_for_the_load_take_the_same_decisions(two_plain_ranks, shared_drafter):
-    """Catches ranks that learn their own times: one would draft where the other rests, and wait."""
-    prompts, expected = two_plain_ranks
-    asked = {"method": "failfast", "model": shared_drafter, "load_aware": True}
-    answers, records, _ = on_two_ranks(asked, prompts)
-    assert answers == expected
-    assert decisions(records[0]) == decisions(records[1])
-    assert records[0].num_drafted > 0
-
-
-@pytest.mark.slow
-def test_two_ranks_share_the_experts_of_a_drafter(two_plain_ranks, expert_drafter):
+def test_two_ranks_share_the_experts_of_a_drafter(plain, expert_drafter):
     """Catches experts that are summed over the wrong ranks, or not at all."""
-    prompts, expected = two_plain_ranks
+    prompts, expected = plain
     method = {"method": "failfast", "model": expert_drafter}
     with engine(method) as llm, watch(llm) as record:
         generate(llm, prompts, limits(NUM_PROMPTS))
-    answers, records, shapes = on_two_ranks(method, prompts)
+    with two_ranks(method) as (llm, ask):
+        answers, records = ask(prompts)
+        shapes = llm.collective_rpc("drafter_shapes")
     assert answers == expected
     assert decisions(records[0]) == decisions(records[1])
     assert records[0].num_drafted > 0

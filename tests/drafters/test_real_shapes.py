@@ -63,13 +63,16 @@ def test_the_widest_step_of_64_sequences(tmp_path):
     assert max(rows) == 512 + 64
 
 
-@pytest.mark.slow
-def test_a_drafter_of_the_published_shape(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "num_layers",
+    [3, pytest.param(FAST_DLLM_1_5B["num_hidden_layers"], marks=pytest.mark.large)],
+)
+def test_a_drafter_of_the_published_shape(tmp_path, monkeypatch, capsys, num_layers):
     """Fast-dLLM v2 1.5B, random weights: it starts, drafts, answers; its memory is the plan's."""
-    write_checkpoint(
-        tmp_path / "drafter", FAST_DLLM_V2, FAST_DLLM_1_5B, shards=2, dtype=torch.bfloat16
-    )
-    planned = sizing.memory_of("drafter", FAST_DLLM_1_5B)
+    layers = {"num_hidden_layers": num_layers, "layer_types": ["full_attention"] * num_layers}
+    config = {**FAST_DLLM_1_5B, **layers}
+    write_checkpoint(tmp_path / "drafter", FAST_DLLM_V2, config, shards=2, dtype=torch.bfloat16)
+    planned = sizing.memory_of("drafter", config)
     held = []
     load_weights = Fast_dLLM_QwenForCausalLM.load_weights
 
@@ -97,7 +100,7 @@ def test_a_drafter_of_the_published_shape(tmp_path, monkeypatch, capsys):
     assert record.num_drafted
     with capsys.disabled():
         print(
-            f"\n1.5B drafter: {held[0] / MIB:.0f} MiB of weights,"
+            f"\n1.5B drafter, {num_layers} layers: {held[0] / MIB:.0f} MiB of weights,"
             f" planned {planned.weight_bytes / MIB:.0f};"
             f" {kv_bytes / 1024:.0f} KiB of KV per token, planned"
             f" {planned.kv_bytes_per_token / 1024:.0f}"

@@ -18,15 +18,15 @@ from literal import AUTHORS, OURS, KeptKV, literal_draft
 
 INCREMENT, THRESHOLD, CAP = 10, 0.45, 60
 BLOCK = 32
-NUM_ROUNDS = 500
+NUM_ROUNDS = 250
 
 
 @pytest.fixture(scope="module")
 def recorded():
     """Proposals of a mixed batch, and what a literal draft needs to repeat them."""
     with engine("failfast") as llm, watch(llm) as record:
-        prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 90) if len(p) < 420]
-        generate(llm, prompts, greedy_params(prompts))
+        prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 60) if len(p) < 420]
+        generate(llm, prompts, greedy_params(prompts, 64))
         own = proposer(llm)
         knobs = own.vllm_config.additional_config[METHOD]
         stop_ids = own.drafter.stop_token_ids.tolist()

@@ -1,4 +1,4 @@
-"""The recipes that need a server: one for all, started by the ExecStart of the systemd unit."""
+"""The recipes that need a server: the one of tests/conftest.py, which the systemd unit starts."""
 
 import json
 import math
@@ -13,50 +13,12 @@ import httpx
 import pytest
 
 from engine import TARGET, shipped_prompts
-from http_server import START_SECONDS, free_port, server_environment, started
+from http_server import EXAMPLES, START_SECONDS, free_port, server_environment
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
 BIN = Path(sys.executable).parent
 FLAGS = "--enforce-eager --dtype float32 --max-model-len 2048"
 NUM_PROMPTS = 32
-
-
-def settings(text):
-    """The variables of an environment file."""
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return dict(line.split("=", 1) for line in lines)
-
-
-def exec_start(unit, variables):
-    """The command of a unit: `${X}` is one word, `$X` is split at spaces, as systemd does it."""
-    (line,) = re.findall("^ExecStart=(.*)$", unit.replace("\\\n", ""), re.M)
-    words = []
-    for word in line.split():
-        if word.startswith("${"):
-            words.append(variables[word[2:-1]])
-        elif word.startswith("$"):
-            words += variables[word[1:]].split()
-        else:
-            words.append(word)
-    return words
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = EXAMPLES / "systemd"
-    variables = settings((folder / "failfast-vllm.env").read_text())
-    assert variables["SPECULATIVE_CONFIG"] == "failfast"
-    port = free_port()
-    variables |= {"MODEL": TARGET, "PORT": str(port), "VLLM_ARGS": FLAGS}
-    # drafts at any load: what is measured does not depend on the machine
-    variables["SPECULATIVE_CONFIG"] = '{"method": "failfast", "load_aware": false}'
-    unit = (folder / "failfast-vllm.service").read_text()
-    command = exec_start(unit, variables)
-    command[0] = command[0].replace("/opt/failfast-vllm/.venv/bin", str(BIN))
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    with started(command, port, log) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

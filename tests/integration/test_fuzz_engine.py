@@ -10,7 +10,7 @@ from failfast_vllm.integration.session import Session
 from independent import IndependentDrafter
 from live_weights import other_weights
 
-NUM_LIVES = 60
+NUM_LIVES = 40
 
 
 @pytest.fixture(scope="module")

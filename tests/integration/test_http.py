@@ -1,6 +1,7 @@
 """`vllm serve TARGET --speculative-config failfast`, over HTTP, with clients that come and go.
 
-Every answer is compared with what an engine without speculation says offline.
+Every answer is compared with what an engine without speculation says offline. The server is that of
+the recipes, too (tests/conftest.py); the last test ends it.
 """
 
 import asyncio
@@ -20,10 +21,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine import TARGET, chat_ids, engine, shipped_prompts
-from http_server import START_SECONDS, free_port, server_environment, started
+from http_server import FLAGS, NAME, START_SECONDS, free_port, server_environment, started
 
-NAME = "tiny"
-ALWAYS = json.dumps({"method": "failfast", "load_aware": False})
 DOCS = Path(__file__).parents[2] / "docs"
 NUM_CLIENTS = 32
 SETTLE_SECONDS = 15  # the engine notices a lost client between two steps
@@ -61,39 +60,18 @@ def questions():
     ]
 
 
-def serve_command(speculative_config, port, parser="xlam", *more):
+def serve_command(speculative_config, port, *more):
+    """As a user types it; the shared server is started by the systemd unit's command."""
     vllm = str(Path(sys.executable).with_name("vllm"))
-    engine_flags = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "2048"]
-    http_flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME]
-    command = [vllm, "serve", TARGET]
-    if speculative_config:
-        command += ["--speculative-config", speculative_config]
-        command += ["--per-request-spec-decode-metrics", "detailed"]
-    grammar = {"backend": "xgrammar", "disable_any_whitespace": True}  # a small model rambles
-    grammar_flags = ["--structured-outputs-config", json.dumps(grammar)]
-    # xlam has no format of its own: a forced call's arguments are bound to the schema
-    tool_flags = ["--tool-call-parser", parser, "--enable-auto-tool-choice"]
-    return [
-        *command,
-        *engine_flags,
-        *http_flags,
-        *grammar_flags,
-        *tool_flags,
-        *more,
-    ]
+    given = ["--speculative-config", speculative_config] if speculative_config else []
+    where = ["--host", "127.0.0.1", "--port", str(port)]
+    return [vllm, "serve", TARGET, *given, *where, *FLAGS, *more]
 
 
 def serving(speculative_config, log, *more):
-    """A running server."""
+    """A running server of its own."""
     port = free_port()
     return started(serve_command(speculative_config, port, *more), port, log)
-
-
-@pytest.fixture(scope="module")
-def server(questions, tmp_path_factory):
-    """Drafts at any load; `questions` first, so that the two engines do not share the cores."""
-    with serving(ALWAYS, tmp_path_factory.mktemp("server") / "server.log") as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)
@@ -208,8 +186,12 @@ def test_a_third_of_32_clients_leave_midway(server, questions):
     assert server.metric("spec_decode_num_accepted_tokens_total") > 0
 
 
+@pytest.mark.large
 def test_the_default_serves_many_and_one(questions, tmp_path):
-    """As started by one word: load decides when to draft, and answers do not depend on it."""
+    """As started by one word: load decides when to draft, and answers do not depend on it.
+
+    In the fast part: `test_chaos.py`, whose server is the default one, too.
+    """
     with serving("failfast", tmp_path / "server.log") as server:
         test_completion(server, questions)
         check_that_a_third_may_leave(server, questions)
@@ -328,7 +310,7 @@ async def call_tools(server, questions, num_calls):
 def test_forced_tool_calls_are_valid(server, questions):
     """Catches a grammar that drafts lead out of step."""
     before = server.metric("spec_decode_num_accepted_tokens_total")
-    for completion in asyncio.run(call_tools(server, questions, 200)):
+    for completion in asyncio.run(call_tools(server, questions, 96)):
         (call,) = completion.choices[0].message.tool_calls
         assert call.function.name == "give"
         arguments = json.loads(call.function.arguments)
@@ -339,7 +321,7 @@ def test_forced_tool_calls_are_valid(server, questions):
     assert server.metric("spec_decode_num_accepted_tokens_total") > before + 100
 
 
-CALL = '<tool_call>\n{"name": "give", "arguments": {"to": "Leo", "count": 2}}\n</tool_call>'
+CALL = '[{"name": "give", "arguments": {"to": "Leo", "count": 2}}]'
 
 
 def called(completion):
@@ -364,7 +346,7 @@ def called_in_pieces(stream):
 
 
 def call_by_text(server, **settings):
-    """`<tool_call>` as the model writes it: a regex forces the text, the parser reads it."""
+    """A call as the model writes it: a regex forces the text, the parser reads it."""
     return server.client().chat.completions.create(
         model=NAME,
         messages=[{"role": "user", "content": f"Repeat this list: {CALL}"}],
@@ -412,47 +394,16 @@ def remaining(group):
     return True
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(
-    "method",
+    "command",
     [
-        pytest.param(ALWAYS, marks=pytest.mark.slow),
-        pytest.param(None, marks=pytest.mark.large, id="without failfast"),
+        "chat --url {url}/v1 --quick Hello",
+        "complete --url {url}/v1 --max-tokens 20 --quick Hello",
     ],
 )
-def test_tool_calls_by_text_and_the_end(questions, tmp_path, method):
-    """Catches deltas of many tokens that the parser reads otherwise than the whole text, and
-
-    a server that does not end on SIGTERM under load, or not as without failfast.
-    """
-    with serving(method, tmp_path / "server.log", "hermes", "--disable-log-stats") as server:
-        test_completion(server, questions)
-        seen = called(call_by_text(server))
-        assert seen == ("give", '{"to": "Leo", "count": 2}', "tool_calls")
-        stream = call_by_text(server, stream=True, stream_options={"include_usage": True})
-        streamed, num_deltas, num_tokens = called_in_pieces(stream)
-        assert streamed == seen
-        if method:
-            assert num_deltas < num_tokens, "no delta had two tokens"
-        asyncio.run(terminate_under_load(server, questions[:16]))
-        assert server.process.wait(timeout=SETTLE_SECONDS) == 0
-        deadline = time.monotonic() + SETTLE_SECONDS
-        while remaining(server.process.pid):
-            assert time.monotonic() < deadline, "a process is left"
-            time.sleep(0.2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("command", "shown"),
-    [
-        ("chat --url {url}/v1 --quick Hello", r"\w"),
-        pytest.param(
-            "complete --url {url}/v1 --max-tokens 20 --quick Hello", r"\w", marks=pytest.mark.large
-        ),
-    ],
-)
-def test_vllms_clients_run_to_their_end(server, command, shown):
-    """`vllm bench serve`: `tests/examples/test_examples_served.py`."""
+def test_vllms_clients_run_to_their_end(server, command):
+    """In the fast part: `vllm bench serve`, in `tests/examples/test_examples_served.py`."""
     vllm = str(Path(sys.executable).with_name("vllm"))
     found = subprocess.run(
         [vllm, *command.format(url=server.url).split()],
@@ -463,7 +414,7 @@ def test_vllms_clients_run_to_their_end(server, command, shown):
         check=False,
     )
     assert found.returncode == 0, found.stderr[-2000:]
-    assert re.search(shown, found.stdout)
+    assert re.search(r"\w", found.stdout)
     assert server.is_healthy()
 
 
@@ -565,3 +516,36 @@ def test_server_refuses_to_start(speculative_config, message):
     assert process.returncode != 0
     assert message in process.stdout.strip().splitlines()[-1]
     assert "Starting to load model" not in process.stdout
+
+
+def check_tool_calls_and_the_end(server, questions, drafts):
+    seen = called(call_by_text(server))
+    assert seen == ("give", '{"to": "Leo", "count": 2}', "tool_calls")
+    stream = call_by_text(server, stream=True, stream_options={"include_usage": True})
+    streamed, num_deltas, num_tokens = called_in_pieces(stream)
+    assert streamed == seen
+    if drafts:
+        assert num_deltas < num_tokens, "no delta had two tokens"
+    asyncio.run(terminate_under_load(server, questions[:16]))
+    assert server.process.wait(timeout=SETTLE_SECONDS) == 0
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while remaining(server.process.pid):
+        assert time.monotonic() < deadline, "a process is left"
+        time.sleep(0.2)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("method", [None, "failfast"])
+def test_the_end_without_stats(questions, tmp_path, method):
+    """Catches a server that needs its statistics, or another end with failfast than without."""
+    with serving(method, tmp_path / "server.log", "--disable-log-stats") as server:
+        test_completion(server, questions)
+        check_tool_calls_and_the_end(server, questions, drafts=False)
+
+
+def test_tool_calls_by_text_and_the_end(server, questions):
+    """Catches deltas of many tokens that the parser reads otherwise than the whole text, and
+
+    a server that does not end on SIGTERM under load. The last test of this server.
+    """
+    check_tool_calls_and_the_end(server, questions, drafts=True)

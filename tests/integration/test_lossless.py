@@ -17,13 +17,20 @@ from engine import (
 from wide_models import FEW_POSITIONS, few_positions, rewrite
 
 
-@pytest.fixture(scope="module", params=[102, pytest.param(204, marks=pytest.mark.large)])
+@pytest.fixture(scope="module", params=[74, pytest.param(204, marks=pytest.mark.large)])
 def plain(request):
     """Prompts, their sampling parameters, and what vLLM alone answers."""
     with engine() as llm:
         prompts = mixed_prompts(llm.get_tokenizer(), request.param)
-        params = greedy_params(prompts)
+        params = greedy_params(prompts, 64)
         return prompts, params, generate(llm, prompts, params)
+
+
+@pytest.fixture(scope="module")
+def drafting(plain):
+    """After `plain`, so that one engine runs at a time."""
+    with engine("failfast") as llm:
+        yield llm
 
 
 def assert_equal(found, expected):
@@ -31,22 +38,37 @@ def assert_equal(found, expected):
     assert not different, f"prompts {different} answer differently"
 
 
-def test_batches_of_up_to_16(plain):
+def test_batches_of_up_to_16(plain, drafting):
     prompts, params, expected = plain
-    with engine("failfast") as llm, watch(llm) as record:
-        assert_equal(generate(llm, prompts, params), expected)
+    with watch(drafting) as record:
+        assert_equal(generate(drafting, prompts, params), expected)
         record.assert_not_vacuous()
-        assert {len(lens) for lens in record.draft_lens} >= {1, 8, 16}
+        sizes = {len(lens) for lens in record.draft_lens}
+        assert sizes >= {1, 16}
+        assert len(sizes) > 8
 
 
-def test_one_and_three_at_a_time(plain):
+def test_one_and_three_at_a_time(plain, drafting):
     prompts, params, expected = plain
-    with engine("failfast") as llm, watch(llm) as record:
+    with watch(drafting) as record:
         for i in range(0, 24, 3):
             part = slice(i, i + 3)
-            assert_equal(generate(llm, prompts[part], params[part]), expected[part])
+            assert_equal(generate(drafting, prompts[part], params[part]), expected[part])
         for i in range(24, 36):
-            assert generate(llm, [prompts[i]], params[i]) == [expected[i]]
+            assert generate(drafting, [prompts[i]], params[i]) == [expected[i]]
+        record.assert_not_vacuous()
+
+
+def test_beside_sampled_requests(plain, drafting):
+    """Both kinds are verified in the same batch; only the greedy ones have one right answer."""
+    from vllm import SamplingParams
+
+    prompts, params, expected = plain
+    sampled = SamplingParams(temperature=0.7, top_k=20, top_p=0.9, max_tokens=40)
+    with watch(drafting) as record:
+        mixed = [p for prompt in prompts[:40] for p in (prompt, prompt)]
+        answers = generate(drafting, mixed, [p for param in params[:40] for p in (param, sampled)])
+        assert_equal(answers[::2], expected[:40])
         record.assert_not_vacuous()
 
 
@@ -54,7 +76,7 @@ def test_prefix_cache_hits(plain):
     """Blocks that another request committed are read; the same text also arrives within a step."""
     prompts, params, expected = plain
     with engine("failfast", enable_prefix_caching=True) as llm, watch(llm) as record:
-        prompts, params, expected = prompts[:60], params[:60], expected[:60]
+        prompts, params, expected = prompts[:48], params[:48], expected[:48]
         doubled = [p for prompt in prompts for p in (prompt, prompt)]
         answers = generate(llm, doubled, [p for param in params for p in (param, param)])
         assert_equal(answers[::2], expected)
@@ -90,19 +112,6 @@ def test_forced_preemption(plain):
             assert_equal(answers, [expected[i] for i in few])
             record.assert_not_vacuous()
         assert preempted
-
-
-def test_beside_sampled_requests(plain):
-    """Both kinds are verified in the same batch; only the greedy ones have one right answer."""
-    from vllm import SamplingParams
-
-    prompts, params, expected = plain
-    sampled = SamplingParams(temperature=0.7, top_k=20, top_p=0.9, max_tokens=40)
-    with engine("failfast") as llm, watch(llm) as record:
-        mixed = [p for prompt in prompts[:40] for p in (prompt, prompt)]
-        answers = generate(llm, mixed, [p for param in params[:40] for p in (param, sampled)])
-        assert_equal(answers[::2], expected[:40])
-        record.assert_not_vacuous()
 
 
 def test_the_longest_context(plain):

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from failfast_vllm.integration import startup
 SOAK = Path(__file__).parents[2] / "benchmarks" / "endurance" / "soak.py"
 spec = importlib.util.spec_from_file_location("soak", SOAK)
 soak = importlib.util.module_from_spec(spec)
+sys.modules["soak"] = soak  # else its turns cannot go through a pipe
 spec.loader.exec_module(soak)
 
 pytestmark = pytest.mark.skipif(
@@ -127,8 +129,49 @@ def test_warm_up_goes_from_wide_to_narrow():
     )
 
 
-def test_a_short_soak(tmp_path):
-    """Catches a benchmark that loses requests or compares nothing."""
+def test_a_short_soak():
+    """Catches a benchmark whose engine loses requests or drafts nothing. In this process."""
+    ours, theirs = multiprocessing.Pipe()
+    asked = list(soak.turns(20))
+    for turn in [*asked, None]:
+        ours.send(turn)
+    settings = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 2**29}
+    soak.serve(theirs, soak.METHODS["failfast"], settings, 20)
+    start = ours.recv()
+    records, answers = zip(*(ours.recv() for _ in asked), strict=True)
+    assert [r["requests"] for r in records] == [8, 20]
+    assert [len(some) for some in answers] == [8, 12]
+    assert all(r["rss_mib"] > r["heap_in_use_mib"] > 100 for r in (start, *records))
+    found = soak.summarize([{"requests": 0, **start}, *records])
+    assert found["unanswered"] == 0
+    assert found["accepted"] > 0
+
+
+def test_a_soak_compares_answers(monkeypatch):
+    """Catches a benchmark that compares nothing; what stands in for an engine counts its tokens."""
+
+    def serve(pipe, config, settings, count):
+        pipe.send(dict.fromkeys(("rss_mib", "heap_in_use_mib", "heap_free_mib"), 1.0))
+        done = 0
+        while (turn := pipe.recv()) is not None:
+            answers = [[n, n] for n in range(done, done + turn.num_requests)]
+            done += turn.num_requests
+            if config and done > 8:
+                answers[3] = [0]
+            record = {"requests": done, "concurrency": 1, "tokens": 2 * turn.num_requests}
+            pipe.send(({**record, **soak.memory()}, answers))
+
+    monkeypatch.setattr(soak, "serve", serve)
+    fork = multiprocessing.get_context("fork")  # else a process that knows nothing of `serve`
+    monkeypatch.setattr(soak.multiprocessing, "get_context", lambda method: fork)
+    *_, found = soak.soak(20, {}, list(soak.METHODS))
+    assert found["different_answers"] == 1
+    assert found["generated_tokens"] == 2 * 2 * 20
+
+
+@pytest.mark.large
+def test_the_script_of_a_short_soak(tmp_path):
+    """Both in processes of their own, with what they write."""
     path = tmp_path / "soak.json"
     subprocess.run([sys.executable, SOAK, "--requests", "20", "--json", path], check=True)
     found = json.loads(path.read_text())

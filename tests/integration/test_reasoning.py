@@ -12,7 +12,7 @@ from vllm import SamplingParams
 from vllm.config.structured_outputs import StructuredOutputsConfig
 from vllm.sampling_params import StructuredOutputsParams
 
-from engine import chat_ids, generate, shipped_prompts, watch
+from engine import chat_ids, generate, policy, shipped_prompts, watch
 from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.tools import offline
 from features import SCHEMA, asked_for
@@ -98,19 +98,36 @@ def expected(pair):
     return prompts, answers
 
 
-@pytest.mark.parametrize(
-    ("method", "more"),
-    [
-        pytest.param({"load_aware": False}, {}, id="the paper's rule"),
-        pytest.param({}, {}, id="default"),
-        pytest.param({"load_aware": False, "policy": "fixed"}, {}, id="fixed"),
-        pytest.param({"load_aware": False}, asked_for(max_len=0), id="undrafted"),
-    ],
-)
-def test_a_schema_after_the_thinking(pair, expected, method, more):
-    """Catches drafts that cross the end of the thinking unchecked, and rows that move."""
+@pytest.fixture(scope="module")
+def drafting(pair, expected):
+    """After `expected`, so that one engine runs at a time."""
+    with thinking_engine(pair, {"load_aware": False}) as llm:
+        yield llm
+
+
+def check_schemas(llm, expected, **more):
     prompts, answers = expected
-    with thinking_engine(pair, method) as llm, watch(llm) as record:
+    with watch(llm) as record:
         for some in (slice(0, 1), slice(0, 3), slice(0, NUM_QUESTIONS)):
             assert generate(llm, prompts[some], params(**more)[some]) == answers[some]
     assert (record.num_accepted > 0) == (not more)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        pytest.param("failfast", {}, id="the paper's rule"),
+        pytest.param("fixed", {}, id="fixed"),
+        pytest.param("failfast", asked_for(max_len=0), id="undrafted"),
+    ],
+)
+def test_a_schema_after_the_thinking(expected, drafting, name, more):
+    """Catches drafts that cross the end of the thinking unchecked, and rows that move."""
+    with policy(drafting, name):
+        check_schemas(drafting, expected, **more)
+
+
+def test_a_schema_after_the_thinking_under_the_default(pair, expected):
+    """Catches the same in steps in which the load leaves some or all without drafts."""
+    with thinking_engine(pair, {}) as llm:
+        check_schemas(llm, expected)

@@ -13,14 +13,14 @@ ASKED = {"method": "failfast", "model": str(MODELS_DIR / "drafter")}
 
 
 def some_prompts(llm):
-    return [p for p in mixed_prompts(llm.get_tokenizer(), 30) if len(p) < 500]
+    return [p for p in mixed_prompts(llm.get_tokenizer(), 24) if len(p) < 500]
 
 
 def answers(spec, lora=None, **overrides):
     """Greedy answers; with a drafter also the tensor types of KV, {is the drafter's: type}."""
     with engine(spec, **overrides) as llm:
         prompts = some_prompts(llm)
-        params = greedy_params(prompts)
+        params = greedy_params(prompts, 64)
         if spec is None:
             return generate(llm, prompts, params, lora)
         with watch(llm) as record:
@@ -65,11 +65,11 @@ def test_sdar_drafts_for_a_qwen3_target(tmp_path):
     spec = {"method": "failfast", "model": str(tmp_path / "drafter")}
     with engine(None, **target) as llm:
         prompts = some_prompts(llm)
-        params = greedy_params(prompts)
+        params = greedy_params(prompts, 64)
         expected = generate(llm, prompts, params)
     with engine(spec, **target) as llm, watch(llm) as record:
         assert generate(llm, prompts, params) == expected
-    assert record.num_drafted > 1000
+    assert record.num_drafted > 500
 
 
 def test_multimodal_target(tmp_path):
@@ -78,8 +78,8 @@ def test_multimodal_target(tmp_path):
     settings = {"model": str(tmp_path / "target"), "limit_mm_per_prompt": {"audio": 0}}
     with engine(None, **settings) as llm:
         prompts = some_prompts(llm)
-        params = greedy_params(prompts)
+        params = greedy_params(prompts, 64)
         expected = generate(llm, prompts, params)
     with engine(ASKED, **settings) as llm, watch(llm) as record:
         assert generate(llm, prompts, params) == expected
-    assert record.num_drafted > 1000
+    assert record.num_drafted > 500

@@ -30,9 +30,9 @@ def assert_lossless(spec, lora=None, **overrides):
     """Greedy answers are those without speculation, where copies are forced and prefixes shared."""
     settings = {"max_num_seqs": 8, "enable_prefix_caching": True, **overrides}
     with engine(None, **settings) as llm:
-        prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 40) if len(p) < 500]
+        prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 28) if len(p) < 500]
         prompts += [p for p in prompts if len(p) > 256]
-        params = greedy_params(prompts)
+        params = greedy_params(prompts, 64)
         expected = generate(llm, prompts, params, lora)
     with engine(spec, **settings) as llm:
         assert isinstance(proposer(llm), CopyProposer)

@@ -4,16 +4,16 @@ import pytest
 
 from copying_cases import check
 from engine import proposer
-from runners import plain, v2_engine  # noqa: F401 - a fixture
+from runners import answered, v2_engine
 
 NUM_PROMPTS = 24
 ALONE = {"method": "failfast", "model": None, "load_aware": True}
 BESIDE = {"method": "failfast", "load_aware": True, "copies": True}
 
 
-@pytest.fixture
-def some(plain):
-    return [values[:NUM_PROMPTS] for values in plain]
+@pytest.fixture(scope="module")
+def some():
+    return answered(NUM_PROMPTS, 96)
 
 
 def test_beside_a_drafter(some):

@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=1 python -m pytest tests/interpreted/test_triton_kernels.py
 
-With a GPU say TRITON_INTERPRET=0 (not run yet). FAILFAST_TEST_SHAPES (0.5 unless set) multiplies
+With a GPU say TRITON_INTERPRET=0 (not run yet). FAILFAST_TEST_SHAPES (0.25 unless set) multiplies
 the number of drawn shapes and lets --hypothesis-seed choose them.
 """
 
@@ -21,16 +21,16 @@ from failfast_kernels import block_attention, confidence, launch_table, referenc
 from failfast_kernels.launch_table import ConfidenceLaunch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = float(os.environ.get("FAILFAST_TEST_SHAPES", "0.5"))
+SHAPES = float(os.environ.get("FAILFAST_TEST_SHAPES", "0.25"))
 
 # Largest error over the largest magnitude of the answer: the products are exact in float32, so
 # what remains is summing up to some thousand terms (2^-24 each) and exp2 (2 units in the last
 # place). Relative to the largest, since sums near zero have cancelled.
 FLOAT32_RELATIVE = 1e-5
-# Absolute, outputs of order 1: the weights of the second product are rounded to 8 bits (2^-9
-# relative each, partly averaged out) and the output once more.
-BFLOAT16_ABSOLUTE = 2e-2
-FLOAT16_ABSOLUTE = 4e-3  # likewise with 11 bits, 2^-12
+# Likewise, but at least of 1, since many keys average to little: the weights of the second product
+# are rounded to 8 bits (2^-9 relative each, partly averaged out) and the output once more.
+BFLOAT16_RELATIVE = 1e-2
+FLOAT16_RELATIVE = 2e-3  # likewise with 11 bits, 2^-12
 CONFIDENCE_RELATIVE = 1e-5  # sums of at most 152k positive float32 terms, in tiles
 
 drawn = settings(
@@ -80,13 +80,13 @@ def assert_matches(case, **overrides):
     assert not found.isnan().any(), "a row was not written, or garbage leaked"
     if found.numel() == 0:
         return
-    error = float((found.double() - expected).abs().max())
+    error, largest = float((found.double() - expected).abs().max()), float(expected.abs().max())
     if case.query.dtype == torch.float32:
-        assert error <= FLOAT32_RELATIVE * float(expected.abs().max())
+        assert error <= FLOAT32_RELATIVE * largest
     elif case.query.dtype == torch.bfloat16:
-        assert error <= BFLOAT16_ABSOLUTE
+        assert error <= BFLOAT16_RELATIVE * max(1.0, largest)
     else:
-        assert error <= FLOAT16_ABSOLUTE
+        assert error <= FLOAT16_RELATIVE * max(1.0, largest)
 
 
 def test_these_kernels_run_where_they_claim():
@@ -168,7 +168,7 @@ def test_drawn_shapes_with_many_rows(sequences, block_size, group_size, dtype, s
     ],
 )
 def test_regimes(sequences, page_size, num_splits):
-    assert_matches(Case(sequences, page_size, 1, 6, head_dim=64), num_splits=num_splits)
+    assert_matches(Case(sequences, page_size, 1, 3, head_dim=64), num_splits=num_splits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

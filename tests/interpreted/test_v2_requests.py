@@ -32,7 +32,13 @@ from engine import (
 )
 from failfast_vllm.config import MODELS_DIR
 from independent import IndependentDrafter
-from runners import few_plain, start_batch_invariant, v1_engine, v2_engine  # noqa: F401 - a fixture
+from runners import (
+    ANSWER_LEN,
+    few_plain,  # noqa: F401 - a fixture
+    start_batch_invariant,
+    v1_engine,
+    v2_engine,
+)
 
 
 def test_what_single_requests_ask(few_plain):
@@ -218,7 +224,7 @@ def test_embedded_positions_are_masked():
 
     with v1_engine(**EMBEDS) as llm:
         prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 40) if 8 < len(p) < 300]
-        requests, params = as_requests(prompts), greedy_params(prompts)
+        requests, params = as_requests(prompts), greedy_params(prompts, ANSWER_LEN)
         expected = answers(llm, requests, params)
     tight = {"num_gpu_blocks_override": 18, "block_size": 64, "max_model_len": 512}
     with v2_engine(**EMBEDS, **tight) as llm:
@@ -231,6 +237,7 @@ def test_embedded_positions_are_masked():
         record.assert_not_vacuous()
         assert sum(n > 0 for n in hidden) > 50
         assert preempted
+        generate(llm, [[5, 6]], SamplingParams(max_tokens=1))  # the next step is told who has ended
         assert not proposer(llm).embedded, "what has ended is forgotten"
 
 
@@ -239,7 +246,7 @@ def test_nothing_is_verified_that_nobody_drafted():
     few = {"block_size": 64, "max_model_len": 512, "num_gpu_blocks_override": 18}
     with v1_engine() as llm:
         prompts = whole_pages_and_a_token(llm.get_tokenizer(), 64, 10)
-        params = greedy_params(prompts)
+        params = greedy_params(prompts, ANSWER_LEN)
         expected = generate(llm, prompts, params)
     with v2_engine(enable_prefix_caching=True, **few) as llm:
         preempted = count_preemptions(llm)
@@ -256,7 +263,7 @@ def test_stores_of_kv_connectors_are_shared(tmp_path):
     """Catches an engine that ends because nobody has stored its drafter's layers."""
     with v1_engine() as llm:
         prompts = prompts_of_pages(llm.get_tokenizer(), 8)
-        params = greedy_params(prompts)
+        params = greedy_params(prompts, ANSWER_LEN)
         expected = generate(llm, prompts, params)
     dense = IndependentDrafter(MODELS_DIR / "drafter", num_draftable_tokens=1)
     asked = {"method": "failfast", "load_aware": True}

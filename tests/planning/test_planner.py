@@ -196,7 +196,7 @@ def test_each_fixed_length_is_judged_as_if_it_had_run():
     assert rates == pytest.approx({n: Simulation("7B", 4, 1).run(Fixed(n)) for n in rates})
 
 
-@pytest.mark.parametrize("num_seqs", [1, 2, 4, 8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("num_seqs", [1, 4, 16, 64, 256])
 @pytest.mark.parametrize("target", ["7B", "32B"])
 def test_never_below_no_drafts_and_near_the_best_fixed_length(target, num_seqs):
     """Catches drafting where it does not pay, and not drafting where it does."""
@@ -357,7 +357,7 @@ def test_a_plain_step_right_after_drafts_says_little():
 def test_a_busy_start_does_not_end_drafting_that_pays(target, num_seqs, clock):
     """Catches a server that never drafts because something else ran while it started."""
     shares = []
-    for seed in range(10):
+    for seed in range(5):
         best, _ = best_fixed(target, num_seqs, seed)
         sim = Simulation(target, num_seqs, seed)
         true = cost_tables(target)
@@ -372,7 +372,7 @@ def test_a_busy_start_does_not_end_drafting_that_pays(target, num_seqs, clock):
 def test_a_busy_start_costs_little_where_drafting_does_not_pay(num_seqs, clock):
     """Catches a server that drafts on because it believes steps without drafts to be dear."""
     target, none = "7B", Simulation("7B", num_seqs).run(Fixed(0))
-    for seed in range(10):
+    for seed in range(5):
         sim = Simulation(target, num_seqs, seed)
         sim.draft_ms = scaled(sim.draft_ms, 4.0)
         true = Costs(sim.draft_ms, sim.verify_ms)
@@ -410,7 +410,7 @@ def test_tries_where_drafting_does_not_pay_cost_little(num_seqs, dear, clock):
 
 
 @pytest.mark.parametrize("num_seqs", [1, 4])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_machine_that_is_busy_at_times_goes_on_drafting(num_seqs, seed, clock):
     """Catches drafting that is blamed for what slows down all that runs meanwhile."""
     sim, true = Simulation("7B", num_seqs, seed), cost_tables("7B")

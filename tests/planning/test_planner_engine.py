@@ -63,12 +63,12 @@ def test_drafting_that_comes_and_goes(expected, overrides):
         independent = IndependentDrafter(MODELS_DIR / "drafter", num_draftable_tokens=1)
         found = []
         error, num_checked = largest_error(
-            llm, independent, lambda: found.extend(generate(llm, prompts, params))
+            llm, independent, lambda: found.extend(generate(llm, prompts, params)), every=3
         )
         record.assert_not_vacuous()
     assert found == answers
     assert error < TOLERANCE
-    assert num_checked > 100
+    assert num_checked > 30
     assert sum(late) > 5
 
 
@@ -138,8 +138,8 @@ def test_a_server_on_a_busy_machine_drafts(expected):
     prompts, params, answers = expected
     few = [i for i, answer in enumerate(answers) if len(answer) >= 40][:2]
     chosen = [prompts[i] for i in few], [params[i] for i in few]
-    with busy_loops(6), engine(ASKED, max_num_seqs=1) as llm:
-        for _ in range(4):
+    with busy_loops(4), engine(ASKED, max_num_seqs=1) as llm:
+        for _ in range(2):
             with watch(llm) as record:
                 assert generate(llm, *chosen) == [answers[i] for i in few]
             drafted = [r for r in record.rounds if r.num_passes]

@@ -18,7 +18,7 @@ from failfast_vllm.policies.table import make_policy
 from failfast_vllm.tools import offline
 
 TARGET = str(MODELS_DIR / "target")
-NUM_SLOTS = 2**16  # of the KV cache: half of what vLLM would fill with zeros
+NUM_SLOTS = 2**15  # of the KV cache: a quarter of what vLLM would fill with zeros
 unfreeze = gc.unfreeze
 atexit.register(unfreeze)  # else libraries report what is never collected
 num_modules = 0  # when kernels were last replaced
@@ -284,10 +284,10 @@ def assert_drafts_end_there(record, num_positions):
     assert record.num_accepted > 0
 
 
-def greedy_params(prompts):
-    """Greedy, with output limits from 1 to 96 tokens so that requests end in different steps."""
+def greedy_params(prompts, most=96):
+    """Greedy, with output limits from 1 to `most` tokens: requests end in different steps."""
     from vllm import SamplingParams
 
     return [
-        SamplingParams(temperature=0.0, max_tokens=1 + i * 37 % 96) for i in range(len(prompts))
+        SamplingParams(temperature=0.0, max_tokens=1 + i * 37 % most) for i in range(len(prompts))
     ]

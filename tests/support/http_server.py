@@ -1,9 +1,11 @@
 """A server in processes of its own, started by any command; HTTP clients for it."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,18 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine import TARGET
+
+NAME = "tiny"
+FLAGS = [  # of every server of the shipped target
+    *("--enforce-eager", "--dtype", "float32", "--max-model-len", "2048"),
+    *("--served-model-name", TARGET, NAME),
+    # the parser has no format of its own: a forced call's arguments are bound to the schema
+    *("--enable-auto-tool-choice", "--tool-call-parser", "xlam"),
+    # a small model rambles; no spaces, at which systemd splits
+    *("--structured-outputs-config", '{"backend":"xgrammar","disable_any_whitespace":true}'),
+]
+EXAMPLES = Path(__file__).parents[2] / "examples"
 START_SECONDS = 120  # a quarter of it on an idle machine
 REQUEST_SECONDS = 60
 
@@ -103,3 +117,39 @@ def stop_group(process):
             return
         except subprocess.TimeoutExpired:
             continue
+
+
+def settings(text):
+    """The variables of an environment file."""
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return dict(line.split("=", 1) for line in lines)
+
+
+def exec_start(unit, variables):
+    """The command of a unit: `${X}` is one word, `$X` is split at spaces, as systemd does it."""
+    (line,) = re.findall("^ExecStart=(.*)$", unit.replace("\\\n", ""), re.M)
+    words = []
+    for word in line.split():
+        if word.startswith("${"):
+            words.append(variables[word[2:-1]])
+        elif word.startswith("$"):
+            words += variables[word[1:]].split()
+        else:
+            words.append(word)
+    return words
+
+
+def started_by_systemd(log):
+    """A server that drafts at any load, started by the ExecStart of the unit in the examples."""
+    folder = EXAMPLES / "systemd"
+    variables = settings((folder / "failfast-vllm.env").read_text())
+    assert variables["SPECULATIVE_CONFIG"] == "failfast"
+    # what is measured shall not depend on the machine
+    variables["SPECULATIVE_CONFIG"] = '{"method": "failfast", "load_aware": false}'
+    port = free_port()
+    flags = " ".join([*FLAGS, "--per-request-spec-decode-metrics", "detailed"])
+    variables |= {"MODEL": TARGET, "PORT": str(port), "VLLM_ARGS": flags}
+    command = exec_start((folder / "failfast-vllm.service").read_text(), variables)
+    programs = str(Path(sys.executable).parent)
+    command[0] = command[0].replace("/opt/failfast-vllm/.venv/bin", programs)
+    return started(command, port, log)

@@ -9,6 +9,7 @@ import torch.distributed
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
 from engine import start_watching
+from failfast_vllm.drafting.interfaces import Planner
 from failfast_vllm.integration.session import adapter_of
 
 EXTENSION = f"{__name__}.RankWorker"
@@ -22,6 +23,10 @@ class RankWorker:
 
     def watched(self):
         return self.record
+
+    def draft_at_any_load(self):
+        drafter = adapter_of(self.model_runner).drafter
+        drafter.planner = Planner(drafter.planner.draft_increment)
 
     def drafter_shapes(self):
         """What of the drafter this rank holds."""

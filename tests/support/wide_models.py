@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from failfast_vllm.config import MODELS_DIR
 
 NUM_EXPERTS = 4
-FEW_POSITIONS = 128
+FEW_POSITIONS = 96
 
 
 def rewrite(name, path, change):

@@ -162,11 +162,14 @@ def test_doctor_misses_models(other_models, capsys):
 
 
 @pytest.mark.slow
-def test_demo_is_lossless_and_prints_only_json(tmp_path):
-    """Catches a replay that drops steps: its last frame counts other tokens than were answered."""
-    recording = tmp_path / "demo.svg"
-    asked = ["--num-prompts", "3", "--max-tokens", "64", "--record", str(recording)]
-    done = run("demo", "--json", *asked)
+def test_demo_is_lossless_and_prints_only_json(tmp_path, capsys):
+    """Catches a replay that drops steps: its last frame counts other tokens than were answered.
+
+    And a demo that ends before its trace is written: the newcomer's way to one, without a server.
+    """
+    recording, trace = tmp_path / "demo.svg", tmp_path / "t.jsonl"
+    asked = ["--num-prompts", "2", "--max-tokens", "64", "--record", str(recording)]
+    done = run("demo", "--json", *asked, "--trace", str(trace))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert set(result) == {
@@ -191,6 +194,11 @@ def test_demo_is_lossless_and_prints_only_json(tmp_path):
         assert float(shown) == pytest.approx(rate, rel=0.02)
         assert int(num_tokens) / float(seconds) == pytest.approx(rate, rel=0.05)
     assert figures[0][1] == figures[1][1]
+    assert cli.main(["trace", str(trace), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["requests"] == 2 * 2  # the warm-up asks, too
+    assert summary["acceptance_length"] > 1
+    assert summary["emitted"] <= 2 * 2 * (64 + 1)
 
 
 def test_prompts_are_mixed(tmp_path):
@@ -247,7 +255,7 @@ def test_demo_fails_if_outputs_differ(capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["outputs_identical"] is False
 
 
-@pytest.mark.parametrize("command", ["models", "doctor"])
+@pytest.mark.parametrize("command", ["models", pytest.param("doctor", marks=pytest.mark.large)])
 def test_a_reader_that_has_seen_enough(command):
     """Catches a traceback behind `failfast models | head -c1`."""
     done = subprocess.run(
