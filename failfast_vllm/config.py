@@ -29,6 +29,7 @@ class FailFastConfig:
     draft_budget: int  # tokens drafted in one step, over all sequences
     copies: bool  # draft copies of a sequence's own text where they are expected to pay
     path_search: bool  # experimental: choose among the candidates of a pass by earlier text
+    drafter_window: int | None  # committed tokens that the drafter attends to; None: all
     load_aware: bool  # draft only where it is expected to raise throughput
     trace: str | None  # the file that rounds are written to
     trace_ids: bool  # with token ids
@@ -60,6 +61,7 @@ class FailFastConfig:
             draft_budget=read_integer(given, "draft_budget", 512, 1, 65536),
             copies=copies,
             path_search=read_flag(given, "path_search", False),
+            drafter_window=_window(given),
             load_aware=load_aware,
             parameters=policy_parameters(policy, given, cap),
             trace=_trace_file(given),
@@ -137,6 +139,12 @@ def _known_keys(speculative_config: Mapping[str, Any]) -> dict[str, Any]:
             )
         given[key] = value
     return given
+
+
+def _window(given: Mapping[str, Any]) -> int | None:
+    if given.get("drafter_window") is None:
+        return None
+    return read_integer(given, "drafter_window", 0, 32, 2**20)
 
 
 def _trace_file(given: Mapping[str, Any]) -> str | None:

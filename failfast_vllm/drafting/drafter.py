@@ -68,7 +68,8 @@ class Drafter:
         step = replace(step, max_draft_lens=self.policy.begin(step.req_ids, step.max_draft_lens))
         live, commits = step.known_lens - step.final_lens, step.final_lens - step.committed_lens
         copies, wanted = self.copies.find(step), step.max_draft_lens
-        first, copied = self.planner.first(wanted, live, commits, copies.match_lens)
+        seen = step.final_lens - self.geometry.window_starts(step.final_lens)
+        first, copied = self.planner.first(wanted, live, commits, seen, copies.match_lens)
         first = share(first, step.draft_budget)
         copied = share(copied, step.draft_budget - int(first.sum()))
         if self.planner.postpones_commits:
@@ -95,7 +96,7 @@ class Drafter:
 
     def _pass(self, work: Workspace, seqs: Lengths, max_copied: int) -> None:
         """One pass over `seqs`; a draft may get `max_copied` tokens on top of its increment."""
-        began = self.clock()
+        began, num_scores = self.clock(), work.num_scores(seqs)
         first_rows, batch = work.rows(seqs, work.starts, work.ends)
         hidden_states = self._forward(batch)
         grows = work.increments[seqs] > 0
@@ -108,7 +109,8 @@ class Drafter:
         judged = self._judge(work, masks, found.token_ids.view_as(masks.rows), signals)
         work.settle(masks, found.probabilities.view_as(masks.rows), judged)
         # the pass has ended: its verdict is on the host
-        self.planner.pass_took(batch.input_ids.numel(), (self.clock() - began) * 1e3)
+        size = batch.input_ids.numel(), num_scores
+        self.planner.pass_took(size, (self.clock() - began) * 1e3)
 
     def _judge(
         self, work: Workspace, masks: Masks, token_ids: torch.Tensor, signals: torch.Tensor

@@ -107,7 +107,12 @@ class Planner(Observer):
         return True
 
     def first(
-        self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths, match_lens: Lengths
+        self,
+        wanted: Lengths,
+        live_rows: Lengths,
+        commit_rows: Lengths,
+        seen_lens: Lengths,
+        match_lens: Lengths,
     ) -> tuple[Lengths, Lengths]:
         """Increments of the first pass, [num_seqs], and tokens to copy instead, [num_seqs].
 
@@ -115,12 +120,17 @@ class Planner(Observer):
             wanted: [num_seqs] most tokens that each may draft.
             live_rows: [num_seqs] known tokens that a pass encodes again.
             commit_rows: [num_seqs] tokens whose blocks a pass would commit.
+            seen_lens: [num_seqs] committed tokens, these included, that a pass attends to.
             match_lens: [num_seqs] see `Copies`.
         """
         return np.minimum(wanted, self.draft_increment), np.zeros_like(wanted)
 
-    def pass_took(self, num_rows: int, ms: float) -> None:
-        """A draft pass, from planning its rows to its tokens."""
+    def pass_took(self, size: tuple[int, int], ms: float) -> None:
+        """A draft pass, from planning its rows to its tokens.
+
+        Args:
+            size: its rows, and its pairs of a row and a key.
+        """
 
     def following(
         self,

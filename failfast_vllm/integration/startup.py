@@ -34,6 +34,7 @@ from failfast_vllm.policies.table import make_policy
 MAX_TURNS, MIN_TURNS, TURNS_SECONDS = 10, 3, 12.0  # of timing the models
 SLOW_MS = 500.0  # wider passes than one that takes longer are extrapolated
 WARM_UP_MS = 8000.0  # of that for each model, on a CPU; a busy one has it seem longer
+ATTENDING_ROWS = 64  # of the pass that tells what attention takes
 MAX_WARM_ROWS = 128  # of the target: with the drafter's they fit into oneDNN's cache of 1024
 
 
@@ -75,20 +76,22 @@ def make_drafter(model: Any, kv_block_size: int, num_pages: int) -> Drafter:
     policy, tokens = _learners(knobs)
     target_vocab_size = vllm_config.model_config.get_vocab_size()
     stop_ids = stop_token_ids(vllm_config.model_config)
+    geometry = Geometry(
+        vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
+        mask_token_id=knobs["mask_token_id"],
+        kv_block_size=kv_block_size,
+        max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
+        device=device,
+        diffusion_block_size=knobs["diffusion_block_size"],
+        logit_shift=knobs["logit_shift"],
+        window=knobs["drafter_window"],
+    )
     return Drafter(
         model,
         policy,
         Planner(knobs["draft_increment"]),
-        Geometry(
-            vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
-            mask_token_id=knobs["mask_token_id"],
-            kv_block_size=kv_block_size,
-            max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
-            device=device,
-            diffusion_block_size=knobs["diffusion_block_size"],
-            logit_shift=knobs["logit_shift"],
-        ),
-        CommittedBlocks(num_pages, kv_block_size, knobs["diffusion_block_size"], device),
+        geometry,
+        CommittedBlocks(num_pages, geometry),
         stop_token_ids=torch.tensor(stop_ids, dtype=torch.int64, device=device),
         max_draft_len=knobs["num_speculative_tokens"],
         max_draft_budget=knobs["draft_budget"],
@@ -167,13 +170,22 @@ def measure_costs(
         if drafter.device.type == "cpu" and not in_lockstep:
             model.warm_up(warm, sizes)
     ends = clock() + TURNS_SECONDS
+    num_rows = min(ATTENDING_ROWS, sizes[-1])
+    num_keys = drafter.longest_prefix(num_rows) if knobs["drafts"] else 0
+    attending = _Timed(functools.partial(_draft_pass, drafter, num_keys=num_keys), clock)
     # in turns: a second that another process takes is not all of one model or size
     for turn in range(1, MAX_TURNS):
         if turn >= MIN_TURNS and clock() > ends and not in_lockstep:
             break
         for size, model in itertools.product(sizes, (target, draft)):
             model.time(size)
-    return Costs(draft.table(sizes), target.table(sizes))
+        if num_keys:
+            attending.time(num_rows)
+    score_ms = 0.0
+    if num_keys:
+        slower_ms = attending.best[num_rows] - draft.best[num_rows]
+        score_ms = max(0.0, slower_ms) / (num_rows * num_keys)
+    return Costs(draft.table(sizes), target.table(sizes), score_ms)
 
 
 @dataclass
@@ -210,11 +222,11 @@ class _Timed:
         return CostTable(sizes, [self.best[size] for size in sizes])
 
 
-def _draft_pass(drafter: HostedDraftModel, size: int) -> torch.Tensor:
-    """Sequences in the middle of a live block, each with an increment of masks."""
+def _draft_pass(drafter: HostedDraftModel, size: int, num_keys: int = 0) -> torch.Tensor:
+    """Sequences in the middle of a live block after `num_keys` tokens, each with an increment."""
     rows_each = drafter.diffusion_block_size // 2 + drafter.draft_increment
     num_seqs = max(1, size // rows_each)
-    hidden_states = drafter.forward(drafter.idle_pass(num_seqs, size))
+    hidden_states = drafter.forward(drafter.idle_pass(num_seqs, size, num_keys))
     masks = hidden_states[: num_seqs * drafter.draft_increment]
     return drafter.confidence(masks).probabilities
 

@@ -45,6 +45,10 @@ class CostTable:
         """Time of a pass of `size` rows; 0 for 0 rows."""
         return np.asarray(np.interp(size, self._knots, self._values))
 
+    def start_ms(self, size: float) -> float:
+        """Time of a pass of `size` rows as measured at start-up."""
+        return float(np.interp(size, self._knots, self._start))
+
     def _set(self, ms: Floats) -> None:
         self.ms[:] = np.maximum.accumulate(ms)
         self._values[1] = self.ms[0]
@@ -62,7 +66,7 @@ class CostTable:
         it takes. Returns the time that counted, which is less than `ms` for a hiccup.
         """
         ms = min(ms, HICCUP * float(self(size)))
-        start, start_here = self._start[2:-1], float(np.interp(size, self._knots, self._start))
+        start, start_here = self._start[2:-1], self.start_ms(size)
         near = self._nearness.get(size)
         if near is None:
             nearness = np.exp(-3.0 * np.abs(np.log2(self.sizes / size)))  # .05 at half and double
@@ -93,13 +97,15 @@ class Costs:
     """Times of this server's parts of a step.
 
     Args:
-        draft: a draft pass, by rows.
+        draft: a draft pass that attends to little, by rows.
         verify: a step of the target with all around it, by tokens.
+        score_ms: of a draft pass, by pairs of a row and a key that it attends to.
     """
 
-    def __init__(self, draft: CostTable, verify: CostTable) -> None:
+    def __init__(self, draft: CostTable, verify: CostTable, score_ms: float = 0.0) -> None:
         self.draft = draft
         self.verify = verify
+        self.score_ms = score_ms
         # a step without drafts takes less: it has its own measurements
         self.plain = CostTable(verify.sizes.astype(int).tolist(), verify.ms.tolist())
         self.overhead_ms = 0.0  # of drafting, outside the passes
@@ -108,21 +114,36 @@ class Costs:
         self.draft.forget()
         self.verify.forget()
 
-    def learn_drafting(self, rows: list[int], passes_ms: list[float], ms: float) -> list[float]:
+    def draft_ms(self, rows: npt.NDArray[Any], num_scores: npt.NDArray[Any]) -> Floats:
+        """Time of draft passes by their size, see `Planner.pass_took`."""
+        return self.draft(rows) + self.score_ms * num_scores
+
+    def learn_drafting(
+        self, sizes: list[tuple[int, int]], passes_ms: list[float], ms: float
+    ) -> list[float]:
         """Learn from a step's draft passes.
 
         Args:
-            rows: of each pass.
+            sizes: of each pass, see `Planner.pass_took`.
             passes_ms: time of each pass.
             ms: time of drafting, the passes included.
 
         Returns:
             The times of the passes that counted, see `CostTable.correct`.
         """
-        counted = [self.draft.correct(*one) for one in zip(rows, passes_ms, strict=True)]
+        counted = [self._learn_pass(*one) for one in zip(sizes, passes_ms, strict=True)]
         overhead_ms = min(ms - sum(passes_ms), sum(passes_ms))  # a hiccup moves little
         self.overhead_ms += OVERHEAD_RATE * (overhead_ms - self.overhead_ms)
         return counted
+
+    def _learn_pass(self, size: tuple[int, int], ms: float) -> float:
+        rows, num_scores = size
+        if num_scores:
+            self.score_ms = min(self.score_ms, ms / num_scores)
+        scores_ms = self.score_ms * num_scores
+        # a slope that is too steep says nothing about the rows
+        rows_ms = max(ms - scores_ms, min(ms, self.draft.start_ms(rows)))
+        return self.draft.correct(rows, rows_ms) + ms - rows_ms
 
 
 class StepTimer:
@@ -134,12 +155,12 @@ class StepTimer:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
-        self._passes: list[tuple[int, float]] = []  # rows and ms of each
+        self._passes: list[tuple[tuple[int, int], float]] = []  # size and ms of each
         self._began = 0.0  # drafting
         self._waits_since = 0.0  # for the target
 
-    def pass_took(self, num_rows: int, ms: float) -> None:
-        self._passes.append((num_rows, ms))
+    def pass_took(self, size: tuple[int, int], ms: float) -> None:
+        self._passes.append((size, ms))
 
     def drafting_ended(self) -> None:
         self._waits_since = self.clock()
@@ -149,15 +170,15 @@ class StepTimer:
         self._began += seconds
         self._waits_since += seconds
 
-    def lap(self) -> tuple[list[int], list[float]]:
+    def lap(self) -> tuple[list[tuple[int, int]], list[float]]:
         """End a step and begin the next one, with drafting.
 
         Returns:
-            The rows of each draft pass of the step that ends, and in ms: its drafting, the
+            The size of each draft pass of the step that ends, and in ms: its drafting, the
             target's step, and each of these passes.
         """
         now = self.clock()
         seconds = self._waits_since - self._began, now - self._waits_since
         passes, self._passes, self._began = self._passes, [], now
         ms = [part * 1e3 for part in seconds] + [ms for _, ms in passes]
-        return [rows for rows, _ in passes], ms
+        return [size for size, _ in passes], ms
