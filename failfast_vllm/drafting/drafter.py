@@ -25,7 +25,7 @@ from failfast_vllm.drafting.interfaces import (
     Policy,
     TokenChooser,
 )
-from failfast_vllm.drafting.records import DraftBatch, Drafts, DraftStep, Lengths, share
+from failfast_vllm.drafting.records import DraftBatch, Drafts, DraftStep, FirstPass, Lengths, share
 from failfast_vllm.drafting.workspace import Geometry, Judged, Masks, Workspace
 
 
@@ -66,10 +66,15 @@ class Drafter:
     def _begin(self, step: DraftStep) -> Workspace | Drafts:
         """Decide for whom to draft, and how far in the first pass; `Drafts`: no pass is needed."""
         step = replace(step, max_draft_lens=self.policy.begin(step.req_ids, step.max_draft_lens))
-        live, commits = step.known_lens - step.final_lens, step.final_lens - step.committed_lens
-        copies, wanted = self.copies.find(step), step.max_draft_lens
-        seen = step.final_lens - self.geometry.window_starts(step.final_lens)
-        first, copied = self.planner.first(wanted, live, commits, seen, copies.match_lens)
+        copies, final = self.copies.find(step), step.final_lens
+        asked = FirstPass(
+            wanted=step.max_draft_lens,
+            live_rows=step.known_lens - final,
+            commit_rows=final - step.committed_lens,
+            seen_lens=final - self.geometry.window_starts(final),
+            match_lens=copies.match_lens,
+        )
+        first, copied = self.planner.first(asked)
         first = share(first, step.draft_budget)
         copied = share(copied, step.draft_budget - int(first.sum()))
         if self.planner.postpones_commits:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from failfast_vllm.drafting.records import BUDGET, DOUBT, Copies, Lengths
+from failfast_vllm.drafting.records import BUDGET, DOUBT, Copies, FirstPass, Lengths
 
 if TYPE_CHECKING:
     import torch
@@ -106,24 +106,9 @@ class Planner(Observer):
         """The target has just verified `num_tokens` tokens: whether to consider drafting."""
         return True
 
-    def first(
-        self,
-        wanted: Lengths,
-        live_rows: Lengths,
-        commit_rows: Lengths,
-        seen_lens: Lengths,
-        match_lens: Lengths,
-    ) -> tuple[Lengths, Lengths]:
-        """Increments of the first pass, [num_seqs], and tokens to copy instead, [num_seqs].
-
-        Args:
-            wanted: [num_seqs] most tokens that each may draft.
-            live_rows: [num_seqs] known tokens that a pass encodes again.
-            commit_rows: [num_seqs] tokens whose blocks a pass would commit.
-            seen_lens: [num_seqs] committed tokens, these included, that a pass attends to.
-            match_lens: [num_seqs] see `Copies`.
-        """
-        return np.minimum(wanted, self.draft_increment), np.zeros_like(wanted)
+    def first(self, asked: FirstPass) -> tuple[Lengths, Lengths]:
+        """Increments of the first pass, [num_seqs], and tokens to copy instead, [num_seqs]."""
+        return np.minimum(asked.wanted, self.draft_increment), np.zeros_like(asked.wanted)
 
     def pass_took(self, size: tuple[int, int], ms: float) -> None:
         """A draft pass, from planning its rows to its tokens.

@@ -56,6 +56,16 @@ class DraftStep:
         )
 
 
+class FirstPass(NamedTuple):
+    """What the first pass of a step would be; host arrays of [num_seqs]."""
+
+    wanted: Lengths  # most tokens that each sequence may draft
+    live_rows: Lengths  # known tokens that the pass encodes again
+    commit_rows: Lengths  # tokens whose blocks it would commit
+    seen_lens: Lengths  # committed tokens, these included, that it attends to
+    match_lens: Lengths  # see `Copies`
+
+
 class DraftBatch(NamedTuple):
     """The rows of one forward pass."""
 

@@ -12,7 +12,7 @@ FAR = 1e7  # rows; a table is extrapolated up to there
 HICCUP = 4.0  # a measurement counts as at most this multiple of what was expected
 COST_MEMORY = 20.0  # measurements near a size that its time is averaged over
 FORGETTING = 0.01  # per look without drafts: what was learned long ago gets another try
-OVERHEAD_RATE = 0.1  # weight of the last step in the average of what drafting adds to its passes
+OVERHEAD_RATE = 0.1  # weight of the last step in averages of what is not in a table
 
 
 class CostTable:
@@ -45,10 +45,6 @@ class CostTable:
         """Time of a pass of `size` rows; 0 for 0 rows."""
         return np.asarray(np.interp(size, self._knots, self._values))
 
-    def start_ms(self, size: float) -> float:
-        """Time of a pass of `size` rows as measured at start-up."""
-        return float(np.interp(size, self._knots, self._start))
-
     def _set(self, ms: Floats) -> None:
         self.ms[:] = np.maximum.accumulate(ms)
         self._values[1] = self.ms[0]
@@ -66,7 +62,7 @@ class CostTable:
         it takes. Returns the time that counted, which is less than `ms` for a hiccup.
         """
         ms = min(ms, HICCUP * float(self(size)))
-        start, start_here = self._start[2:-1], self.start_ms(size)
+        start, start_here = self._start[2:-1], float(np.interp(size, self._knots, self._start))
         near = self._nearness.get(size)
         if near is None:
             nearness = np.exp(-3.0 * np.abs(np.log2(self.sizes / size)))  # .05 at half and double
@@ -137,13 +133,14 @@ class Costs:
         return counted
 
     def _learn_pass(self, size: tuple[int, int], ms: float) -> float:
-        rows, num_scores = size
-        if num_scores:
-            self.score_ms = min(self.score_ms, ms / num_scores)
+        """More time than expected goes to the rows, less to attention first."""
+        num_rows, num_scores = size
         scores_ms = self.score_ms * num_scores
-        # a slope that is too steep says nothing about the rows
-        rows_ms = max(ms - scores_ms, min(ms, self.draft.start_ms(rows)))
-        return self.draft.correct(rows, rows_ms) + ms - rows_ms
+        expected_ms = float(self.draft(num_rows))
+        if num_scores and ms < expected_ms + scores_ms:
+            scores_ms = max(0.0, ms - expected_ms)
+            self.score_ms += OVERHEAD_RATE * (scores_ms / num_scores - self.score_ms)
+        return self.draft.correct(num_rows, ms - scores_ms) + scores_ms
 
 
 class StepTimer:

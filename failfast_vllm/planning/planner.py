@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from failfast_vllm.drafting.interfaces import Planner
-from failfast_vllm.drafting.records import LOAD, Flags, Lengths, Round, num_scores
+from failfast_vllm.drafting.records import LOAD, FirstPass, Flags, Lengths, Round, num_scores
 from failfast_vllm.planning.acceptance import AcceptanceByPosition, Calibration, learn
 from failfast_vllm.planning.copies import CopyAcceptance, LookBalance, choose_copies
 from failfast_vllm.planning.costs import Costs, Floats, StepTimer
@@ -175,26 +175,19 @@ class LoadPlanner(Planner):
         self.copied.observe(self._unlearned)
         self._unlearned = []
 
-    def first(
-        self,
-        wanted: Lengths,
-        live_rows: Lengths,
-        commit_rows: Lengths,
-        seen_lens: Lengths,
-        match_lens: Lengths,
-    ) -> tuple[Lengths, Lengths]:
+    def first(self, asked: FirstPass) -> tuple[Lengths, Lengths]:
         """Increments of the first pass and copies, as in `Planner`; all 0 where none pays."""
-        passes = np.zeros_like(wanted)
-        if not wanted.any():
-            return passes, passes
-        plain_ms = float(self.costs.plain(len(wanted)))
-        copied, gains = self._copies(wanted, match_lens, plain_ms)
+        nothing = passes = np.zeros_like(asked.wanted)
+        if not asked.wanted.any():
+            return nothing, nothing
+        plain_ms = float(self.costs.plain(len(nothing)))
+        copied, gains = self._copies(asked.wanted, asked.match_lens, plain_ms)
         self._looked = self.copies
         if self._looks:
-            self._seen_lens, rows = seen_lens, (live_rows, commit_rows)
-            passes, copied = self._passes(wanted, *rows, copied, gains, plain_ms)
+            self._seen_lens = asked.seen_lens
+            passes, copied = self._passes(asked, copied, gains, plain_ms)
         if self.learns and (passes.any() or copied.any()) and self.guard.probes():
-            return np.zeros_like(wanted), np.zeros_like(wanted)
+            return nothing, nothing
         return passes, copied
 
     def _copies(
@@ -222,19 +215,11 @@ class LoadPlanner(Planner):
         return copied, gains
 
     def _passes(
-        self,
-        wanted: Lengths,
-        live_rows: Lengths,
-        commit_rows: Lengths,
-        copied: Lengths,
-        copy_gains: Floats,
-        plain_ms: float,
+        self, asked: FirstPass, copied: Lengths, copy_gains: Floats, plain_ms: float
     ) -> tuple[Lengths, Lengths]:
         """Increments of the first pass, [num_seqs], and what is copied by the other sequences."""
-        num_seqs = len(wanted)
-        tokens, ms, backlog_ms, by_pass = self._expected(
-            wanted, live_rows, commit_rows, copied, copy_gains
-        )
+        wanted, num_seqs = asked.wanted, len(asked.wanted)
+        tokens, ms, backlog_ms, by_pass = self._expected(asked, copied, copy_gains)
         ms[0] = self._ms / (1.0 if self.guard.is_drafting or copied.any() else MARGIN)
         rates = tokens / ms
         option = 1 + int(rates[1:].argmax())
@@ -251,12 +236,7 @@ class LoadPlanner(Planner):
         return passes, np.where(passes > 0, 0, copied)
 
     def _expected(
-        self,
-        wanted: Lengths,
-        live_rows: Lengths,
-        commit_rows: Lengths,
-        copied: Lengths,
-        copy_gains: Floats,
+        self, asked: FirstPass, copied: Lengths, copy_gains: Floats
     ) -> tuple[Floats, Floats, Floats, Flags]:
         """By length of the first pass, from 0: [longest + 1] each.
 
@@ -264,6 +244,7 @@ class LoadPlanner(Planner):
             Tokens that the step emits, its ms, the ms of committing what was skipped, of which
             the step's ms include a share, and [longest + 1, num_seqs] who takes the pass.
         """
+        wanted, live_rows, commit_rows, seen, _ = asked
         num_seqs = len(wanted)
         options = np.arange(int(wanted.max()) + 1)  # one pass may fill a long draft
         lens = np.minimum(options[:, None], wanted)  # [options, num_seqs]
@@ -274,7 +255,7 @@ class LoadPlanner(Planner):
         drafted = in_pass + np.where(by_pass, 0, copied).sum(axis=1)
         # every token that comes out is committed once
         rows = in_pass + (by_pass * live_rows).sum(axis=1) + tokens
-        seen, ends = self._seen_lens, self._seen_lens + by_pass * (live_rows + lens)
+        ends = seen + by_pass * (live_rows + lens)
         draft_ms = self.costs.draft_ms(rows, num_scores(seen, ends))
         ms = draft_ms + self.costs.verify(num_seqs + drafted) + self.costs.overhead_ms
         with_backlog = rows + (by_pass * commit_rows).sum(axis=1)
