@@ -28,6 +28,7 @@ class FailFastConfig:
     policy: str
     draft_budget: int  # tokens drafted in one step, over all sequences
     copies: bool  # draft copies of a sequence's own text where they are expected to pay
+    drafter_window: int | None  # committed tokens that the drafter attends to; None: all
     load_aware: bool  # draft only where it is expected to raise throughput
     trace: str | None  # the file that rounds are written to
     trace_ids: bool  # with token ids
@@ -58,6 +59,7 @@ class FailFastConfig:
             policy=policy,
             draft_budget=read_integer(given, "draft_budget", 512, 1, 65536),
             copies=copies,
+            drafter_window=_window(given),
             load_aware=load_aware,
             parameters=policy_parameters(policy, given),
             trace=_trace_file(given),
@@ -134,6 +136,12 @@ def _known_keys(speculative_config: Mapping[str, Any]) -> dict[str, Any]:
             )
         given[key] = value
     return given
+
+
+def _window(given: Mapping[str, Any]) -> int | None:
+    if given.get("drafter_window") is None:
+        return None
+    return read_integer(given, "drafter_window", 0, 32, 2**20)
 
 
 def _trace_file(given: Mapping[str, Any]) -> str | None:

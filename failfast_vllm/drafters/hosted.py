@@ -14,6 +14,8 @@ from failfast_vllm.drafters.cuda_graphs import Capture, PassGraphs, make_buckets
 from failfast_vllm.drafters.parallel import draft_context, drafter_group
 from failfast_vllm.drafting.records import DraftBatch
 
+MAX_PREFIX = 4096
+
 
 def row_class(num_rows: int) -> int:
     """The next of a few row counts, at most an eighth more than `num_rows` from 32 on.
@@ -75,15 +77,21 @@ class HostedDraftModel:
         self.graphs = PassGraphs(buckets, self.table_width, self.device)
         self.graphs.capture(capture, self._run)
 
-    def idle_pass(self, num_seqs: int, num_rows: int) -> DraftBatch:
-        """A pass that reads no prefix and commits nothing, of sequences of equal length."""
+    def longest_prefix(self, num_rows: int) -> int:
+        """Tokens, at most MAX_PREFIX, that may stand before the rows of an idle pass."""
+        page: int = self.attention.kv_cache.shape[2]
+        most = min(MAX_PREFIX, max_positions(self.vllm_config) - num_rows, self.table_width * page)
+        return max(0, most) // page * page
+
+    def idle_pass(self, num_seqs: int, num_rows: int, num_keys: int = 0) -> DraftBatch:
+        """A pass that commits nothing, of sequences of equal length, all after the same prefix."""
         rows = torch.arange(num_rows, device=self.device)
         starts = torch.arange(num_seqs + 1, device=self.device) * num_rows // num_seqs
         return DraftBatch(
             input_ids=torch.zeros_like(rows),
             positions=rows % max_positions(self.vllm_config),
             query_start_loc=starts,
-            committed_lens=torch.zeros_like(starts[1:]),
+            committed_lens=torch.full_like(starts[1:], num_keys),
             slot_mapping=None,
             block_table=starts.new_zeros(num_seqs, self.table_width, dtype=torch.int32),
         )

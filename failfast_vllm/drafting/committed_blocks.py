@@ -10,16 +10,15 @@ import numpy as np
 import torch
 
 from failfast_vllm.drafting.records import to_device
+from failfast_vllm.drafting.workspace import Geometry
 
 
 class CommittedBlocks:
-    """The bits of `num_pages` pages of `kv_block_size` tokens, whole diffusion blocks each."""
+    """The bits of `num_pages` pages, whole diffusion blocks each."""
 
-    def __init__(
-        self, num_pages: int, kv_block_size: int, diffusion_block_size: int, device: torch.device
-    ) -> None:
-        self.size = diffusion_block_size
-        self.per_page = kv_block_size // diffusion_block_size
+    def __init__(self, num_pages: int, geometry: Geometry) -> None:
+        self.geometry, self.size = geometry, geometry.diffusion_block_size
+        self.per_page, device = geometry.kv_block_size // self.size, geometry.device
         # the last bit belongs to no page: it takes what is written for rows that are not committed
         self.bits = torch.zeros(num_pages * self.per_page + 1, dtype=torch.bool, device=device)
 
@@ -35,7 +34,7 @@ class CommittedBlocks:
     def committed_lens(
         self, block_table: torch.Tensor, computed_lens: torch.Tensor
     ) -> torch.Tensor:
-        """Tokens before each sequence's first block without KV, [num_seqs] int64.
+        """Tokens before each sequence's first block without KV in its window, [num_seqs] int64.
 
         Args:
             block_table: [num_seqs, max_pages] int; undefined after the pages of `computed_lens`.
@@ -46,9 +45,11 @@ class CommittedBlocks:
         inside = torch.arange(self.per_page, device=self.bits.device)
         blocks = (block_table.long()[:, :, None] * self.per_page + inside).flatten(1)
         places = torch.arange(blocks.shape[1], device=self.bits.device)
-        old = places < (computed_lens // self.size)[:, None]
+        num_old = computed_lens // self.size
+        old = places < num_old[:, None]
+        unseen = places < (self.geometry.window_starts(num_old * self.size) // self.size)[:, None]
         committed = self.bits[torch.where(old, blocks, self.bits.numel() - 1)] & old
-        return committed.long().cumprod(dim=1).sum(dim=1) * self.size
+        return (committed | unseen).long().cumprod(dim=1).sum(dim=1) * self.size
 
     def mark(self, slot_mapping: torch.Tensor) -> None:
         """The blocks of these slots are committed; -1 is no slot. [num_rows] int64."""

@@ -18,7 +18,7 @@ import torch
 from failfast_vllm.drafting import records
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
 from failfast_vllm.drafting.interfaces import CopyLane, DraftModel, Planner, Policy
-from failfast_vllm.drafting.records import DraftBatch, Drafts, DraftStep, Lengths, share
+from failfast_vllm.drafting.records import DraftBatch, Drafts, DraftStep, FirstPass, Lengths, share
 from failfast_vllm.drafting.workspace import Geometry, Judged, Masks, Workspace
 
 
@@ -56,9 +56,15 @@ class Drafter:
 
     def _begin(self, step: DraftStep) -> Workspace | Drafts:
         """Decide for whom to draft, and how far in the first pass; `Drafts`: no pass is needed."""
-        live, commits = step.known_lens - step.final_lens, step.final_lens - step.committed_lens
-        copies, wanted = self.copies.find(step), step.max_draft_lens
-        first, copied = self.planner.first(wanted, live, commits, copies.match_lens)
+        copies, final = self.copies.find(step), step.final_lens
+        asked = FirstPass(
+            wanted=step.max_draft_lens,
+            live_rows=step.known_lens - final,
+            commit_rows=final - step.committed_lens,
+            seen_lens=final - self.geometry.window_starts(final),
+            match_lens=copies.match_lens,
+        )
+        first, copied = self.planner.first(asked)
         first = share(first, step.draft_budget)
         copied = share(copied, step.draft_budget - int(first.sum()))
         if self.planner.postpones_commits:
@@ -85,7 +91,7 @@ class Drafter:
 
     def _pass(self, work: Workspace, seqs: Lengths, max_copied: int) -> None:
         """One pass over `seqs`; a draft may get `max_copied` tokens on top of its increment."""
-        began = self.clock()
+        began, num_scores = self.clock(), work.num_scores(seqs)
         first_rows, batch = work.rows(seqs, work.starts, work.ends)
         hidden_states = self._forward(batch)
         grows = work.increments[seqs] > 0
@@ -98,7 +104,8 @@ class Drafter:
         judged = self._judge(work, masks, found.token_ids.view_as(masks.rows), confidences)
         work.settle(masks, found.probabilities.view_as(masks.rows), judged)
         # the pass has ended: its verdict is on the host
-        self.planner.pass_took(batch.input_ids.numel(), (self.clock() - began) * 1e3)
+        size = batch.input_ids.numel(), num_scores
+        self.planner.pass_took(size, (self.clock() - began) * 1e3)
 
     def _judge(
         self, work: Workspace, masks: Masks, token_ids: torch.Tensor, confidences: torch.Tensor

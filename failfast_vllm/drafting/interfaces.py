@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from failfast_vllm.drafting.records import BUDGET, Copies, Lengths
+from failfast_vllm.drafting.records import BUDGET, Copies, FirstPass, Lengths
 
 if TYPE_CHECKING:
     import torch
@@ -76,21 +76,16 @@ class Planner:
     def observe(self, rounds: Sequence[Round]) -> None:
         """Learn from the step's verified drafts, in the order of the batch."""
 
-    def first(
-        self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths, match_lens: Lengths
-    ) -> tuple[Lengths, Lengths]:
-        """Increments of the first pass, [num_seqs], and tokens to copy instead, [num_seqs].
+    def first(self, asked: FirstPass) -> tuple[Lengths, Lengths]:
+        """Increments of the first pass, [num_seqs], and tokens to copy instead, [num_seqs]."""
+        return np.minimum(asked.wanted, self.draft_increment), np.zeros_like(asked.wanted)
+
+    def pass_took(self, size: tuple[int, int], ms: float) -> None:
+        """A draft pass, from planning its rows to its tokens.
 
         Args:
-            wanted: [num_seqs] most tokens that each may draft.
-            live_rows: [num_seqs] known tokens that a pass encodes again.
-            commit_rows: [num_seqs] tokens whose blocks a pass would commit.
-            match_lens: [num_seqs] see `Copies`.
+            size: its rows, and its pairs of a row and a key.
         """
-        return np.minimum(wanted, self.draft_increment), np.zeros_like(wanted)
-
-    def pass_took(self, num_rows: int, ms: float) -> None:
-        """A draft pass, from planning its rows to its tokens."""
 
     def following(
         self,

@@ -56,13 +56,24 @@ class DraftStep:
         )
 
 
+class FirstPass(NamedTuple):
+    """What the first pass of a step would be; host arrays of [num_seqs]."""
+
+    wanted: Lengths  # most tokens that each sequence may draft
+    live_rows: Lengths  # known tokens that the pass encodes again
+    commit_rows: Lengths  # tokens whose blocks it would commit
+    seen_lens: Lengths  # committed tokens, these included, that it attends to
+    match_lens: Lengths  # see `Copies`
+
+
 class DraftBatch(NamedTuple):
     """The rows of one forward pass."""
 
     input_ids: torch.Tensor  # [num_rows] int64
     positions: torch.Tensor  # [num_rows] int64
     query_start_loc: torch.Tensor  # [num_seqs + 1] int64
-    committed_lens: torch.Tensor  # [num_seqs] int64, position of each sequence's first row
+    # [num_seqs] int64, tokens of each before its first row, in the pages of `block_table`
+    committed_lens: torch.Tensor
     slot_mapping: torch.Tensor | None  # [num_rows] int64, -1 = not committed; None: none is
     block_table: torch.Tensor  # [num_seqs, max_pages] int
 
@@ -166,6 +177,17 @@ def share(increments: Lengths, budget: int) -> Lengths:
         surplus = int(increments.sum()) - budget
         increments[seqs[-surplus:]] -= 1
     return increments
+
+
+def num_scores(firsts: Lengths, ends: Lengths) -> Lengths:
+    """Pairs of a row and a key that rows `firsts` to `ends` attend to, summed over the last axis.
+
+    Args:
+        firsts: [..., num_seqs] keys before the first row of each sequence.
+        ends: likewise, those up to its last row.
+    """
+    pairs: Lengths = ((ends * ends - firsts * firsts) // 2).sum(axis=-1)
+    return pairs
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:

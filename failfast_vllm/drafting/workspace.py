@@ -11,7 +11,7 @@ Rows are planned with NumPy: a pass needs two small copies to the device, an inc
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,8 @@ from failfast_vllm.drafting.records import (
     Lengths,
 )
 
+Tokens = TypeVar("Tokens", Lengths, torch.Tensor)
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -41,9 +43,20 @@ class Geometry:
     device: torch.device  # of all tensors
     diffusion_block_size: int = 32  # tokens of a block, which is committed when it is complete
     logit_shift: int = 1  # the logit at position i predicts token i + `logit_shift`
+    window: int | None = None  # committed tokens that a pass attends to at least; None: all
 
     def __post_init__(self) -> None:
         assert self.kv_block_size % self.diffusion_block_size == 0
+
+    def window_starts(self, final_lens: Tokens) -> Tokens:
+        """The position from which on each sequence is attended to: where a page begins.
+
+        Args:
+            final_lens: as in `DraftStep`; an array or a tensor.
+        """
+        if self.window is None:
+            return final_lens * 0
+        return (final_lens - self.window).clip(0) // self.kv_block_size * self.kv_block_size
 
 
 class Masks(NamedTuple):
@@ -94,6 +107,7 @@ class Workspace(Drafts):
         self.device_confidences = torch.ones(num_seqs, width, device=geometry.device)
         # canvas column of each sequence's first drafted token
         self.first_columns = step.known_lens - step.committed_lens
+        self.window_starts = geometry.window_starts(step.final_lens)
         self.canvas = self._canvas()
         self.grow(first_lens)
         self.starts = step.committed_lens  # the first pass commits, too
@@ -192,8 +206,9 @@ class Workspace(Drafts):
         columns = positions - step.committed_lens[row_seqs]
         per_row = self.to_device(np.array((positions, row_seqs, columns, commits)))
         # the last column is of no sequence
-        plan = np.zeros((3, len(query_start_loc)), dtype=np.int64)
+        plan = np.zeros((4, len(query_start_loc)), dtype=np.int64)
         plan[0], plan[1, :-1], plan[2, :-1] = query_start_loc, starts[seqs], seqs
+        plan[3, :-1] = self.window_starts[seqs]
         per_seq = self.to_device(plan)
         slot_mapping = None
         if commits.any():
@@ -203,14 +218,27 @@ class Workspace(Drafts):
             input_ids=self.canvas[per_row[1], per_row[2]],
             positions=per_row[0],
             query_start_loc=per_seq[0],
-            committed_lens=per_seq[1, :-1],
+            committed_lens=per_seq[1, :-1] - per_seq[3, :-1],
             slot_mapping=slot_mapping,
-            block_table=step.block_table[per_seq[2, :-1]],
+            block_table=self._pages(per_seq[2, :-1], per_seq[3, :-1] // page),
         )
         self.num_forwards += 1
         self.num_rows += num_rows
         self.seq_rows[seqs] += lens
         return query_start_loc[:-1], batch
+
+    def _pages(self, seqs: torch.Tensor, first_pages: torch.Tensor) -> torch.Tensor:
+        """Rows `seqs` of the block table, from the page on in which each window begins."""
+        table = self.step.block_table[seqs]
+        if self.geometry.window is None:
+            return table
+        columns = torch.arange(table.shape[1], device=table.device) + first_pages[:, None]
+        return table.gather(1, columns.clamp(max=table.shape[1] - 1))
+
+    def num_scores(self, seqs: Lengths) -> int:
+        """Pairs of a row and a key that it attends to, in the pass that is planned."""
+        windows = self.window_starts[seqs]
+        return int(records.num_scores(self.starts[seqs] - windows, self.ends[seqs] - windows))
 
     def masks(self, seqs: Lengths, first_rows: Lengths, max_copied: int) -> Masks:
         """The masks of `seqs` in the pass that is planned.

@@ -113,8 +113,11 @@ class Session:
         wanted = asked(view.params, view.emitted, self.eos_token_ids, view.num_speculative_tokens)
         max_draft_lens = np.minimum(wanted.max_draft_lens, np.maximum(view.room, 0))
         ended = sampled & (wanted.ended | (view.room < 0))
-        size, committed = drafter.geometry.diffusion_block_size, view.committed_lens
-        final = np.maximum(view.computed_lens // size * size, committed)
+        size = drafter.geometry.diffusion_block_size
+        final = view.computed_lens // size * size
+        # what no window reaches any more is never committed
+        committed = np.maximum(view.committed_lens, drafter.geometry.window_starts(final))
+        final = np.maximum(final, committed)
         return DraftStep(
             req_ids=view.req_ids,
             token_ids=view.token_ids,

@@ -30,6 +30,7 @@ from failfast_vllm.policies.table import make_policy
 MAX_TURNS, MIN_TURNS, TURNS_SECONDS = 10, 3, 12.0  # of timing the models
 SLOW_MS = 500.0  # wider passes than one that takes longer are extrapolated
 WARM_UP_MS = 8000.0  # of that for each model, on a CPU; a busy one has it seem longer
+ATTENDING_ROWS = 64  # of the pass that tells what attention takes
 MAX_WARM_ROWS = 128  # of the target: with the drafter's they fit into oneDNN's cache of 1024
 
 
@@ -54,20 +55,22 @@ def make_drafter(model: Any, kv_block_size: int, num_pages: int) -> Drafter:
     knobs = vllm_config.additional_config[METHOD]
     target_vocab_size = vllm_config.model_config.get_vocab_size()
     stop_ids = stop_token_ids(vllm_config.model_config)
+    geometry = Geometry(
+        vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
+        mask_token_id=knobs["mask_token_id"],
+        kv_block_size=kv_block_size,
+        max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
+        device=device,
+        diffusion_block_size=knobs["diffusion_block_size"],
+        logit_shift=knobs["logit_shift"],
+        window=knobs["drafter_window"],
+    )
     return Drafter(
         model,
         make_policy(knobs),
         Planner(knobs["draft_increment"]),
-        Geometry(
-            vocab_size=vllm_config.speculative_config.draft_model_config.get_vocab_size(),
-            mask_token_id=knobs["mask_token_id"],
-            kv_block_size=kv_block_size,
-            max_num_rows=vllm_config.scheduler_config.max_num_batched_tokens,
-            device=device,
-            diffusion_block_size=knobs["diffusion_block_size"],
-            logit_shift=knobs["logit_shift"],
-        ),
-        CommittedBlocks(num_pages, kv_block_size, knobs["diffusion_block_size"], device),
+        geometry,
+        CommittedBlocks(num_pages, geometry),
         stop_token_ids=torch.tensor(stop_ids, dtype=torch.int64, device=device),
         max_draft_len=knobs["num_speculative_tokens"],
         max_draft_budget=knobs["draft_budget"],
@@ -135,14 +138,20 @@ def measure_costs(
         sizes = model.first_times(sizes, until_slow=not in_lockstep)
         if drafter.device.type == "cpu" and not in_lockstep:
             model.warm_up(warm, sizes)
+    num_rows = min(ATTENDING_ROWS, sizes[-1])
+    num_keys = drafter.longest_prefix(num_rows) if knobs["drafts"] else 0
+    attending = _Timed(functools.partial(draft_pass, num_keys=num_keys), clock)
+    turns = [*itertools.product((target, draft), sizes), *[(attending, num_rows)] * (num_keys > 0)]
     ends = clock() + TURNS_SECONDS
     # in turns: a second that another process takes is not all of one model or size
     for turn in range(1, MAX_TURNS):
         if turn >= MIN_TURNS and clock() > ends and not in_lockstep:
             break
-        for size, model in itertools.product(sizes, (target, draft)):
+        for model, size in turns:
             model.time(size)
-    return Costs(draft.table(sizes), target.table(sizes))
+    slower_ms = attending.best.get(num_rows, 0.0) - draft.best[num_rows]
+    score_ms = max(0.0, slower_ms) / max(num_rows * num_keys, 1)
+    return Costs(draft.table(sizes), target.table(sizes), score_ms)
 
 
 @dataclass
@@ -179,11 +188,11 @@ class _Timed:
         return CostTable(sizes, [self.best[size] for size in sizes])
 
 
-def _draft_pass(drafter: HostedDraftModel, size: int) -> torch.Tensor:
-    """Sequences in the middle of a live block, each with an increment of masks."""
+def _draft_pass(drafter: HostedDraftModel, size: int, num_keys: int = 0) -> torch.Tensor:
+    """Sequences in the middle of a live block after `num_keys` tokens, each with an increment."""
     rows_each = drafter.diffusion_block_size // 2 + drafter.draft_increment
     num_seqs = max(1, size // rows_each)
-    hidden_states = drafter.forward(drafter.idle_pass(num_seqs, size))
+    hidden_states = drafter.forward(drafter.idle_pass(num_seqs, size, num_keys))
     masks = hidden_states[: num_seqs * drafter.draft_increment]
     return drafter.confidence(masks).probabilities
 

@@ -12,7 +12,7 @@ FAR = 1e7  # rows; a table is extrapolated up to there
 HICCUP = 4.0  # a measurement counts as at most this multiple of what was expected
 COST_MEMORY = 20.0  # measurements near a size that its time is averaged over
 FORGETTING = 0.01  # per look without drafts: what was learned long ago gets another try
-OVERHEAD_RATE = 0.1  # weight of the last step in the average of what drafting adds to its passes
+OVERHEAD_RATE = 0.1  # weight of the last step in averages of what is not in a table
 
 
 class CostTable:
@@ -93,13 +93,15 @@ class Costs:
     """Times of this server's parts of a step.
 
     Args:
-        draft: a draft pass, by rows.
+        draft: a draft pass that attends to little, by rows.
         verify: a step of the target with all around it, by tokens.
+        score_ms: of a draft pass, by pairs of a row and a key that it attends to.
     """
 
-    def __init__(self, draft: CostTable, verify: CostTable) -> None:
+    def __init__(self, draft: CostTable, verify: CostTable, score_ms: float = 0.0) -> None:
         self.draft = draft
         self.verify = verify
+        self.score_ms = score_ms
         # a step without drafts takes less: it has its own measurements
         self.plain = CostTable(verify.sizes.astype(int).tolist(), verify.ms.tolist())
         self.overhead_ms = 0.0  # of drafting, outside the passes
@@ -108,21 +110,37 @@ class Costs:
         self.draft.forget()
         self.verify.forget()
 
-    def learn_drafting(self, rows: list[int], passes_ms: list[float], ms: float) -> list[float]:
+    def draft_ms(self, rows: npt.NDArray[Any], num_scores: npt.NDArray[Any]) -> Floats:
+        """Time of draft passes by their size, see `Planner.pass_took`."""
+        return self.draft(rows) + self.score_ms * num_scores
+
+    def learn_drafting(
+        self, sizes: list[tuple[int, int]], passes_ms: list[float], ms: float
+    ) -> list[float]:
         """Learn from a step's draft passes.
 
         Args:
-            rows: of each pass.
+            sizes: of each pass, see `Planner.pass_took`.
             passes_ms: time of each pass.
             ms: time of drafting, the passes included.
 
         Returns:
             The times of the passes that counted, see `CostTable.correct`.
         """
-        counted = [self.draft.correct(*one) for one in zip(rows, passes_ms, strict=True)]
+        counted = [self._learn_pass(*one) for one in zip(sizes, passes_ms, strict=True)]
         overhead_ms = min(ms - sum(passes_ms), sum(passes_ms))  # a hiccup moves little
         self.overhead_ms += OVERHEAD_RATE * (overhead_ms - self.overhead_ms)
         return counted
+
+    def _learn_pass(self, size: tuple[int, int], ms: float) -> float:
+        """More time than expected goes to the rows, less to attention first."""
+        num_rows, num_scores = size
+        scores_ms = self.score_ms * num_scores
+        expected_ms = float(self.draft(num_rows))
+        if num_scores and ms < expected_ms + scores_ms:
+            scores_ms = max(0.0, ms - expected_ms)
+            self.score_ms += OVERHEAD_RATE * (scores_ms / num_scores - self.score_ms)
+        return self.draft.correct(num_rows, ms - scores_ms) + scores_ms
 
 
 class StepTimer:
@@ -134,12 +152,12 @@ class StepTimer:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
-        self._passes: list[tuple[int, float]] = []  # rows and ms of each
+        self._passes: list[tuple[tuple[int, int], float]] = []  # size and ms of each
         self._began = 0.0  # drafting
         self._waits_since = 0.0  # for the target
 
-    def pass_took(self, num_rows: int, ms: float) -> None:
-        self._passes.append((num_rows, ms))
+    def pass_took(self, size: tuple[int, int], ms: float) -> None:
+        self._passes.append((size, ms))
 
     def drafting_ended(self) -> None:
         self._waits_since = self.clock()
@@ -149,15 +167,15 @@ class StepTimer:
         self._began += seconds
         self._waits_since += seconds
 
-    def lap(self) -> tuple[list[int], list[float]]:
+    def lap(self) -> tuple[list[tuple[int, int]], list[float]]:
         """End a step and begin the next one, with drafting.
 
         Returns:
-            The rows of each draft pass of the step that ends, and in ms: its drafting, the
+            The size of each draft pass of the step that ends, and in ms: its drafting, the
             target's step, and each of these passes.
         """
         now = self.clock()
         seconds = self._waits_since - self._began, now - self._waits_since
         passes, self._passes, self._began = self._passes, [], now
         ms = [part * 1e3 for part in seconds] + [ms for _, ms in passes]
-        return [rows for rows, _ in passes], ms
+        return [size for size, _ in passes], ms

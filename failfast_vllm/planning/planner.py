@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from failfast_vllm.drafting.interfaces import Planner
-from failfast_vllm.drafting.records import LOAD, Flags, Lengths, Round
+from failfast_vllm.drafting.records import LOAD, FirstPass, Flags, Lengths, Round, num_scores
 from failfast_vllm.planning.acceptance import AcceptanceByPosition, Calibration, learn
 from failfast_vllm.planning.copies import CopyAcceptance, LookBalance, choose_copies
 from failfast_vllm.planning.costs import Costs, Floats, StepTimer
@@ -83,6 +83,7 @@ class LoadPlanner(Planner):
         self._ms = 0.0  # of the best step without passes
         self._running: frozenset[str] = frozenset()
         self._num_drafted = 0  # tokens that the next step verifies
+        self._seen_lens: Lengths = np.zeros(0, dtype=np.int64)  # of the step that looks
         self._unlearned: list[Round] = []
         self._steps_to_learn = 0
 
@@ -94,33 +95,38 @@ class LoadPlanner(Planner):
         Args:
             num_tokens: that the target has just verified.
         """
-        rows, ms = self._timer.lap()
+        sizes, ms = self._timer.lap()
         # a request that is new may have come to an idle engine
         known = self._running.issuperset(req_ids)
-        drafted = bool(rows) or self._num_drafted > 0
+        drafted = bool(sizes) or self._num_drafted > 0
         looks = self._looks = self.guard.step_began(len(req_ids), drafted) and self.drafts
         looks_for_copies = self.copies and self._balance.step_began(len(req_ids))
         times_step = known and self.guard.times_step(looks or self._looked)
-        if self.learns and (rows or times_step):
-            self._learn_times(rows, ms, len(req_ids), num_tokens if times_step else 0, known)
+        if self.learns and (sizes or times_step):
+            self._learn_times(sizes, ms, len(req_ids), num_tokens if times_step else 0, known)
         self._num_drafted, self._looked = 0, False
         if not (looks or looks_for_copies):
             self.step_ended(req_ids)
         return looks or looks_for_copies
 
     def _learn_times(
-        self, rows: list[int], ms: list[float], num_seqs: int, num_tokens: int, known: bool
+        self,
+        sizes: list[tuple[int, int]],
+        ms: list[float],
+        num_seqs: int,
+        num_tokens: int,
+        known: bool,
     ) -> None:
         """Learn what the drafts of the last step and this step of the target took.
 
         Args:
-            rows, ms: see `StepTimer.lap`.
+            sizes, ms: see `StepTimer.lap`.
             num_tokens: in the target's step; 0 = its time says nothing.
             known: no request is new.
         """
         drafting_ms, waited_ms, *passes_ms = self.agree(ms)
-        if rows:
-            counted = self.costs.learn_drafting(rows, passes_ms, drafting_ms)
+        if sizes:
+            counted = self.costs.learn_drafting(sizes, passes_ms, drafting_ms)
             verify_ms = float(self.costs.verify(self._num_drafted + num_seqs))
             slowness = waited_ms / verify_ms if known else 1.0
             overhead_ms = drafting_ms - sum(passes_ms)
@@ -141,9 +147,9 @@ class LoadPlanner(Planner):
         """For so long nobody has asked the engine for its next step."""
         self._timer.stood_still(seconds)
 
-    def pass_took(self, num_rows: int, ms: float) -> None:
-        """A draft pass, from planning its rows to its tokens."""
-        self._timer.pass_took(num_rows, ms)
+    def pass_took(self, size: tuple[int, int], ms: float) -> None:
+        """A draft pass, see `Planner`."""
+        self._timer.pass_took(size, ms)
 
     def observe(self, rounds: Sequence[Round]) -> None:
         """Learn from a step's verified drafts, a few steps later; without any, forget a little."""
@@ -169,20 +175,19 @@ class LoadPlanner(Planner):
         self.copied.observe(self._unlearned)
         self._unlearned = []
 
-    def first(
-        self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths, match_lens: Lengths
-    ) -> tuple[Lengths, Lengths]:
+    def first(self, asked: FirstPass) -> tuple[Lengths, Lengths]:
         """Increments of the first pass and copies, as in `Planner`; all 0 where none pays."""
-        passes = np.zeros_like(wanted)
-        if not wanted.any():
-            return passes, passes
-        plain_ms = float(self.costs.plain(len(wanted)))
-        copied, gains = self._copies(wanted, match_lens, plain_ms)
+        nothing = passes = np.zeros_like(asked.wanted)
+        if not asked.wanted.any():
+            return nothing, nothing
+        plain_ms = float(self.costs.plain(len(nothing)))
+        copied, gains = self._copies(asked.wanted, asked.match_lens, plain_ms)
         self._looked = self.copies
         if self._looks:
-            passes, copied = self._passes(wanted, live_rows, commit_rows, copied, gains, plain_ms)
+            self._seen_lens = asked.seen_lens
+            passes, copied = self._passes(asked, copied, gains, plain_ms)
         if self.learns and (passes.any() or copied.any()) and self.guard.probes():
-            return np.zeros_like(wanted), np.zeros_like(wanted)
+            return nothing, nothing
         return passes, copied
 
     def _copies(
@@ -210,19 +215,11 @@ class LoadPlanner(Planner):
         return copied, gains
 
     def _passes(
-        self,
-        wanted: Lengths,
-        live_rows: Lengths,
-        commit_rows: Lengths,
-        copied: Lengths,
-        copy_gains: Floats,
-        plain_ms: float,
+        self, asked: FirstPass, copied: Lengths, copy_gains: Floats, plain_ms: float
     ) -> tuple[Lengths, Lengths]:
         """Increments of the first pass, [num_seqs], and what is copied by the other sequences."""
-        num_seqs = len(wanted)
-        tokens, ms, backlog_ms, by_pass = self._expected(
-            wanted, live_rows, commit_rows, copied, copy_gains
-        )
+        wanted, num_seqs = asked.wanted, len(asked.wanted)
+        tokens, ms, backlog_ms, by_pass = self._expected(asked, copied, copy_gains)
         ms[0] = self._ms / (1.0 if self.guard.is_drafting or copied.any() else MARGIN)
         rates = tokens / ms
         option = 1 + int(rates[1:].argmax())
@@ -239,12 +236,7 @@ class LoadPlanner(Planner):
         return passes, np.where(passes > 0, 0, copied)
 
     def _expected(
-        self,
-        wanted: Lengths,
-        live_rows: Lengths,
-        commit_rows: Lengths,
-        copied: Lengths,
-        copy_gains: Floats,
+        self, asked: FirstPass, copied: Lengths, copy_gains: Floats
     ) -> tuple[Floats, Floats, Floats, Flags]:
         """By length of the first pass, from 0: [longest + 1] each.
 
@@ -252,6 +244,7 @@ class LoadPlanner(Planner):
             Tokens that the step emits, its ms, the ms of committing what was skipped, of which
             the step's ms include a share, and [longest + 1, num_seqs] who takes the pass.
         """
+        wanted, live_rows, commit_rows, seen, _ = asked
         num_seqs = len(wanted)
         options = np.arange(int(wanted.max()) + 1)  # one pass may fill a long draft
         lens = np.minimum(options[:, None], wanted)  # [options, num_seqs]
@@ -262,9 +255,12 @@ class LoadPlanner(Planner):
         drafted = in_pass + np.where(by_pass, 0, copied).sum(axis=1)
         # every token that comes out is committed once
         rows = in_pass + (by_pass * live_rows).sum(axis=1) + tokens
-        draft_ms = self.costs.draft(rows)
+        ends = seen + by_pass * (live_rows + lens)
+        draft_ms = self.costs.draft_ms(rows, num_scores(seen, ends))
         ms = draft_ms + self.costs.verify(num_seqs + drafted) + self.costs.overhead_ms
-        backlog_ms = self.costs.draft(rows + (by_pass * commit_rows).sum(axis=1)) - draft_ms
+        with_backlog = rows + (by_pass * commit_rows).sum(axis=1)
+        scores = num_scores(seen - by_pass * commit_rows, ends)
+        backlog_ms = self.costs.draft_ms(with_backlog, scores) - draft_ms
         ms += backlog_ms / AMORTISED_ROUNDS
         return tokens, ms, backlog_ms, by_pass
 
@@ -286,11 +282,14 @@ class LoadPlanner(Planner):
         order = np.argsort(-gains, kind="stable")
         seqs = going[order]
         num_tokens = len(wanted) + int(draft_lens.sum())
-        more_tokens, more_rows, more_gain = (
+        rows, seen = (increments + live_rows)[seqs], self._seen_lens[seqs]
+        scores = num_scores(seen[:, None], (seen + rows)[:, None])
+        more_tokens, more_rows, more_scores, more_gain = (
             np.concatenate(([0], values.cumsum()))
-            for values in (increments[seqs], (increments + live_rows)[seqs], gains[order])
+            for values in (increments[seqs], rows, scores, gains[order])
         )
-        ms = self.costs.draft(more_rows) + self.costs.verify(num_tokens + more_tokens)
+        ms = self.costs.draft_ms(more_rows, more_scores)
+        ms += self.costs.verify(num_tokens + more_tokens)
         values = more_gain - self._rate * (ms - ms[0])
         best = int(values.argmax())
         increments[seqs[best:]] = 0

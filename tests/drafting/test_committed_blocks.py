@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from failfast_vllm.drafting.committed_blocks import CommittedBlocks
+from failfast_vllm.drafting.workspace import Geometry
 from failfast_vllm.integration.session import new_pages
 
 PAGE, BLOCK, NUM_PAGES = 8, 4, 24
@@ -46,12 +47,17 @@ def admit(pages, tokens):
     return table, hit
 
 
+def blocks_of(num_pages, window=None):
+    geometry = Geometry(9, 9, PAGE, 64, torch.device("cpu"), BLOCK, window=window)
+    return CommittedBlocks(num_pages, geometry)
+
+
 @pytest.mark.parametrize("seed", range(15))
 def test_a_block_is_read_only_if_its_kv_is_there(seed):
     """Catches bits that outlive their tokens, and bits that a neighbour's garbage clears."""
     pages = Pages(seed)
     rng = pages.rng
-    bits = CommittedBlocks(NUM_PAGES, PAGE, BLOCK, torch.device("cpu"))
+    bits = blocks_of(NUM_PAGES)
     requests, num_hits, num_postponed = [], 0, 0
     texts = [[rng.randrange(9) for _ in range(40)]]
     for _ in range(300):
@@ -117,7 +123,7 @@ def test_a_block_is_read_only_if_its_kv_is_there(seed):
 
 def test_committed_blocks_are_found_again():
     """Catches bits that are never read: the test above would pass with none at all."""
-    bits = CommittedBlocks(4, PAGE, BLOCK, torch.device("cpu"))
+    bits = blocks_of(4)
     table = torch.tensor([[2, 3, 0]])
 
     def committed(computed):
@@ -133,6 +139,22 @@ def test_committed_blocks_are_found_again():
     assert committed(13) == [8]
     bits.clear([1], 2 * PAGE)  # of a scheduler whose pages are two of ours
     assert committed(13) == [0]
+
+
+def test_blocks_before_the_window_need_no_kv():
+    """Catches a window that waits for the commits of the whole prompt, or trusts its own blocks."""
+    bits = blocks_of(4, window=PAGE)
+    table = torch.tensor([[2, 3, 0]])
+
+    def committed(computed):
+        return bits.committed_lens(table, torch.tensor([computed])).tolist()
+
+    assert committed(2 * PAGE) == [PAGE]  # the window begins with the second page
+    assert committed(3 * PAGE - 1) == [PAGE]
+    assert committed(3 * PAGE) == [2 * PAGE]
+    bits.mark(torch.arange(3 * PAGE, 3 * PAGE + BLOCK))
+    assert committed(2 * PAGE) == [PAGE + BLOCK]
+    assert committed(PAGE) == [0]
 
 
 def step_of(new=(), cached=(), resumed=()):

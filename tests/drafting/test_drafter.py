@@ -24,8 +24,8 @@ class Recording(Planner):
         super().__init__(draft_increment)
         self.passes, self.asked = [], []
 
-    def pass_took(self, num_rows, ms):
-        self.passes.append((num_rows, ms))
+    def pass_took(self, size, ms):
+        self.passes.append((size, ms))
 
     def following(self, *per_seq):
         self.asked.append([values.tolist() for values in per_seq[:4]])
@@ -43,7 +43,11 @@ def test_a_planner_learns_the_rows_and_times_of_passes():
     step = replace(make_step(drafter.model, [25, 0]), committed_lens=np.zeros(2, dtype=np.int64))
     drafts = drafter.propose(step)
     assert drafts.lens.tolist() == [25, 0]
-    assert drafter.planner.passes == [(50 + 32, 1e3), (8 + 20, 1e3), (8 + 25, 1e3)]
+    scores = [(50 * 50 + 32 * 32) // 2, (60 * 60 - 32 * 32) // 2, (65 * 65 - 32 * 32) // 2]
+    rows = [50 + 32, 8 + 20, 8 + 25]
+    sizes = [size for size, _ in drafter.planner.passes]
+    assert sizes == list(zip(rows, scores, strict=True))
+    assert [ms for _, ms in drafter.planner.passes] == [1e3] * 3
     assert drafts.seq_rows.tolist() == [50 + 28 + 33, 32]
 
     drafter.propose(replace(step, max_draft_lens=np.zeros(2, dtype=np.int64)))
@@ -114,7 +118,7 @@ def test_where_a_pass_reads_and_writes():
     script, seen = sure_script(70, 100), []
     drafter = make_drafter(FailFast(0.45), script)
     drafter.geometry = replace(drafter.geometry, kv_block_size=64)
-    drafter.blocks = CommittedBlocks(8, 64, 32, drafter.geometry.device)
+    drafter.blocks = CommittedBlocks(8, drafter.geometry)
     tokens = torch.arange(2 * 101).view(2, 101) % 90
     step = replace(
         make_step(script, [3, 3]),
@@ -134,6 +138,29 @@ def test_where_a_pass_reads_and_writes():
     first = [*range(64), *[-1] * 9]
     second = [*range(64 + 32, 64 + 64), *range(2 * 64, 2 * 64 + 32), *[-1] * 7]
     assert batch.slot_mapping.tolist() == first + second
+
+
+def test_a_window_reads_the_last_pages_only():
+    """Catches keys of a page before the window, and positions that count from its beginning."""
+    script, seen = sure_script(200, 100), []
+    drafter = make_drafter(FailFast(0.45), script)
+    drafter.geometry = replace(drafter.geometry, kv_block_size=64, window=80)
+    drafter.blocks = CommittedBlocks(8, drafter.geometry)
+    step = replace(
+        make_step(script, [3, 3]),
+        block_table=torch.tensor([[6, 0, 3, 7], [1, 2, 0, 0]]),
+        committed_lens=np.array([160, 32]),
+    )
+    forward = script.forward
+    script.forward = lambda batch: seen.append(batch) or forward(batch)
+    drafter.propose(step)
+    (batch,) = seen
+    # 192 - 80 = 112 is in the second page, 96 - 80 = 16 in the first
+    assert batch.committed_lens.tolist() == [160 - 64, 32]
+    assert batch.block_table[:, :3].tolist() == [[0, 3, 7], [1, 2, 0]]
+    assert batch.positions.tolist() == [*range(160, 203), *range(32, 103)]
+    first, second = [*range(3 * 64 + 32, 4 * 64)], [*range(64 + 32, 128), *range(128, 128 + 32)]
+    assert batch.slot_mapping.tolist() == [*first, *[-1] * 11, *second, *[-1] * 7]
 
 
 def test_blocks_are_committed_in_the_order_of_their_positions():

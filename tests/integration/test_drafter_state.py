@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine import core, engine, generate, greedy_params, mixed_prompts, proposer, watch
-from failfast_vllm.config import MODELS_DIR
+from failfast_vllm.config import METHOD, MODELS_DIR
 from independent import IndependentDrafter
 from state_check import TOLERANCE, largest_error
 
@@ -59,3 +59,31 @@ def test_kv_blocks_return_to_the_pool():
         generate(llm, prompts, greedy_params(prompts))
         assert core(llm).scheduler.kv_cache_manager.usage == 0.0
         assert torch.isfinite(torch.tensor(proposer(llm).stats.total_ms))
+
+
+def test_a_window_of_long_prompts(dense):
+    """Catches a pass that reads pages before its window, or the window's with other positions.
+
+    A request's first pass commits its window, and sees what a drafter of that text alone sees.
+    """
+    with engine(block_size=32) as llm:
+        prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 90) if 200 < len(p) < 700]
+        params = greedy_params(prompts)
+        plain = generate(llm, prompts, params)
+    with engine({"method": METHOD, "drafter_window": 64}, block_size=32) as llm:
+        model, errors = proposer(llm).drafter.model, []
+        forward = model.forward
+
+        def checking_forward(batch):
+            hidden_states, bounds = forward(batch), batch.query_start_loc.tolist()
+            for s, start in enumerate(batch.committed_lens.tolist()):
+                rows = slice(bounds[s], bounds[s + 1])
+                if start == 0 and batch.positions[bounds[s]] > 0:
+                    expected = dense.hidden_states(batch.input_ids[rows].tolist())
+                    errors.append((hidden_states[rows] - expected).abs().max().item())
+            return hidden_states
+
+        model.forward = checking_forward
+        assert generate(llm, prompts, params) == plain
+    assert len(errors) > len(prompts) // 2
+    assert max(errors) < TOLERANCE

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from failfast_vllm.drafting.records import Round
+from failfast_vllm.drafting.records import FirstPass, Round
 from failfast_vllm.planning.copies import CopyAcceptance, LookBalance, choose_copies
 from failfast_vllm.planning.costs import Costs, CostTable
 from failfast_vllm.planning.guard import REST_STEPS
@@ -31,7 +31,7 @@ def first(planner, match_lens, wanted=CAP):
     req_ids = [f"r{i}" for i in range(len(match_lens))]
     zeros = np.zeros_like(match_lens)
     assert planner.step_began(req_ids, len(req_ids)), "copies are looked for in every step"
-    passes, copies = planner.first(zeros + wanted, zeros + 8, zeros, match_lens)
+    passes, copies = planner.first(FirstPass(zeros + wanted, zeros + 8, zeros, zeros, match_lens))
     planner.step_ended(req_ids)
     return passes.tolist(), copies.tolist()
 
@@ -164,7 +164,7 @@ def test_looks_that_bring_nothing_become_seldom(match_len, seldom):
     for step in range(600):
         if planner.step_began(list("abcd"), 4):
             looks += step >= 100
-            _, copies = planner.first(zero + CAP, zero, zero, zero + match_len)
+            _, copies = planner.first(FirstPass(zero + CAP, zero, zero, zero, zero + match_len))
             now[0] += 0.001
             planner.keep(copies, zero, np.zeros((4, CAP)), zero + match_len)
             planner.step_ended(list("abcd"))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from failfast_vllm.drafting.records import Round
+from failfast_vllm.drafting.records import FirstPass, Round
 from failfast_vllm.planning.acceptance import AcceptanceByPosition, Calibration, learn
 from failfast_vllm.planning.costs import OVERHEAD_RATE, Costs, CostTable, StepTimer
 from failfast_vllm.planning.guard import PROBE_STEPS, REST_STEPS
@@ -53,9 +53,38 @@ def test_a_round_is_learned_from_once():
 def test_a_hiccup_moves_the_overhead_little():
     """Catches a step beside another process after which drafting looks as dear for long."""
     found = costs()
-    counted = found.learn_drafting([8, 8], [1.0, 1.5], 500.0)
+    counted = found.learn_drafting([(8, 0), (8, 0)], [1.0, 1.5], 500.0)
     assert counted == [1.0, 1.5]
     assert found.overhead_ms == pytest.approx(OVERHEAD_RATE * 2.5)
+
+
+def test_long_prefixes_do_not_make_rows_dear():
+    """Catches a long prompt after which drafting looks dear, or cheap, for short ones, too."""
+    found = costs()
+    found.score_ms = 1e-3
+    rows_ms = float(found.draft(8))
+    for _ in range(50):
+        found.learn_drafting([(8, 20_000)], [rows_ms + 20.0], rows_ms + 21.0)
+    assert float(found.draft(8)) == pytest.approx(rows_ms)
+    for _ in range(50):  # half of what the slope says
+        found.learn_drafting([(8, 20_000)], [rows_ms + 10.0], rows_ms + 11.0)
+    assert float(found.draft(8)) == pytest.approx(rows_ms)
+    assert found.score_ms == pytest.approx(0.5e-3, rel=0.02)
+
+
+def test_attention_is_a_part_of_the_price():
+    """Catches passes, and their commits, that cost the same after any prefix."""
+    dear = Costs(CostTable([1, 1000], [1.0, 3.0]), CostTable([1, 64], [10.0, 12.0]), 1e-3)
+    for seen, commits, drafts in ((0, 0, True), (4096, 0, False), (400, 400, False)):
+        planner = LoadPlanner(dear, 8, 8)
+        asked = FirstPass(ZERO + 8, ZERO, ZERO + commits, ZERO + seen, ZERO)
+        assert planner.first(asked)[0].any() == drafts
+    planner._seen_lens, lens = ZERO + 4096, ZERO + 4
+    sure = np.full((len(ZERO), 8), 0.999, dtype=np.float32)
+    planner._rate = 0.5
+    assert not planner.following(lens, ZERO, lens, lens, sure).any()
+    planner._seen_lens = ZERO
+    assert planner.following(lens, ZERO, lens, lens, sure).any()
 
 
 def test_times_rise_with_the_size_wherever_they_were_measured():
@@ -75,12 +104,12 @@ def test_parts_of_a_step_are_timed_apart():
     timer.lap()
     for rows in ([8, 4], []):
         for num_rows in rows:
-            timer.pass_took(num_rows, 0.5 * num_rows)
+            timer.pass_took((num_rows, 0), 0.5 * num_rows)
         clock.now += 0.003
         timer.drafting_ended()
         clock.now += 0.010
         found, ms = timer.lap()
-        assert found == rows
+        assert found == [(num_rows, 0) for num_rows in rows]
         assert ms == pytest.approx([3.0, 10.0, *(0.5 * num_rows for num_rows in rows)])
 
 
@@ -116,7 +145,7 @@ def dearest_pass(is_drafting):
         planner = planner_of(pass_ms)
         if is_drafting:
             planner.guard.round_took(2, [0.0], 0.0, 10.0, 1.0)
-        if not planner.first(ZERO + 8, ZERO, ZERO, ZERO)[0].any():
+        if not planner.first(FirstPass(ZERO + 8, ZERO, ZERO, ZERO, ZERO))[0].any():
             return pass_ms
     raise AssertionError("there is none")
 
@@ -128,7 +157,7 @@ def test_a_start_needs_more_gain_than_going_on():
 
 
 def test_nobody_drafts_more_than_asked_for():
-    passes, _ = planner_of(1.0).first(np.array([8, 3]), ZERO, ZERO, ZERO)
+    passes, _ = planner_of(1.0).first(FirstPass(np.array([8, 3]), ZERO, ZERO, ZERO, ZERO))
     assert passes.tolist() == [8, 3]
 
 
@@ -137,7 +166,7 @@ def test_commits_that_wait_are_a_part_of_the_price():
     costs = Costs(CostTable([1, 1000], [1.0, 400.0]), CostTable([1, 64], [10.0, 12.0]))
     for backlog, drafts in ((0, True), (1000, False)):
         planner = LoadPlanner(costs, 8, 8)
-        passes, _ = planner.first(ZERO + 8, ZERO, ZERO + backlog, ZERO)
+        passes, _ = planner.first(FirstPass(ZERO + 8, ZERO, ZERO + backlog, ZERO, ZERO))
         assert passes.any() == drafts
 
 
@@ -146,7 +175,7 @@ def test_plain_decoding_is_timed_now_and_then():
     for learns, num_probes in ((True, 4), (False, 0)):
         planner = planner_of(1.0, learns=learns)
         found = [
-            planner.first(ZERO + 8, ZERO, ZERO, ZERO)[0].any()
+            planner.first(FirstPass(ZERO + 8, ZERO, ZERO, ZERO, ZERO))[0].any()
             for _ in range(REST_STEPS + PROBE_STEPS)
         ]
         assert found.count(False) == num_probes

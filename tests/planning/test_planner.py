@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cost_tables import cost_tables
-from failfast_vllm.drafting.records import Round
+from failfast_vllm.drafting.records import FirstPass, Round
 from failfast_vllm.integration.startup import measure_costs
 from failfast_vllm.planning.acceptance import AcceptanceByPosition
 from failfast_vllm.planning.costs import Costs, CostTable
@@ -19,6 +19,7 @@ from failfast_vllm.planning.planner import LoadPlanner
 
 INCREMENT, CAP = 10, 60
 TARGETS = ("7B", "32B")
+KEYS = 1024  # of the pass that tells what attention takes
 
 
 def scaled(table, factor):
@@ -103,12 +104,9 @@ class Planned:
 
     def draft(self, sim, num):
         planner, lens = self.planner, np.zeros(num, dtype=int)
-        first, _ = planner.first(
-            np.full(num, CAP),
-            sim.live_rows(lens),
-            np.zeros(num, dtype=int),
-            np.zeros(num, dtype=int),
-        )
+        zeros = np.zeros(num, dtype=int)
+        asked = FirstPass(np.full(num, CAP), sim.live_rows(lens), zeros, zeros, zeros)
+        first, _ = planner.first(asked)
         confidences = np.where(sim.easy, 0.92, 0.4)[:, None].repeat(CAP, axis=1)
         increments = first
         while increments.any():
@@ -116,7 +114,7 @@ class Planned:
             rows = int((sim.live_rows(lens) + increments)[going].sum())
             ms = float(sim.draft_ms(rows))
             self.clock.ms += ms
-            planner.pass_took(rows, ms)
+            planner.pass_took((rows, 0), ms)
             lens = lens + increments
             sure = going & sim.easy & (lens >= INCREMENT)  # as confidences tell
             wanted = np.where(sure, CAP - lens, 0)
@@ -150,8 +148,9 @@ class BusyMachine:
             device=torch.device("meta"),  # no warm-up
             diffusion_block_size=32,
             draft_increment=INCREMENT,
-            idle_pass=lambda num_seqs, num_rows: num_rows,
-            forward=lambda num_rows: self.spend(self.true.draft(num_rows)),
+            longest_prefix=lambda num_rows: KEYS,
+            idle_pass=lambda num_seqs, num_rows, num_keys: (num_rows, num_rows * num_keys),
+            forward=lambda size: self.spend(self.true.draft_ms(*size)),
             confidence=lambda masks: types.SimpleNamespace(probabilities=masks),
         )
         config = types.SimpleNamespace(
@@ -171,6 +170,13 @@ class BusyMachine:
 def clock():
     """A clock for a planner; the start-up measurement reads it, too."""
     return Clock()
+
+
+def test_attention_is_timed_at_the_start(clock):
+    """Catches a slope per row, per key, or of another pass."""
+    true = cost_tables("7B")
+    true.score_ms = 2e-5
+    assert BusyMachine(true, 1.0, 0, clock).measure().score_ms == pytest.approx(2e-5)
 
 
 @functools.cache
@@ -474,7 +480,7 @@ def test_a_neighbour_that_wants_no_draft_has_no_backlog():
     wanted, live = np.array([60, 0]), np.array([8, 8])
     alone, beside = (
         LoadPlanner(costs, CAP, INCREMENT).first(
-            wanted, live, np.array([0, backlog]), np.array([0, 0])
+            FirstPass(wanted, live, np.array([0, backlog]), np.array([0, 0]), np.array([0, 0]))
         )[0]
         for backlog in (0, 100_000)
     )
@@ -486,7 +492,7 @@ def test_growth_goes_where_the_draft_is_likely_to_survive():
     """Catches increments that go to the longest draft, or to the first in the batch."""
     planner = planner_with(rate=0.5, ms_per_token=0.2)
     planner.costs.draft = CostTable([1, 1001], [2.0, 402.0])  # dear enough for one of them
-    ten = np.full(3, 10)
+    ten, planner._seen_lens = np.full(3, 10), np.zeros(3, dtype=int)
     confidences = np.array([[0.97] * 10, [0.9999] * 10, [0.5] * 10], dtype=np.float32)
     chosen = planner.following(np.array([50, 4, 50]), 0 * ten, ten, ten, confidences)
     assert chosen.tolist() == [0, 4, 0]

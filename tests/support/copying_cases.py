@@ -31,11 +31,11 @@ class Copying(Planner):
         super().__init__(draft_increment)
         self.drafts, self.least, self.longest = drafts, least, longest
 
-    def first(self, wanted, live_rows, commit_rows, match_lens):
-        passes, copied = super().first(wanted, live_rows, commit_rows, match_lens)
-        copies = match_lens >= self.least
+    def first(self, asked):
+        passes, copied = super().first(asked)
+        copies = asked.match_lens >= self.least
         passes = np.where(copies, 0, passes) if self.drafts else copied
-        return passes, np.where(copies, np.minimum(wanted, self.longest), 0)
+        return passes, np.where(copies, np.minimum(asked.wanted, self.longest), 0)
 
 
 @contextlib.contextmanager

@@ -37,12 +37,13 @@ class Script:
 def make_drafter(policy, script, *, increment=10, max_num_rows=8192, **options):
     """A drafter of up to 60 tokens; `options` go to it as they are."""
     device = torch.device("cpu")
+    geometry = Geometry(MASK + 1, MASK, 32, max_num_rows, device, logit_shift=0)
     return Drafter(
         script,
         policy,
         Planner(increment),
-        Geometry(MASK + 1, MASK, 32, max_num_rows, device, logit_shift=0),
-        CommittedBlocks(64, 32, 32, device),
+        geometry,
+        CommittedBlocks(64, geometry),
         stop_token_ids=torch.tensor([STOP]),
         max_draft_len=60,
         max_draft_budget=4096,
