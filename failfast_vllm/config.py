@@ -50,9 +50,6 @@ class FailFastConfig:
         if copies and not load_aware:
             must = "what to copy is decided by measured times"
             raise refusal(must, "'load_aware' false", "Remove one of the two keys.")
-        if rule.needs_planner and not load_aware:
-            must = f"the policy {policy!r} is made of measured times"
-            raise refusal(must, "'load_aware' false", "Remove it or take another policy.")
         return FailFastConfig(
             num_speculative_tokens=cap,
             draft_increment=read_integer(given, "draft_increment", increment, 1, cap),
@@ -155,13 +152,10 @@ def _trace_file(given: Mapping[str, Any]) -> str | None:
         raise ValueError(f"failfast: 'trace' must be the name of a file; got {echo(value)}.")
     path = Path(os.path.expanduser(value)).absolute()  # "~nobody" stays
     try:
-        is_new = not path.exists()
-        if not is_new and not is_trace(path):
+        if path.exists() and not is_trace(path):
             must = "'trace' must be a new file, or a trace to go on with"
             raise refusal(must, echo(value), "Name another file.")
         path.open("ab").close()  # /proc lets nobody write, whatever its permissions say
-        if is_new:
-            path.unlink()
     except OSError as error:
         must = "'trace' must be a file in an existing, writable folder"
         got = f"{echo(value)} ({error.strerror or error})"

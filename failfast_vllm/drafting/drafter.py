@@ -145,8 +145,7 @@ class Drafter:
         asked_lens = work.step.max_draft_lens
         spent = work.lens.sum() >= work.step.draft_budget
         refused = records.BUDGET if spent else self.planner.refusal
-        stopped = records.LOAD if self.policy.needs_planner else records.DOUBT
-        reasons = np.where(work.willing, refused, stopped)
+        reasons = np.where(work.willing, refused, records.DOUBT)
         own_limit = np.where(asked_lens < self.max_draft_len, records.REQUEST, records.CAP)
         reasons = np.where(work.lens >= asked_lens, own_limit, reasons)
         reasons = np.where(work.lens > work.num_confidences, records.COPY, reasons)

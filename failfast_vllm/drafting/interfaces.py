@@ -41,7 +41,6 @@ class Policy(ABC):
     """A rule for the length of drafts: a dataclass of its parameters."""
 
     one_pass = False  # the length is known before the first pass, which drafts all of it
-    needs_planner = False  # it has no rule without load awareness
 
     @abstractmethod
     def extend(self, lens: torch.Tensor, confidences: torch.Tensor) -> Verdict:

@@ -147,11 +147,6 @@ class Round:
         return list(self.token_ids[: self.num_verified])
 
     @property
-    def verified_confidences(self) -> npt.NDArray[np.float32]:
-        """Of the tokens that the target verified."""
-        return self.confidences[: self.num_verified]
-
-    @property
     def num_copied(self) -> int:
         """Tokens that the target verified and no pass drafted."""
         return max(0, self.num_verified - len(self.confidences))

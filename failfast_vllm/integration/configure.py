@@ -250,11 +250,9 @@ def _fit_drafter(
 
 def check_balancing(family: Family, drafter: str, enable_eplb: bool) -> None:
     if family.has_experts and enable_eplb:
-        raise ValueError(
-            "failfast: vLLM would balance the experts of the drafter like the target's, but every "
-            f"rank has them all; got --enable-eplb and the drafter {drafter!r}. "
-            "Leave --enable-eplb out, or use a drafter without experts."
-        )
+        must = "vLLM would balance the drafter's experts, but every rank must have them all"
+        remedy = "Leave --enable-eplb out, or use a drafter without experts."
+        raise refusal(must, f"--enable-eplb and the drafter {drafter!r}", remedy)
 
 
 def _spread_drafter(speculative: Any, hf_config: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from vllm.v1.outputs import DraftTokenIds
 from failfast_vllm.drafters.hosted import HostedDraftModel, max_positions
 from failfast_vllm.drafting.drafter import Drafter
 from failfast_vllm.drafting.ledger import Ledger
-from failfast_vllm.drafting.records import Drafts, DraftStep, Flags, Lengths, Round
+from failfast_vllm.drafting.records import Drafts, DraftStep, Flags, Lengths
 from failfast_vllm.integration.requests import asked
 from failfast_vllm.integration.startup import NoDraftModel, make_drafter, stop_token_ids
 from failfast_vllm.observe.counters import DraftStats
@@ -60,9 +60,8 @@ class Session:
     def step(self, view: View) -> DraftTokenIds:
         """Draft for the requests of a step; returns what the scheduler is told."""
         lists = self._draft(view)
-        report = DraftTokenIds([], [])  # nothing for the scheduler to go through
-        if any(lists):
-            report = DraftTokenIds(view.req_ids, lists)
+        # without a draft there is nothing for the scheduler to go through
+        report = DraftTokenIds(view.req_ids, lists) if any(lists) else DraftTokenIds([], [])
         report.failfast_counts = self.stats.take()  # type: ignore[attr-defined]
         return report
 
@@ -75,18 +74,15 @@ class Session:
         if rests and not (len(self.ledger) or stats.wants_plain):
             return []
         view.read_outcome()
+        outcome = view.num_verified, view.emitted, view.known_lens.tolist()
         rounds = self.ledger.settle(
-            req_ids,
-            view.num_verified,
-            view.emitted,
-            view.known_lens.tolist(),
-            step=stats.num_steps,
-            plain=stats.wants_plain,
+            req_ids, *outcome, step=stats.num_steps, plain=stats.wants_plain
         )
         stats.tell(rounds)
         verified = [r for r in rounds if r.num_verified]
         if verified or not rests:
-            self.learn(verified)
+            stats.observe(verified)
+            planner.observe(verified)
         if rests:
             return []
         drafts = self.drafter.propose(self._gather(view))
@@ -95,11 +91,6 @@ class Session:
         stats.step_ended(drafts)
         planner.step_ended(req_ids)
         return lists
-
-    def learn(self, rounds: Sequence[Round]) -> None:
-        """Tell those who learn from verified drafts, always in this order."""
-        self.stats.observe(rounds)
-        self.drafter.planner.observe(rounds)
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended."""

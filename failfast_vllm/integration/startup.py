@@ -209,15 +209,8 @@ def _planner(costs: Costs, knobs: dict[str, Any]) -> LoadPlanner:
     cap, increment = knobs["num_speculative_tokens"], knobs["draft_increment"]
     agree = of_first_rank if group.world_size > 1 else list
     costs = group.broadcast_object(costs)
-    return LoadPlanner(
-        costs,
-        cap,
-        increment,
-        learns=True,
-        agree=agree,
-        drafts=knobs["drafts"],
-        copies=knobs["copies"],
-    )
+    options = {key: knobs[key] for key in ("drafts", "copies")}
+    return LoadPlanner(costs, cap, increment, learns=True, agree=agree, **options)
 
 
 def stop_token_ids(model_config: Any) -> list[int]:

@@ -50,6 +50,7 @@ class TraceWriter:
             self._stop(f"{MAX_PENDING} rounds wait for the disk")
 
     def _line(self, verified: Round) -> dict[str, Any]:
+        confidences = verified.confidences[: verified.num_verified].tolist()
         line = {
             "step": verified.step,  # of the engine, from 1: the one that verified the round
             "seqs": verified.num_seqs,  # sequences in that step
@@ -60,7 +61,7 @@ class TraceWriter:
             "rows": verified.num_rows,  # rows of this sequence in them, commits included
             "accepted": verified.num_accepted,  # of these, kept; the target adds one
             # of the drafted tokens, as far as a pass drafted them
-            "confidences": [round(p, 3) for p in verified.verified_confidences.tolist()],
+            "confidences": [round(p, 3) for p in confidences],
         }
         if self.with_ids:
             ids = {"draft_ids": verified.drafted, "emitted_ids": list(verified.emitted)}

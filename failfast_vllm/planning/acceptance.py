@@ -11,9 +11,8 @@ so that an untouched cell says what its bin says elsewhere, and an untouched bin
 at its word. Each row is then made monotone in the confidence (weighted isotonic regression) and old
 observations fade exponentially.
 
-The target rejects once per draft: the tokens before are accepted, those after it were never
-judged. So a position is observed only if all before it were accepted; `probabilities` estimates
-the chance of a token *given* that, which is what a product over a draft needs.
+The target rejects once per draft, and judges none after that. So a position is observed only if all
+before it were accepted, and `probabilities` estimates the chance of a token *given* that.
 
 `AcceptanceByPosition`: by position alone, for tokens that are not drafted yet.
 """
@@ -187,9 +186,6 @@ class AcceptanceByPosition:
         """Tokens expected of positions `start : start + len` if all before are accepted."""
         survival, sums = self._survival()
         stops = np.minimum(starts + lens, len(self.trials))
-        if isinstance(starts, int) and starts == 0:
-            found: Floats = sums[stops]
-            return found
         starts = np.minimum(starts, len(self.trials))
         gains: Floats = (sums[stops] - sums[starts]) / survival[starts]
         return gains

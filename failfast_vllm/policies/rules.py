@@ -37,17 +37,6 @@ class Fixed(Policy):
 
 
 @dataclass(frozen=True)
-class Goodput(Policy):
-    """One pass, whose length the planner chooses (SmartSpec / TurboSpec, arXiv 2406.14066)."""
-
-    one_pass = True
-    needs_planner = True
-
-    def extend(self, lens: torch.Tensor, confidences: torch.Tensor) -> Verdict:
-        return lens, lens < 0  # never
-
-
-@dataclass(frozen=True)
 class Confidence(Policy):
     """p_i < c: assisted generation's dynamic threshold (Hugging Face transformers).
 

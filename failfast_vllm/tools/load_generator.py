@@ -10,7 +10,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import cycle, islice, takewhile
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 from failfast_vllm.drafting.records import Round
@@ -20,7 +20,7 @@ TURN_SECONDS = 0.25
 
 # name -> what was added up: "steps" of the engine, "drafts", "drafted" and "accepted" (tokens),
 # "passes"; of failfast also its milliseconds on a CPU (a GPU's calls return before their work is
-# done): "draft_ms", of them "own_ms" outside the draft model
+# done): "draft_ms", of them "own_ms" outside the draft model, "verify_ms" and "other_ms"
 Sums = defaultdict[str, float]
 
 
@@ -88,14 +88,16 @@ class Watch:
             self.rounds = defaultdict(list)
             self._adapter.stats.reset()
 
-    def end(self) -> Sums:
-        """What was added up since `begin`."""
+    def end(self, seconds: float) -> Sums:
+        """What was added up since `begin`, `seconds` ago."""
         from vllm.platforms import current_platform
 
         sums = Sums(float, self.sums)
         if self._adapter is not None and current_platform.device_type == "cpu":
             stats = self._adapter.stats
             sums |= {"draft_ms": stats.total_ms, "own_ms": stats.total_ms - stats.forward_ms}
+            known_ms = stats.total_ms + stats.verify_ms
+            sums |= {"verify_ms": stats.verify_ms, "other_ms": 1e3 * seconds - known_ms}
         return sums
 
     def stood_still(self, seconds: float) -> None:
@@ -171,7 +173,7 @@ def closed_loop(
         found = watch.rounds
         rounds = [] if found is None else whole_trajectory(found[i], prompt_len, ids)
         served.append(Served(ids, step_ms[i], rounds))
-    yield Run(seconds, served, watch.end())
+    yield Run(seconds, served, watch.end(seconds))
 
 
 def whole_trajectory(
@@ -186,12 +188,11 @@ def whole_trajectory(
         first = round_.known_len - prompt_len
         found += [TracedRound([], [], [token]) for token in answer[begin:first]]
         begin = first + len(round_.emitted)
-        kept, drafted = answer[first:begin], round_.drafted
-        pairs = zip(drafted, kept, strict=False)
-        num_accepted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        accepted, bonus = kept[:num_accepted], kept[num_accepted:]
+        kept = answer[first:begin]
+        num_accepted = min(round_.num_accepted, len(kept))
         num_copied = max(0, num_accepted - len(round_.confidences))
-        found.append(TracedRound(accepted, drafted[num_accepted:], bonus, num_copied))
+        parts = kept[:num_accepted], round_.drafted[num_accepted:], kept[num_accepted:]
+        found.append(TracedRound(*parts, num_copied))
     return found + [TracedRound([], [], [token]) for token in answer[begin:]]
 
 

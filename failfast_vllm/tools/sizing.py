@@ -1,6 +1,6 @@
 """`failfast plan`: the memory of a drafter beside a target, from their configs alone.
 
-Weights and KV are exact sums over the tensors of a checkpoint. No vLLM, no torch, no network.
+Weights and KV are exact sums over the tensors of a checkpoint. No vLLM, no torch.
 """
 
 import argparse
@@ -21,17 +21,10 @@ from failfast_vllm.drafters.checks import (
     read_json,
 )
 from failfast_vllm.drafters.families import FAMILIES, family_of
-from failfast_vllm.errors import echo
-from failfast_vllm.tools.published_models import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
+from failfast_vllm.errors import echo, reason
 
-SIZES = (
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_size",
-    "intermediate_size",
-    "vocab_size",
-)
+COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SIZES = ("hidden_size", "intermediate_size", "vocab_size")
 EXPERT_SIZES = ("num_experts", "moe_intermediate_size")
 COPIES_ALONE = "drafts are copies of each request's own text, which take no memory"
 NUM_SEQS = 64  # verified at once, for the memory of their logits: float32, as they are sampled
@@ -63,7 +56,7 @@ def memory_of(name: str, config: Mapping[str, Any]) -> Memory:
             f"give a config of {', '.join(sorted(LAYOUTS))} or of a drafter."
         )
     config = layout.filled(config)
-    for key in (*SIZES, *EXPERT_SIZES * layout.has_experts):
+    for key in (*COUNTS, *SIZES, *EXPERT_SIZES * layout.has_experts):
         value, most = config.get(key), MAX_SIZE if key.endswith("_size") else MAX_COUNT
         if type(value) is not int or not 1 <= value <= most:
             must = f"{name!r} must have {key!r} as an integer from 1 to {most}"
@@ -85,13 +78,13 @@ def memory_of(name: str, config: Mapping[str, Any]) -> Memory:
 
 def make_plan(target: str, drafter: str | None = None) -> dict[str, Any]:
     """What `--json` prints. Raises ValueError, one line, on anything unknown."""
-    target, config = load_config(target, PUBLISHED_TARGETS)
+    target, config = load_config(target)
     vocab_size = config.get("vocab_size", 0)
     drafter = drafter or choose_drafter(target, str(config.get("model_type")), vocab_size)
     if drafter is None:
         return {"target": target, "drafter": None}
     memory = {"target": memory_of(target, config)}
-    drafter, config = load_config(drafter, PUBLISHED_DRAFTERS)
+    drafter, config = load_config(drafter)
     family = check_drafter_config(drafter, config, None)
     block = find_block_size(drafter, family, config)
     memory["drafter"] = memory_of(drafter, config)
@@ -116,22 +109,25 @@ def make_plan(target: str, drafter: str | None = None) -> dict[str, Any]:
     }
 
 
-def load_config(name: str, known: Mapping[str, Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
-    """The directory or hub id, and the config, of a checkpoint, a config.json or a published model.
+def load_config(name: str) -> tuple[str, Mapping[str, Any]]:
+    """The directory or hub id, and the config, of a checkpoint, a config.json or a hub id.
 
-    Raises ValueError on none of them, or no JSON object.
+    Raises ValueError on none of them.
     """
     path = Path(name)
     if path.exists():
         path = path / "config.json" if path.is_dir() else path
         return str(path.parent), read_json(path, "give a config.json.")
-    for hub_id, config in known.items():
-        if name.lower() in (hub_id.lower(), hub_id.split("/")[1].lower()):
-            return hub_id, config
-    raise ValueError(
-        f"{name!r} is neither a path nor one of {', '.join(known)}; "
-        "give a checkpoint directory or a config.json."
-    )
+    from huggingface_hub import hf_hub_download
+
+    try:
+        found = hf_hub_download(name, "config.json")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} is no path, and the hub gives no config.json for it ({reason(error)}); "
+            "give a checkpoint directory, a config.json or a hub id."
+        ) from None
+    return name, read_json(Path(found), "download it again.")
 
 
 def render(plan: Mapping[str, Any]) -> str:

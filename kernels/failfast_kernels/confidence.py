@@ -7,8 +7,8 @@ and Gimelshein, arXiv 1805.02867). Its state is three scalars:
     mass     sum of exp(z - best)
     token    lowest column that holds `best`
 
-so that probability = 1 / mass. Where rows are few, several
-programs share a row's columns and `_merge_kernel` combines their states.
+so that probability = 1 / mass. Where rows are few, several programs share a row's columns and
+`_merge_kernel` combines their states.
 """
 
 from collections.abc import Sequence
@@ -156,13 +156,7 @@ def confidence_argmax(
         num_warps=launch.num_warps,
     )
     if num_splits > 1:
-        _merge_kernel[(num_rows,)](
-            *outputs,
-            num_rows,
-            fallback,
-            NUM_SPLITS=num_splits,
-            num_warps=1,
-        )
+        _merge_kernel[(num_rows,)](*outputs, num_rows, fallback, NUM_SPLITS=num_splits, num_warps=1)
     return result
 
 

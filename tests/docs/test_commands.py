@@ -1,5 +1,6 @@
 """Commands in README and docs: each is run by a test, or it says why not."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from messages import ROOT
+from published_models import fill_hub
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
@@ -90,11 +92,15 @@ def test_the_table_has_no_idle_rows():
 @pytest.mark.parametrize(
     "command", sorted({c for _, c in FOUND if COMMANDS.get(fitting(c)) == RUN})
 )
-def test_light_commands_run(command):
+def test_light_commands_run(command, tmp_path):
     """Catches an argument that a page spells differently from the program."""
+    fill_hub(tmp_path)
     program = Path(sys.executable).with_name("failfast")
     done = subprocess.run(
-        [sys.executable, program, *shlex.split(command)[1:]], capture_output=True, text=True
+        [sys.executable, program, *shlex.split(command)[1:]],
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout

@@ -238,18 +238,19 @@ def test_outcomes_belong_to_their_drafts_across_preemptions(plain):
     with v2_engine(**overrides) as llm, policy(llm, "failfast"):
         session = proposer(llm).session
         preempted, forgotten, observed = count_preemptions(llm), [], []
-        forget, learn = session.forget, session.learn
+        planner = session.drafter.planner
+        forget, observe = session.forget, planner.observe
 
         def recording_forget(req_ids):
             ended = list(req_ids)
             forgotten.extend(ended)
             forget(ended)
 
-        def recording_learn(rounds):
+        def recording_observe(rounds):
             observed.extend(rounds)
-            learn(rounds)
+            observe(rounds)
 
-        session.forget, session.learn = recording_forget, recording_learn
+        session.forget, planner.observe = recording_forget, recording_observe
         with watch(llm) as record:
             answers = generate(llm, [prompts[i] for i in few], [params[i] for i in few])
         assert answers == [expected[i] for i in few]

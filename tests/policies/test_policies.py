@@ -20,7 +20,7 @@ def literal_length(name, p, cap, increment):
     while length < cap:
         begin, length, passes = length, min(cap, length + increment), passes + 1
         doubts = [i for i in range(begin, length) if p[i] < {"failfast": 0.45}.get(name, 0.4)]
-        if name == "goodput" or (name == "failfast" and doubts):
+        if name == "failfast" and doubts:
             break
         if name == "confidence" and doubts:
             return doubts[0] + 1, passes
@@ -116,7 +116,8 @@ def verify(session, req_ids, num_verified, num_emitted):
     emitted = [[0] * num for num in num_emitted]
     known_lens = [100] * len(req_ids)
     rounds = session.ledger.settle(req_ids, num_verified, emitted, known_lens, step=1, plain=False)
-    session.learn(rounds)
+    session.stats.observe(rounds)
+    session.drafter.planner.observe(rounds)
 
 
 def test_rounds_pair_each_draft_with_its_verification():

@@ -1,8 +1,8 @@
 """What the load planner would know of an H200: times of a roofline, by rows and by tokens."""
 
 from failfast_vllm.planning.costs import Costs, CostTable
-from failfast_vllm.tools.published_models import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
 from failfast_vllm.tools.sizing import memory_of
+from published_models import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
 
 DRAFTER = "Efficient-Large-Model/Fast_dLLM_v2_1.5B"
 SIZES = [2**i for i in range(14)]  # rows or tokens of a pass

@@ -12,8 +12,6 @@ import pytest
 
 from failfast_vllm.config import METHOD, MODELS_DIR, FailFastConfig
 from failfast_vllm.drafting.interfaces import Planner
-from failfast_vllm.planning.costs import Costs, CostTable
-from failfast_vllm.planning.planner import LoadPlanner
 from failfast_vllm.policies.table import make_policy
 from failfast_vllm.tools import offline
 
@@ -223,9 +221,6 @@ def policy(llm, name, **given):
     before = {"policy": drafter.policy, "planner": drafter.planner}
     session = own.session
     drafter.planner = Planner(knobs["draft_increment"])
-    if name == "goodput":
-        costs = Costs(CostTable([1, 1000], [1.0, 2.0]), CostTable([1, 1000], [5.0, 9.0]))
-        drafter.planner = LoadPlanner(costs, knobs["num_speculative_tokens"], 1)
     drafter.policy = make_policy(knobs)
     own.session = Session(drafter, own.stats, own.eos_token_ids)
     try:

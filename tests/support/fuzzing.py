@@ -26,7 +26,6 @@ POLICIES = (
     "failfast",
     "fixed",
     "confidence",
-    "goodput",
 )
 EVENTS = (*["step"] * 9, "abort", "abort", "abort late", "abort late", "preempt", "reset")
 MAX_SEQS = 4

@@ -9,8 +9,8 @@ import pytest
 from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.tools import cli
 from failfast_vllm.tools import sizing as plan
-from failfast_vllm.tools.published_models import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
 from failfast_vllm.tools.sizing import memory_of
+from published_models import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS, fill_hub
 
 DOCS = Path(__file__).parents[2] / "docs" / "drafters.md"
 MODELS = {**PUBLISHED_TARGETS, **PUBLISHED_DRAFTERS}
@@ -31,6 +31,17 @@ MOE = {  # Qwen3-30B-A3B
     "max_position_embeddings": 40960,
     "tie_word_embeddings": False,
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hub(tmp_path_factory):
+    """A cache of the hub with the published models; nothing is downloaded."""
+    cache = tmp_path_factory.mktemp("hub")
+    fill_hub(cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        yield cache
 
 
 def memory(name):
@@ -100,7 +111,7 @@ def test_weights_are_those_of_the_shipped_checkpoints(name):
     data = (MODELS_DIR / name / "model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
     spans = [entry["data_offsets"] for key, entry in header.items() if key != "__metadata__"]
-    _, config = plan.load_config(str(MODELS_DIR / name), {})
+    _, config = plan.load_config(str(MODELS_DIR / name))
     assert memory_of(name, config).weight_bytes == sum(b - a for a, b in spans)
 
 
@@ -121,15 +132,15 @@ def test_kv_of_a_token(name, kv_kib):
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("SDAR-1.7B-Chat-b32", 32),
+        ("JetLM/SDAR-1.7B-Chat-b32", 32),
         ("JetLM/SDAR-4B-Chat-b8", 8),
-        ("SDAR-30B-A3B-Chat-b16", 16),
-        ("Fast_dLLM_v2_7B", 32),
+        ("JetLM/SDAR-30B-A3B-Chat-b16", 16),
+        ("Efficient-Large-Model/Fast_dLLM_v2_7B", 32),
     ],
 )
 def test_published_drafters_have_the_blocks_of_their_names(name, size):
     """Catches a size that only our table states: the published files of SDAR do not."""
-    result = plan.make_plan("Qwen3-8B", name)
+    result = plan.make_plan("Qwen/Qwen3-8B", name)
     assert result["diffusion_block_size"] == size
     assert not any("drafts in blocks of" in note for note in result["notes"])
     assert ("block_size" in MODELS[result["drafter"]]) is False
@@ -138,7 +149,7 @@ def test_published_drafters_have_the_blocks_of_their_names(name, size):
 def test_a_doubtful_block_size_is_said(tmp_path, capsys):
     """Catches a size that nobody has stated and that passes for one that somebody has."""
     path = write(tmp_path / "mine", MODELS["JetLM/SDAR-1.7B-Chat"])
-    assert cli.main(["plan", "Qwen3-8B", "--drafter", path]) == 0
+    assert cli.main(["plan", "Qwen/Qwen3-8B", "--drafter", path]) == 0
     text = capsys.readouterr().out
     assert "blocks of 4)" in text
     assert "drafts in blocks of 4: the default of SDAR, as neither its config.json nor" in text
@@ -152,7 +163,7 @@ def test_a_silent_drafter_is_counted_with_the_defaults_of_its_class(tmp_path):
     assert memory_of("it", silent) == memory_of("it", config)
     stated = {**config, "head_dim": 80}
     assert memory_of("it", stated).kv_bytes_per_token < memory_of("it", config).kv_bytes_per_token
-    found = plan.make_plan("Qwen3-8B", write(tmp_path / "it", silent))
+    found = plan.make_plan("Qwen/Qwen3-8B", write(tmp_path / "it", silent))
     assert found["kv_bytes_per_token"]["drafter"] == 2 * 36 * 32 * 128 * 2
 
 
@@ -169,10 +180,10 @@ def test_quantised_weights_are_not_called_exact(tmp_path):
 
 def test_the_command_prints_bytes(capsys):
     """Catches a unit or a share that is off by a thousand or 1024."""
-    assert cli.main(["plan", "Qwen3-8B", "--json"]) == 0
+    assert cli.main(["plan", "Qwen/Qwen3-8B", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["drafter"] == "JetLM/SDAR-1.7B-Chat-b32"
-    assert cli.main(["plan", "Qwen3-8B"]) == 0
+    assert cli.main(["plan", "Qwen/Qwen3-8B"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:5] == [
         "target    Qwen/Qwen3-8B",
@@ -208,8 +219,8 @@ def test_the_shipped_pair_is_planned(capsys):
 @pytest.mark.parametrize(
     ("argv", "hint"),
     [
-        (["nowhere/model"], "Qwen/Qwen3-32B"),
-        (["Qwen3-8B", "--drafter", "some/drafter"], "JetLM/SDAR-1.7B-Chat-b32"),
+        (["nowhere/model"], "or a hub id"),
+        (["Qwen/Qwen3-8B", "--drafter", "some/drafter"], "or a hub id"),
         ([str(Path(__file__))], "give a config.json"),
     ],
 )

@@ -1,6 +1,8 @@
-"""Table of `failfast plan`: the sizes of published models."""
+"""Sizes of published models, and a cache of the hub that holds their `config.json`."""
 
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR, SDAR_MOE
@@ -58,3 +60,14 @@ PUBLISHED_DRAFTERS = {
     "Gen-Verse/TraDo-8B-Instruct": _SDAR["JetLM/SDAR-8B-Chat"],
     "Gen-Verse/TraDo-8B-Thinking": _SDAR["JetLM/SDAR-8B-Chat"],
 }
+
+
+def fill_hub(cache: Path) -> None:
+    """Write what downloads of all these `config.json` would have left in a cache of the hub."""
+    for name, config in {**PUBLISHED_TARGETS, **PUBLISHED_DRAFTERS}.items():
+        repository = cache / f"models--{name.replace('/', '--')}"
+        snapshot = repository / "snapshots" / "2c83"
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("2c83", encoding="utf-8")
