@@ -9,12 +9,17 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.outputs import DraftTokenIds
 
-from failfast_vllm.drafters.hosted import HostedDraftModel, max_positions
+from failfast_vllm.drafters.hosted import max_positions
 from failfast_vllm.drafting.drafter import Drafter
 from failfast_vllm.drafting.ledger import Ledger
 from failfast_vllm.drafting.records import Drafts, DraftStep, Flags, Lengths
 from failfast_vllm.integration.requests import asked
-from failfast_vllm.integration.startup import NoDraftModel, make_drafter, stop_token_ids
+from failfast_vllm.integration.startup import (
+    NoDraftModel,
+    TimedDraftModel,
+    make_drafter,
+    stop_token_ids,
+)
 from failfast_vllm.observe.counters import DraftStats
 
 
@@ -154,11 +159,8 @@ class Adapter:
             num_pages: of as many tokens.
             table_width: columns of the block tables.
         """
-        model = HostedDraftModel(
-            self.model, self.vllm_config, layer_names, table_width, self.device
-        )
-        for name in ("forward", "confidence"):
-            setattr(model, name, self.stats.in_model()(getattr(model, name)))
+        model = TimedDraftModel(self.model, self.vllm_config, layer_names, table_width, self.device)
+        model.stats = self.stats
         self.draft_with(make_drafter(model, kv_block_size, num_pages))
 
     def draft_with(self, drafter: Drafter) -> None:

@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.config.utils import replace
 from vllm.distributed import get_tp_group
 
+from failfast_kernels import TokenConfidence
 from failfast_vllm.config import METHOD
 from failfast_vllm.drafters.hosted import HostedDraftModel, row_class
 from failfast_vllm.drafters.parallel import keep_apart
@@ -21,7 +22,9 @@ from failfast_vllm.drafting.copying import OwnText
 from failfast_vllm.drafting.drafter import Drafter
 from failfast_vllm.drafting.interfaces import CopyLane, Planner
 from failfast_vllm.drafting.ledger import Ledger
+from failfast_vllm.drafting.records import DraftBatch
 from failfast_vllm.drafting.workspace import Geometry
+from failfast_vllm.observe.counters import DraftStats
 from failfast_vllm.observe.trace import TraceWriter
 from failfast_vllm.planning.costs import Costs, CostTable
 from failfast_vllm.planning.planner import LoadPlanner
@@ -32,6 +35,18 @@ SLOW_MS = 500.0  # wider passes than one that takes longer are extrapolated
 WARM_UP_MS = 8000.0  # of that for each model, on a CPU; a busy one has it seem longer
 ATTENDING_ROWS = 64  # of the pass that tells what attention takes
 MAX_WARM_ROWS = 128  # of the target: with the drafter's they fit into oneDNN's cache of 1024
+
+
+class TimedDraftModel(HostedDraftModel):
+    stats: DraftStats  # counts the time that drafting spends in the model
+
+    def forward(self, batch: DraftBatch) -> torch.Tensor:
+        with self.stats.in_model():
+            return super().forward(batch)
+
+    def confidence(self, *rows: Any, **more: Any) -> TokenConfidence:
+        with self.stats.in_model():
+            return super().confidence(*rows, **more)
 
 
 @dataclass
