@@ -49,6 +49,7 @@ setup(
         "vllm>=0.32,<0.34",
         "torch",
         "transformers",
+        "huggingface_hub",
         "triton",
         "safetensors",
         "numpy",

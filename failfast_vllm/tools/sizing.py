@@ -56,7 +56,8 @@ def memory_of(name: str, config: Mapping[str, Any]) -> Memory:
             f"give a config of {', '.join(sorted(LAYOUTS))} or of a drafter."
         )
     config = layout.filled(config)
-    for key in (*COUNTS, *SIZES, *EXPERT_SIZES * layout.has_experts):
+    stated = ("head_dim",) if config.get("head_dim") is not None else ()
+    for key in (*COUNTS, *SIZES, *EXPERT_SIZES * layout.has_experts, *stated):
         value, most = config.get(key), MAX_SIZE if key.endswith("_size") else MAX_COUNT
         if type(value) is not int or not 1 <= value <= most:
             must = f"{name!r} must have {key!r} as an integer from 1 to {most}"

@@ -27,7 +27,7 @@ def test_every_message_has_a_remedy(where, documented):
 def test_messages_are_found():
     """Catches a collector that has gone blind: one of each form it must see."""
     texts = [text for _, text in FOUND]
-    assert len(texts) > 100
+    assert len(texts) > 80
     assert any(text.startswith("unknown key … in the speculative config") for text in texts)
     assert "the drafter … must have finite weights" in texts  # refusal(must, ...)
     assert any(text.startswith("on CPUs, vLLM does not") for text in texts)  # a generator

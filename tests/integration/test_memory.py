@@ -111,7 +111,8 @@ def test_warm_up_goes_from_wide_to_narrow():
         device=torch.device("cpu"),
         diffusion_block_size=32,
         draft_increment=4,
-        idle_pass=lambda num_seqs, num_rows: num_rows,
+        longest_prefix=lambda num_rows: 0,
+        idle_pass=lambda num_seqs, num_rows, num_keys: num_rows,
         forward=lambda num_rows: record(draft, num_rows),
         confidence=lambda masks: types.SimpleNamespace(probabilities=masks),
     )

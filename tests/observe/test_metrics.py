@@ -190,7 +190,7 @@ def test_a_planner_that_refuses_is_the_load():
         drafter.planner = types.SimpleNamespace(
             postpones_commits=True,
             refusal=LOAD,
-            first=lambda wanted, *_: (np.minimum(wanted, 10), np.zeros_like(wanted)),
+            first=lambda asked: (np.minimum(asked.wanted, 10), 0 * asked.wanted),
             following=lambda wanted, *_: 0 * wanted,
             keep=lambda lens, *_, kept=kept: np.minimum(lens, kept),
             pass_took=lambda *_: None,

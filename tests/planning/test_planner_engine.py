@@ -49,9 +49,9 @@ def test_drafting_that_comes_and_goes(expected, overrides):
         first = planner.first
         late = []  # commits of blocks that an earlier step had completed
 
-        def moody_first(wanted, live_rows, commit_rows, match_lens):
-            late.append(int((commit_rows >= 64).sum()))
-            increments, copied = first(wanted, live_rows, commit_rows, match_lens)
+        def moody_first(asked):
+            late.append(int((asked.commit_rows >= 64).sum()))
+            wanted, (increments, copied) = asked.wanted, first(asked)
             planner.guard.steps_to_rest = rng.choice((0, 0, 3, 7))
             asks = rng.choice((0.0, 0.5, 1.0))  # of the sequences
             chosen = np.array([rng.random() < asks for _ in wanted])

@@ -120,7 +120,8 @@ class Moody(Planner):
     def step_began(self, req_ids, num_tokens):
         return self.rng.random() >= self.rests
 
-    def first(self, wanted, live_rows, commit_rows, match_lens):
+    def first(self, asked):
+        wanted, match_lens = asked.wanted, asked.match_lens
         lens = np.minimum(wanted, self.rng.integers(0, 20, len(wanted)))
         copies = (match_lens > 0) & (self.rng.random(len(wanted)) < 0.5) | (not self.drafts)
         lens[self.rng.random(len(wanted)) < self.rng.random()] = 0

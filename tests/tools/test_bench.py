@@ -83,7 +83,7 @@ def test_what_the_scheduler_reports_is_counted():
         given = {"num_draft_tokens": num_drafted, "num_accepted_tokens": num_accepted}
         scheduler.make_spec_decoding_stats("stats", **given, request_id="0")
     counts = {"steps": 3, "drafts": 2, "drafted": 10, "accepted": 2, "passes": 10, "longest": 2}
-    assert watch.end() == counts
+    assert watch.end(1.0) == counts
     assert told == [("stats", 5, 2, "0"), ("stats", 0, 0, "0"), ("stats", 5, 0, "0")]
     assert watch.rounds is None
 
@@ -149,7 +149,7 @@ def loop(monkeypatch, rounds, pause=lambda: None):
         begin=lambda: None,
         stood_still=slept.append,
         sums=Sums(float),
-        end=lambda: watch.sums,
+        end=lambda seconds: watch.sums,
         rounds=rounds,
     )
     llm, prompts = FakeEngine(), [{"prompt_token_ids": [i]} for i in (0, 1)]
@@ -194,10 +194,10 @@ def test_rounds_without_a_draft_are_put_between():
     """Catches a trajectory that ends early, or that has tokens twice."""
     answer = [7, 1, 2, 3, 8, 4, 5, 6]  # behind 3 tokens
     rounds = [
-        namedtuple("Round", "req_id drafted emitted num_passes known_len confidences")(*fields)
+        namedtuple("Round", "drafted emitted num_accepted known_len confidences")(*fields)
         for fields in (
-            ("0", [1, 2, 6], [1, 2, 3], 2, 4, [0.9]),
-            ("0", [4, 9], [4, 5], 1, 8, [0.9, 0.9]),
+            ([1, 2, 6], [1, 2, 3], 2, 4, [0.9]),
+            ([4, 9], [4, 5], 1, 8, [0.9, 0.9]),
         )
     ]
     assert closed_loop.whole_trajectory(rounds, 3, answer) == [
@@ -214,7 +214,11 @@ def test_rounds_end_where_the_answer_ends():
     """What the target adds after an accepted stop token is dropped by the engine; so do we."""
     rounds = [
         types.SimpleNamespace(
-            drafted=drafted, emitted=emitted, known_len=known_len, confidences=drafted
+            drafted=drafted,
+            emitted=emitted,
+            num_accepted=len(emitted) - 1,
+            known_len=known_len,
+            confidences=drafted,
         )
         for drafted, emitted, known_len in (([6, 7, 8], [6, 9], 4), ([1, 2], [1, 2, 4], 6))
     ]
@@ -261,16 +265,17 @@ def test_tables():
 def test_milliseconds_per_step():
     """Catches means of means, and zeros where nothing was timed."""
     times = [
-        {"steps": 2, "draft_ms": 8.0, "own_ms": 1.0},
-        {"steps": 8, "draft_ms": 12.0, "own_ms": 1.0},
+        {"steps": 2, "draft_ms": 8.0, "own_ms": 1.0, "verify_ms": 4.0, "other_ms": 0.0},
+        {"steps": 8, "draft_ms": 12.0, "own_ms": 1.0, "verify_ms": 6.0, "other_ms": 5.0},
     ]
     runs = [made_up(1.0, [[1, 2]], **each) for each in times]
     row = bench.make_row("x", 1, runs, runs, ["a"])
-    assert [row[name] for name in ("draft_ms", "own_ms")] == [2.0, 0.2]
-    assert report.full_table([row])[1][0][-3:-1] == ["2.00", "0.20"]
+    names = ("draft_ms", "own_ms", "verify_ms", "other_ms")
+    assert [row[name] for name in names] == [2.0, 0.2, 1.0, 0.5]
+    assert report.full_table([row])[1][0][-5:-1] == ["2.00", "0.20", "1.00", "0.50"]
     runs = [made_up(1.0, [[1, 2]])]
     untimed = bench.make_row("x", 1, runs, runs, ["a"])
-    assert report.full_table([untimed])[1][0][-3:-1] == ["-"] * 2
+    assert report.full_table([untimed])[1][0][-5:-1] == ["-"] * 4
 
 
 class FakeProcess:
@@ -451,6 +456,8 @@ def test_a_real_run_agrees_with_itself(real):
         assert row["acceptance_length"] > 1.5
         assert row["passes_per_round"] >= 1
         assert 0 < row["own_ms"] < row["draft_ms"]
+        assert row["verify_ms"] > 0
+        assert row["other_ms"] > 0
         assert 0 < row["accepted_tokens"] <= row["drafted_tokens"]
     assert "| 2 | confidence | " in done.stdout
     assert "concurrency 1" not in done.stderr  # no progress bar without a terminal

@@ -126,7 +126,6 @@ def test_doctor_is_content_here(capsys, monkeypatch):
     assert report["ok"] is True
     found = {check["name"]: check["found"] for check in report["checks"]}
     assert {"python", "vllm", "torch", "triton", "transformers", "platform"} <= set(found)
-    assert found["model runner"].startswith("V1")
     hooks = [check for check in report["checks"] if check["name"].startswith("hook ")]
     assert len(hooks) == len(hook_registry.all_hooks())
 
@@ -142,15 +141,12 @@ def test_doctor_names_a_missing_hook_and_the_remedy(capsys, monkeypatch):
     assert lines[where + 1].strip() == f"-> {doctor.INSTALL_VLLM}"
 
 
-@pytest.mark.parametrize(
-    ("variable", "value"), [("VLLM_PLUGINS", "other"), ("VLLM_USE_V2_MODEL_RUNNER", "1")]
-)
-def test_doctor_sees_an_environment_in_the_way(variable, value, capsys, monkeypatch):
-    monkeypatch.setenv(variable, value)
+def test_doctor_sees_an_environment_in_the_way(capsys, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
     assert cli.main(["doctor", "--json"]) == 1
     checks = json.loads(capsys.readouterr().out)["checks"]
     (problem,) = [check for check in checks if not check["ok"]]
-    assert variable in problem["problem"]
+    assert "VLLM_PLUGINS" in problem["problem"]
     assert problem["remedy"]
 
 
@@ -162,14 +158,11 @@ def test_doctor_misses_models(other_models, capsys):
 
 
 @pytest.mark.slow
-def test_demo_is_lossless_and_prints_only_json(tmp_path, capsys):
-    """Catches a replay that drops steps: its last frame counts other tokens than were answered.
-
-    And a demo that ends before its trace is written: the newcomer's way to one, without a server.
-    """
-    recording, trace = tmp_path / "demo.svg", tmp_path / "t.jsonl"
+def test_demo_is_lossless_and_prints_only_json(tmp_path):
+    """Catches a replay that drops steps: its last frame counts other tokens than were answered."""
+    recording = tmp_path / "demo.svg"
     asked = ["--num-prompts", "2", "--max-tokens", "64", "--record", str(recording)]
-    done = run("demo", "--json", *asked, "--trace", str(trace))
+    done = run("demo", "--json", *asked)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert set(result) == {
@@ -194,11 +187,6 @@ def test_demo_is_lossless_and_prints_only_json(tmp_path, capsys):
         assert float(shown) == pytest.approx(rate, rel=0.02)
         assert int(num_tokens) / float(seconds) == pytest.approx(rate, rel=0.05)
     assert figures[0][1] == figures[1][1]
-    assert cli.main(["trace", str(trace), "--json"]) == 0
-    summary = json.loads(capsys.readouterr().out)
-    assert summary["requests"] == 2 * 2  # the warm-up asks, too
-    assert summary["acceptance_length"] > 1
-    assert summary["emitted"] <= 2 * 2 * (64 + 1)
 
 
 def test_prompts_are_mixed(tmp_path):
@@ -236,7 +224,6 @@ def test_a_pipe_gets_plain_text(variable, capsys, monkeypatch):
     monkeypatch.setenv(variable or "TERM", "1")
     plain = shown(capsys, comparison([0, 1, 2, 3]))
     assert "\033" not in plain
-    assert "    1      4         2  bc[d] (2)" in plain
     assert "batch 1, float32, cpu" in plain
     assert "2.00 x" in plain
     assert "3.00 tokens per round" in plain  # the prefill's token is no round

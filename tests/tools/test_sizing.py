@@ -240,7 +240,7 @@ def test_what_cannot_be_planned_is_one_line(argv, hint, capsys):
         ({"hidden_size": "big"}, "'hidden_size'"),
         ({"hidden_size": 10**400}, "'hidden_size' as an integer"),  # too large for gigabytes
         ({"num_hidden_layers": 10**9}, "'num_hidden_layers' as an integer"),  # takes for ever
-        ({"head_dim": ["128"]}, "'head_dim' equal to 'hidden_size' / "),
+        ({"head_dim": ["128"]}, "'head_dim' as an integer"),
         ({"dtype": "int3"}, "int3"),
         ({**MOE, "mlp_only_layers": [0]}, "mixes dense and expert"),
     ],
