@@ -152,10 +152,13 @@ def _trace_file(given: Mapping[str, Any]) -> str | None:
         raise ValueError(f"failfast: 'trace' must be the name of a file; got {echo(value)}.")
     path = Path(os.path.expanduser(value)).absolute()  # "~nobody" stays
     try:
-        if path.exists() and not is_trace(path):
+        is_new = not path.exists()
+        if not is_new and not is_trace(path):
             must = "'trace' must be a new file, or a trace to go on with"
             raise refusal(must, echo(value), "Name another file.")
         path.open("ab").close()  # /proc lets nobody write, whatever its permissions say
+        if is_new:
+            path.unlink()
     except OSError as error:
         must = "'trace' must be a file in an existing, writable folder"
         got = f"{echo(value)} ({error.strerror or error})"

@@ -34,20 +34,3 @@ class Fixed(Policy):
 
     def extend(self, lens: torch.Tensor, confidences: torch.Tensor) -> Verdict:
         return lens, lens > 0  # always: no draft is empty
-
-
-@dataclass(frozen=True)
-class Confidence(Policy):
-    """p_i < c: assisted generation's dynamic threshold (Hugging Face transformers).
-
-    The draft ends after the first token at which the rule fires, and goes on while none has.
-    """
-
-    confidence_threshold: float = number(
-        0.4, 0, 1, "a draft ends after the first token less probable than this"
-    )
-
-    def extend(self, lens: torch.Tensor, confidences: torch.Tensor) -> Verdict:
-        fired = (confidences < self.confidence_threshold).cumsum(dim=1)
-        num_before = (fired == 0).sum(dim=1)  # the first that fires
-        return (num_before + 1).minimum(lens), num_before >= lens

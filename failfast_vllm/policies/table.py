@@ -10,7 +10,6 @@ from failfast_vllm.policies.parameters import parameters_of
 POLICIES: dict[str, type[Policy]] = {
     "failfast": rules.FailFast,
     "fixed": rules.Fixed,
-    "confidence": rules.Confidence,
 }
 PARAMETERS = {name: parameters_of(policy) for name, policy in POLICIES.items()}
 

@@ -1,8 +1,4 @@
-"""Closed loops: a number of requests in flight, each replaced at once when it ends.
-
-Engines take turns within a run, each on its own clock: a machine's speed may drift by half within a
-minute, and ratios of whole runs show little else.
-"""
+"""Closed loops: a number of requests in flight, each replaced at once when it ends."""
 
 import contextlib
 import multiprocessing

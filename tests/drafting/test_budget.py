@@ -81,7 +81,7 @@ def test_a_late_request_does_not_wait_for_drafts(num_running, num_tokens):
     with engine("failfast", **limits) as llm:
         prompts = [p for p in mixed_prompts(llm.get_tokenizer(), 60) if 30 <= len(p) <= 100]
         late = next(p for p in prompts if len(p) >= 50)[:60]
-        for name in ("failfast", "fixed", "confidence"):
+        for name in ("failfast", "fixed"):
             with policy(llm, name, num_speculative_tokens=60), watch(llm) as record:
                 waited = steps_until_a_late_request_answers(llm, prompts[:num_running], late)
             assert waited <= 2, f"{name}: {waited} steps"

@@ -133,8 +133,7 @@ def test_the_method_is_known_in_capitals():
 
 
 BAD_PARAMETERS = [
-    ("failfast", "confidence_threshold", [-0.1, "0.5"]),
-    ("confidence", "confidence_threshold", [1.5, True, math.nan, None, [0.9]]),
+    ("failfast", "confidence_threshold", [-0.1, "0.5", 1.5, True, math.nan, None, [0.9]]),
 ]
 
 
@@ -160,8 +159,7 @@ def test_every_parameter_has_its_checks():
 def test_a_parameter_of_another_policy_says_whose_it_is(policy):
     """Catches a parameter that is accepted and changes nothing."""
     message = refusal({"method": METHOD, "policy": policy, "confidence_threshold": 0.5})
-    owners = "'failfast' or 'confidence'"
-    assert f"'confidence_threshold' belongs to the policy {owners}" in message
+    assert "'confidence_threshold' belongs to the policy 'failfast'" in message
     assert f"got the policy {policy!r}" in message
 
 
@@ -495,7 +493,7 @@ def test_every_key_reaches_the_engine(drafter):
         "num_speculative_tokens": 24,
         "confidence_threshold": 1,
         "draft_increment": 3,
-        "policy": "confidence",
+        "policy": "failfast",
     }
     built = build(asking(model=drafter, **given))
     assert knobs(built) == given
@@ -658,7 +656,6 @@ def test_the_default_drafter_of_qwen3_has_blocks_of_32(monkeypatch, tmp_path):
         ({"policy": "fixed"}, 60),
         ({"policy": "fixed", "num_speculative_tokens": 16}, 16),
         ({"policy": "fixed", "num_speculative_tokens": 16, "draft_increment": 4}, 4),
-        ({"policy": "confidence"}, 10),
         ({"num_speculative_tokens": 16}, 10),
         ({"num_speculative_tokens": 4}, 4),
     ],

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from cutting import Confidence
 from failfast_vllm.integration.session import Session
 from failfast_vllm.observe.counters import DraftStats
-from failfast_vllm.policies.rules import Confidence, FailFast
+from failfast_vllm.policies.rules import FailFast
 from failfast_vllm.policies.table import POLICIES
 from scripted import STOP, Script, make_drafter, make_step, random_script
 
@@ -19,21 +20,21 @@ def literal_length(name, p, cap, increment):
     length = passes = 0
     while length < cap:
         begin, length, passes = length, min(cap, length + increment), passes + 1
-        doubts = [i for i in range(begin, length) if p[i] < {"failfast": 0.45}.get(name, 0.4)]
+        doubts = [i for i in range(begin, length) if p[i] < (0.4 if name == "cutting" else 0.45)]
         if name == "failfast" and doubts:
             break
-        if name == "confidence" and doubts:
+        if name == "cutting" and doubts:
             return doubts[0] + 1, passes
     return length, passes
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [*POLICIES, "cutting"])
 def test_lengths_equal_the_literal_ones(name):
     """Catches a cut before the token that fires, an increment judged alone, padding that fires."""
     found_lens = set()
     for seed in SEEDS:
         script = random_script(seed)
-        policy = POLICIES[name]()
+        policy = Confidence(0.4) if name == "cutting" else POLICIES[name]()
         caps = np.random.default_rng(seed).choice([0, 1, 7, 35, CAP], 6)
         increment = (10, 4, 17)[seed % 3]
         drafts = make_drafter(policy, script, increment=increment).propose(make_step(script, caps))

@@ -16,7 +16,6 @@ P_VALUE = 0.001  # four tests: an honest run fails in one of 250
 # parameters that cut the few tokens of a draw, too
 STRICT = {
     "failfast": {"draft_increment": 1, "confidence_threshold": 0.9},
-    "confidence": {"confidence_threshold": 0.9},
 }
 
 

@@ -25,7 +25,6 @@ NUM_TEXTS = 4
 POLICIES = (
     "failfast",
     "fixed",
-    "confidence",
 )
 EVENTS = (*["step"] * 9, "abort", "abort", "abort late", "abort late", "preempt", "reset")
 MAX_SEQS = 4

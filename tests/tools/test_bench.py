@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from failfast_vllm.config import FailFastConfig
+from failfast_vllm.config import METHOD, FailFastConfig
 from failfast_vllm.policies.table import POLICIES
 from failfast_vllm.tools import bench, cli, report
 from failfast_vllm.tools import load_generator as closed_loop
@@ -417,7 +417,7 @@ def real(tmp_path_factory):
 
 def measure(folder):
     small = ["--num-prompts", "3", "--max-tokens", "40", "--repeats", "1"]
-    asked = ["--methods", "confidence", "--concurrency", "1", "2", "--requests-per-point", "4"]
+    asked = ["--methods", METHOD, "--concurrency", "1", "2", "--requests-per-point", "4"]
     files = ["--json", folder / "found.json", "--html", folder / "found.html"]
     command = [COMMAND, "bench", *small, *asked, *files]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -430,11 +430,11 @@ def test_a_real_run_agrees_with_itself(real):
     found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
     facts = found["provenance"]
     assert facts["command"].startswith("failfast bench --num-prompts 3 ")
-    assert facts["methods"] == ["none", "confidence"]
+    assert facts["methods"] == ["none", METHOD]
     assert facts["target"] == "the shipped small pair"
     assert "/" not in facts["device"] + facts["vllm"]
     rows = {(row["method"], row["concurrency"]): row for row in found["rows"]}
-    assert list(rows) == [(m, c) for c in (1, 2) for m in ("none", "confidence")]
+    assert list(rows) == [(m, c) for c in (1, 2) for m in ("none", METHOD)]
     for (method, concurrency), row in rows.items():
         base = rows["none", concurrency]
         ratio = row["tokens_per_second"] / base["tokens_per_second"]
@@ -459,7 +459,7 @@ def test_a_real_run_agrees_with_itself(real):
         assert row["verify_ms"] > 0
         assert row["other_ms"] > 0
         assert 0 < row["accepted_tokens"] <= row["drafted_tokens"]
-    assert "| 2 | confidence | " in done.stdout
+    assert f"| 2 | {METHOD} | " in done.stdout
     assert "concurrency 1" not in done.stderr  # no progress bar without a terminal
 
 
