@@ -68,6 +68,10 @@ class DraftStats:
             self.verify_ms += (self._began - self._waits_since) * 1e3
             self._waits_since = 0.0
 
+    def stood_still(self, seconds: float) -> None:
+        """For so long nobody has asked the engine for its next step."""
+        self._waits_since += seconds * bool(self._waits_since)
+
     def step_ended(self, drafts: Drafts) -> None:
         """The drafts of the step are made and handed out."""
         now = time.perf_counter()

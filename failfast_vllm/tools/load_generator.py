@@ -92,14 +92,15 @@ class Watch:
         if self._adapter is not None and current_platform.device_type == "cpu":
             stats = self._adapter.stats
             sums |= {"draft_ms": stats.total_ms, "own_ms": stats.total_ms - stats.forward_ms}
-            known_ms = stats.total_ms + stats.verify_ms
-            sums |= {"verify_ms": stats.verify_ms, "other_ms": 1e3 * seconds - known_ms}
+            other_ms = 1e3 * seconds - stats.total_ms - stats.verify_ms
+            sums |= {"verify_ms": stats.verify_ms, "other_ms": other_ms}
         return sums
 
     def stood_still(self, seconds: float) -> None:
         """The engine was not asked for that long: not a time for the planner to learn."""
         if self._adapter is not None:
             self._adapter.drafter.planner.stood_still(seconds)
+            self._adapter.stats.stood_still(seconds)
 
     def _count(self, num_drafted: int, num_accepted: int, num_passes: int) -> None:
         self.sums["drafts"] += num_drafted > 0

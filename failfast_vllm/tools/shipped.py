@@ -63,9 +63,6 @@ def run(args: argparse.Namespace) -> int:
         from failfast_vllm.tools.fetch import fetch_smollm2
 
         paths[args.fetch] = str(fetch_smollm2())
-    if args.json:
-        print(json.dumps(paths, indent=2))
-    else:
-        for name, path in paths.items():
-            print(f"{name:<12}{path}")
+    lines = (f"{name:<12}{path}" for name, path in paths.items())
+    print(json.dumps(paths, indent=2) if args.json else "\n".join(lines))
     return 0

@@ -111,10 +111,7 @@ def make_plan(target: str, drafter: str | None = None) -> dict[str, Any]:
 
 
 def load_config(name: str) -> tuple[str, Mapping[str, Any]]:
-    """The directory or hub id, and the config, of a checkpoint, a config.json or a hub id.
-
-    Raises ValueError on none of them.
-    """
+    """Name and config of a checkpoint directory, a config.json or a hub id; raises ValueError."""
     path = Path(name)
     if path.exists():
         path = path / "config.json" if path.is_dir() else path
@@ -156,7 +153,7 @@ def render(plan: Mapping[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `failfast plan`."""
-    text = "checkpoint directory, config.json or name"
+    text = "checkpoint directory, config.json or hub id"
     parser.add_argument("target", metavar="TARGET", help=text)
     parser.add_argument("--drafter", metavar="PATH_OR_ID", help="default: the family's own")
 

@@ -611,7 +611,9 @@ def test_the_engine_drafts_in_the_blocks_that_the_plan_counts(
     lines = [line for line in caplog.messages if line.startswith("failfast: ")]
     assert len(lines) == (warning is not None)
     if not given:  # a plan counts what is published
-        planned = plan.make_plan("Qwen3-8B", str(path))
+        target = tmp_path / "config.json"
+        target.write_text(json.dumps(PUBLISHED_TARGETS["Qwen/Qwen3-8B"]), encoding="utf-8")
+        planned = plan.make_plan(str(target), str(path))
         assert planned["diffusion_block_size"] == size
     if warning:
         assert warning in lines[0]

@@ -457,7 +457,7 @@ def test_a_real_run_agrees_with_itself(real):
         assert row["passes_per_round"] >= 1
         assert 0 < row["own_ms"] < row["draft_ms"]
         assert row["verify_ms"] > 0
-        assert row["other_ms"] > 0
+        assert row["other_ms"] > 0  # also where engines take turns
         assert 0 < row["accepted_tokens"] <= row["drafted_tokens"]
     assert f"| 2 | {METHOD} | " in done.stdout
     assert "concurrency 1" not in done.stderr  # no progress bar without a terminal
