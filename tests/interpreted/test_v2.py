@@ -14,7 +14,7 @@ from engine import (
     proposer,
     watch,
 )
-from failfast_vllm.config import MODELS_DIR
+from failfast_vllm.config import METHOD, MODELS_DIR
 from independent import IndependentDrafter
 from runners import plain, start_batch_invariant, v1_engine, v2_engine  # noqa: F401 - a fixture
 from state_check import TOLERANCE, largest_error
@@ -228,6 +228,21 @@ def test_aborted_requests_leave_the_others_alone(plain):
     kept = {i: expected[int(i)] for i in ("0", "2", "3", "5")}
     assert {i: finished[i] for i in kept} == kept
     assert record.num_accepted > 0
+
+
+def test_a_window_is_that_of_v1(plain):
+    """Catches a window that V2 reads from another page of its block table."""
+    prompts, params, expected = plain
+    few = [i for i, prompt in enumerate(prompts) if 190 < len(prompt) < 440][:3]
+    assert few
+    asked, found = {"method": METHOD, "drafter_window": 64}, []
+    for runner in (v1_engine, v2_engine):
+        with runner(asked, block_size=32) as llm, watch(llm) as record:
+            answers = generate(llm, [prompts[i] for i in few], [params[i] for i in few])
+        assert answers == [expected[i] for i in few]
+        found.append(sorted((tuple(p.known), tuple(p.draft)) for p in record.proposals))
+    assert found[0] == found[1]
+    assert any(len(draft) > 1 for _, draft in found[0])
 
 
 def test_outcomes_belong_to_their_drafts_across_preemptions(plain):
