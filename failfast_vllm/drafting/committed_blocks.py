@@ -47,9 +47,11 @@ class CommittedBlocks:
         places = torch.arange(blocks.shape[1], device=self.bits.device)
         num_old = computed_lens // self.size
         old = places < num_old[:, None]
-        unseen = places < (self.geometry.window_starts(num_old * self.size) // self.size)[:, None]
         committed = self.bits[torch.where(old, blocks, self.bits.numel() - 1)] & old
-        return (committed | unseen).long().cumprod(dim=1).sum(dim=1) * self.size
+        if self.geometry.window is not None:  # what is before it is not read
+            starts = self.geometry.window_starts(num_old * self.size)
+            committed |= places < (starts // self.size)[:, None]
+        return committed.long().cumprod(dim=1).sum(dim=1) * self.size
 
     def mark(self, slot_mapping: torch.Tensor) -> None:
         """The blocks of these slots are committed; -1 is no slot. [num_rows] int64."""

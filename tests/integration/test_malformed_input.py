@@ -24,7 +24,7 @@ from failfast_vllm.drafters import checks
 from failfast_vllm.drafters.families import FAMILIES, FAST_DLLM_V2
 from failfast_vllm.integration import requests
 from failfast_vllm.tools import bench, cli
-from published_models import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS, fill_hub
+from published_models import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS, hub  # noqa: F401 - a fixture
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
@@ -260,21 +260,11 @@ def test_earlier_results(folder, capsys, data):
     refused(capsys, "bench", "--from", str(folder / "r.json"))
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """A cache of the hub with the published models; nothing is downloaded."""
-    cache = tmp_path_factory.mktemp("hub")
-    fill_hub(cache)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        yield cache
-
-
+@pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("which", ["target", "drafter"])
 @cases(200)
 @given(data=st.data())
-def test_plans(hub, folder, capsys, which, data):
+def test_plans(folder, capsys, which, data):
     """Catches sizes that take for ever to add up, or are too large to be shown."""
     models = {"target": PUBLISHED_TARGETS, "drafter": PUBLISHED_DRAFTERS}[which]
     fields = models[data.draw(st.sampled_from(sorted(models)))]

@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from failfast_vllm.drafters.families import FAST_DLLM_V2, SDAR, SDAR_MOE
 
 SIZES = (
@@ -71,3 +73,14 @@ def fill_hub(cache: Path) -> None:
         (snapshot / "config.json").write_text(json.dumps(config), encoding="utf-8")
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text("2c83", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A cache of the hub with the published models; nothing is downloaded."""
+    cache = tmp_path_factory.mktemp("hub")
+    fill_hub(cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        yield cache

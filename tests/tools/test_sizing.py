@@ -10,10 +10,11 @@ from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.tools import cli
 from failfast_vllm.tools import sizing as plan
 from failfast_vllm.tools.sizing import memory_of
-from published_models import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS, fill_hub
+from published_models import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS, hub  # noqa: F401 - a fixture
 
 DOCS = Path(__file__).parents[2] / "docs" / "drafters.md"
 MODELS = {**PUBLISHED_TARGETS, **PUBLISHED_DRAFTERS}
+pytestmark = pytest.mark.usefixtures("hub")
 DRAFTER = "Efficient-Large-Model/Fast_dLLM_v2_1.5B"
 MOE = {  # Qwen3-30B-A3B
     "model_type": "qwen3_moe",
@@ -31,17 +32,6 @@ MOE = {  # Qwen3-30B-A3B
     "max_position_embeddings": 40960,
     "tie_word_embeddings": False,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hub(tmp_path_factory):
-    """A cache of the hub with the published models; nothing is downloaded."""
-    cache = tmp_path_factory.mktemp("hub")
-    fill_hub(cache)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        yield cache
 
 
 def memory(name):
