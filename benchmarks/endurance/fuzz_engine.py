@@ -134,6 +134,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import triton_on_cpu  # noqa: F401 - before vLLM looks for Triton
     for name, value in ENGINE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     sys.exit(main())

@@ -41,6 +41,7 @@ class DraftStats:
         self.stops = np.zeros(len(STOP_REASONS), dtype=np.int64)  # drafts made, by reason
         self.bins = np.zeros((3, NUM_BINS), dtype=np.int64)  # judged, accepted, confidence
         self._taken = np.zeros(NUM_COUNTS, dtype=np.int64)
+        self._has_news = False  # since they were taken
         self._began = self._waits_since = 0.0  # the latter for a verification; 0.0 = for none
 
     @contextmanager
@@ -75,6 +76,7 @@ class DraftStats:
     def step_ended(self, drafts: Drafts) -> None:
         """The drafts of the step are made and handed out."""
         now = time.perf_counter()
+        self._has_news = True
         self.num_drafting_steps += 1
         self.num_forwards += drafts.num_forwards
         self.num_rows += drafts.num_rows
@@ -87,6 +89,7 @@ class DraftStats:
         """Fill the bins of the reliability diagram, and count what was copied."""
         if not rounds:
             return
+        self._has_news = True
         self.num_copied += sum(r.num_copied for r in rounds)
         self.num_copied_accepted += sum(r.num_copied_accepted for r in rounds)
         judged = np.concatenate([r.judged_confidences for r in rounds])
@@ -105,12 +108,16 @@ class DraftStats:
 
     def take(self) -> list[int]:
         """What was counted since it was last asked, `NUM_COUNTS` integers; [] if nothing was."""
+        if not self._has_news:
+            return []
+        self._has_news = False
         times = self.total_ms * 1e3, self.verify_ms * 1e3
         copied = self.num_copied, self.num_copied_accepted
         scalars = self.num_forwards, self.num_rows, *map(int, times), self.num_drafting_steps
         counts = np.concatenate((scalars, copied, self.stops, self.bins.ravel()))
-        news, self._taken = counts - self._taken, counts
-        return news.tolist() if news.any() else []
+        news: list[int] = (counts - self._taken).tolist()
+        self._taken = counts
+        return news
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended."""

@@ -300,6 +300,26 @@ def test_row_in_a_mixed_batch(table, drafting, row, mode):
     check_steps(record, mode)
 
 
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_only_steps_with_drafts_are_prepared_for_verification(
+    table, drafting, monkeypatch, recurrent
+):
+    """Catches a step without drafts that is verified; recurrent targets need all to be."""
+    runner, prepared = proposer(drafting).runner, []
+    prepare = runner._prepare_inputs
+
+    def watching_prepare(scheduler_output, *args):
+        found = prepare(scheduler_output, *args)
+        prepared.append((bool(scheduler_output.scheduled_spec_decode_tokens), found[1] is not None))
+        return found
+
+    monkeypatch.setattr(runner, "_prepare_inputs", watching_prepare)
+    monkeypatch.setattr(type(runner.model_config), "has_inner_state", recurrent)
+    with drafting_for(drafting, "drafts in some steps"):
+        assert wrong_rows(table["greedy"], generate(drafting, table["greedy"])) == []
+    assert set(prepared) == {(True, True), (False, recurrent)}
+
+
 # the other modes meet each row above, or in test_features.py
 HERE = "drafts for some", "a planner that rests", "copies and drafts"
 CASES_AT_ONCE = [
