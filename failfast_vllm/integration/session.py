@@ -113,7 +113,6 @@ class Session:
         final = view.computed_lens // size * size
         # what no window reaches any more is never committed
         committed = np.maximum(view.committed_lens, drafter.geometry.window_starts(final))
-        final = np.maximum(final, committed)
         return DraftStep(
             req_ids=view.req_ids,
             token_ids=view.token_ids,

@@ -22,7 +22,11 @@ class Recording(Planner):
 
     def __init__(self, draft_increment):
         super().__init__(draft_increment)
-        self.passes, self.asked = [], []
+        self.passes, self.asked, self.seen_lens = [], [], []
+
+    def first(self, asked):
+        self.seen_lens.append(asked.seen_lens.tolist())
+        return super().first(asked)
 
     def pass_took(self, size, ms):
         self.passes.append((size, ms))
@@ -140,12 +144,26 @@ def test_where_a_pass_reads_and_writes():
     assert batch.slot_mapping.tolist() == first + second
 
 
+def test_where_windows_begin():
+    """Catches one that begins before the prefix that it is longer than, or inside a page."""
+    geometry = make_drafter(FailFast(0.45), sure_script(40)).geometry
+    geometry = replace(geometry, kv_block_size=64, window=80)
+    lens, starts = np.array([0, 64, 128, 160, 1024]), [0, 0, 0, 64, 896]
+    assert geometry.window_starts(lens).tolist() == starts
+    assert geometry.window_starts(torch.from_numpy(lens)).tolist() == starts
+    assert not replace(geometry, window=None).window_starts(lens).any()
+
+
 def test_a_window_reads_the_last_pages_only():
-    """Catches keys of a page before the window, and positions that count from its beginning."""
+    """Catches keys of a page before the window, and positions that count from its beginning.
+
+    And a planner that is told of keys before it.
+    """
     script, seen = sure_script(200, 100), []
     drafter = make_drafter(FailFast(0.45), script)
     drafter.geometry = replace(drafter.geometry, kv_block_size=64, window=80)
     drafter.blocks = CommittedBlocks(8, drafter.geometry)
+    drafter.planner = Recording(10)
     step = replace(
         make_step(script, [3, 3]),
         block_table=torch.tensor([[6, 0, 3, 7], [1, 2, 0, 0]]),
@@ -161,6 +179,9 @@ def test_a_window_reads_the_last_pages_only():
     assert batch.positions.tolist() == [*range(160, 203), *range(32, 103)]
     first, second = [*range(3 * 64 + 32, 4 * 64)], [*range(64 + 32, 128), *range(128, 128 + 32)]
     assert batch.slot_mapping.tolist() == [*first, *[-1] * 11, *second, *[-1] * 7]
+    assert drafter.planner.seen_lens == [[192 - 64, 96]]
+    pairs = (139 * 139 - 96 * 96) // 2 + (103 * 103 - 32 * 32) // 2  # no key of the first page
+    assert drafter.planner.passes[0][0] == (43 + 71, pairs)
 
 
 def test_blocks_are_committed_in_the_order_of_their_positions():

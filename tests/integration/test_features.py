@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
@@ -309,8 +309,10 @@ def test_unchecked_values_do_not_end_the_engine(plain, drafting, monkeypatch):
     | st.floats()
     | st.lists(st.floats()),
 )
+@example(max_len=float("nan"), threshold=float("nan"))
 @settings(deadline=None, derandomize=True, database=None)
 def test_whatever_a_request_asks_stays_in_range(max_len, threshold):
+    """Catches a limit that is no number: a draft would end after any increment."""
     extra = {request.MAX_LEN: max_len, request.CONFIDENCE_THRESHOLD: threshold}
     found = request.asked([SamplingParams(extra_args=extra)], [[1]], frozenset(), 60)
     assert 0 <= found.max_draft_lens[0] <= 60

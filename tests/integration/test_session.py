@@ -1,5 +1,6 @@
 """A session's step and V1's adapter on their own: what is asked, who learns, what is forgotten."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from vllm import SamplingParams
 
 from failfast_vllm.drafting.records import UNKNOWN, Copies, Drafts
-from failfast_vllm.integration import v1
+from failfast_vllm.integration import runner_hooks, v1
 from failfast_vllm.integration.session import Adapter, Session, View
 from failfast_vllm.observe.counters import DraftStats
 from failfast_vllm.policies.rules import FailFast
@@ -78,6 +79,19 @@ def test_what_a_step_asks_of_the_drafter(session):
     assert step.final_lens.tolist() == [64, 64, 32, 32, 64, 64, 32]
     assert step.known_lens.tolist() == [70, 64, 70, 70, 70, 70, 70]
     assert step.committed_lens.tolist() == [32] * 7
+
+
+@pytest.mark.parametrize(("computed", "committed"), [(511, 448), (130, 96), (69, 32), (31, 0)])
+def test_what_no_window_reaches_is_never_committed(session, computed, committed):
+    """Catches a long prompt whose blocks are all committed, and a window that skips its own."""
+    geometry = session.drafter.geometry
+    session.drafter.geometry = replace(geometry, kv_block_size=32, window=32)
+    view = Given([[1]], [90])
+    view.computed_lens, view.committed_lens = np.array([computed]), np.array([0])
+    session.step(view)
+    (step,) = session.steps
+    assert step.final_lens.tolist() == [computed // 32 * 32]
+    assert step.committed_lens.tolist() == [committed]
 
 
 def test_who_learns_what_and_in_which_order(session):
@@ -230,6 +244,42 @@ def test_a_step_is_drafted_for_once():
     adapter.session = SimpleNamespace(step=lambda view: view)
     adapter.postponed = lambda: "view"
     assert [adapter.take_drafts(), adapter.take_drafts()] == ["view", None]
+
+
+@pytest.mark.parametrize(
+    ("drafts", "has_inner_state", "ours", "seen"),
+    [
+        ({}, False, True, None),
+        ({"a": [7]}, False, True, "config"),
+        ({}, True, True, "config"),
+        ({}, False, False, "config"),
+    ],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_vllm_prepares_a_step_for(drafts, has_inner_state, ours, seen, fails):
+    """Catches drafts that are not verified, a recurrent state in the wrong place, other proposers.
+
+    And a configuration that stays away after the step, or after one that failed.
+    """
+    runner = SimpleNamespace(
+        speculative_config="config",
+        model_config=SimpleNamespace(has_inner_state=has_inner_state),
+        drafter=proposer() if ours else object(),
+    )
+
+    def prepare():
+        assert runner.speculative_config == seen
+        if fails:
+            raise MemoryError
+        return "prepared"
+
+    step = SimpleNamespace(scheduled_spec_decode_tokens=drafts)
+    if fails:
+        with pytest.raises(MemoryError):
+            runner_hooks.prepare_without_drafts(prepare, runner, step, None)
+    else:
+        assert runner_hooks.prepare_without_drafts(prepare, runner, step, None) == "prepared"
+    assert runner.speculative_config == "config"
 
 
 def test_thinking_budgets_stay_with_requests_that_have_one():

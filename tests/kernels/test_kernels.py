@@ -44,6 +44,7 @@ def test_attention_matches_dense_float64(
         pytest.param([(3, 33)], id="rows straddle a block end"),
         pytest.param([(0, 200), (2, 11), (1, 140), (0, 0)], id="two groups and an empty sequence"),
         pytest.param([(0, 600), (5, 42)], id="prefill beside a decode"),
+        pytest.param([(1, 128), (0, 3), (0, 512)], id="the longest sequences of each group"),
     ],
 )
 def test_attention_regimes(sequences):

@@ -161,6 +161,18 @@ def test_only_steps_that_verify_are_timed_as_verification():
     assert counts.bins[:, -1].tolist() == [1, 1, 1000]
 
 
+def test_a_trace_beside_it_gives_a_receiver_of_drafts_no_plain_rounds():
+    """Catches plain rounds among the drafts that `failfast bench` reports of a traced engine."""
+    counts, told, traced = DraftStats(), [], []
+    counts.on_round, counts.drafts_only = told.append, True
+    counts.trace = types.SimpleNamespace(observe=traced.extend)
+    assert counts.wants_plain
+    rounds = [Round("plain"), Round("drafted", 3, num_verified=3)]
+    counts.tell(rounds)
+    assert traced == rounds
+    assert told == rounds[1:]
+
+
 def test_copied_tokens_are_counted_apart():
     """Catches tokens of passes among the copied ones, and copies behind a rejected pass."""
     counts = DraftStats()

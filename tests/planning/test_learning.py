@@ -72,6 +72,26 @@ def test_long_prefixes_do_not_make_rows_dear():
     assert found.score_ms == pytest.approx(0.5e-3, rel=0.02)
 
 
+def test_one_fast_pass_says_little_about_attention():
+    """Catches a slope that follows each pass, or falls below that of attention for nothing."""
+    found = costs()
+    found.score_ms = 1e-3
+    found.learn_drafting([(8, 2_000)], [0.5], 1.0)
+    assert found.score_ms == pytest.approx((1.0 - OVERHEAD_RATE) * 1e-3)
+
+
+def test_a_slow_pass_is_not_blamed_on_attention():
+    """Catches a hiccup after which long prefixes look dear for long."""
+    found = costs()
+    found.score_ms = 1e-3
+    rows_ms = float(found.draft(8))
+    for num_scores in (0, 2_000):
+        took_ms = rows_ms + 3.0 + 1e-3 * num_scores
+        assert found.learn_drafting([(8, num_scores)], [took_ms], took_ms) == [took_ms]
+        assert found.score_ms == 1e-3
+    assert float(found.draft(8)) > rows_ms + 1.0
+
+
 def test_attention_is_a_part_of_the_price():
     """Catches passes, and their commits, that cost the same after any prefix."""
     dear = Costs(CostTable([1, 1000], [1.0, 3.0]), CostTable([1, 64], [10.0, 12.0]), 1e-3)
@@ -95,6 +115,22 @@ def test_times_rise_with_the_size_wherever_they_were_measured():
         table.correct(size, ms)
     times = table([1, 4, 8, 16, 64, 65, 1000, 10**6])
     assert (np.diff(times) >= 0).all()
+
+
+def test_a_busy_moment_at_the_start_is_not_believed():
+    """Catches small passes that look as dear as something else made one of them look."""
+    table = CostTable([1, 8, 64], [9.0, 2.0, 3.0])
+    assert table([1, 8, 64]).tolist() == [2.0, 2.0, 3.0]
+
+
+def test_a_shorter_time_refutes_those_of_the_start():
+    """Catches times of a busy start that are averaged in, and a longer time that replaces them."""
+    table = CostTable([1, 64], [10.0, 20.0])
+    table.correct(64, 10.0)
+    assert table([1, 64]) == pytest.approx([5.0, 10.0])
+    table = CostTable([1, 64], [10.0, 20.0])
+    table.correct(64, 30.0)
+    assert table([1, 64]) == pytest.approx([12.5, 25.0])
 
 
 def test_parts_of_a_step_are_timed_apart():
