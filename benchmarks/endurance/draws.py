@@ -21,7 +21,7 @@ import torch
 
 from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.drafting.interfaces import Planner
-from failfast_vllm.drafting.records import Lengths
+from failfast_vllm.drafting.records import FirstPass, Lengths
 from failfast_vllm.tools.offline import (
     adapter,
     encode,
@@ -53,11 +53,9 @@ class CopiesAlways(Planner):
 
     postpones_commits = True  # there is no drafter to commit to
 
-    def first(
-        self, wanted: Lengths, live_rows: Lengths, commit_rows: Lengths, match_lens: Lengths
-    ) -> tuple[Lengths, Lengths]:
-        copied = np.where(match_lens > 0, np.minimum(wanted, LONGEST_COPY), 0)
-        return np.zeros_like(wanted), copied
+    def first(self, asked: FirstPass) -> tuple[Lengths, Lengths]:
+        copied = np.where(asked.match_lens > 0, np.minimum(asked.wanted, LONGEST_COPY), 0)
+        return np.zeros_like(asked.wanted), copied
 
 
 def places(

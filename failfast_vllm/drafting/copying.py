@@ -24,7 +24,7 @@ class OwnText(CopyLane):
     """Copies of a sequence's prompt and of what has been generated for it.
 
     Args:
-        vocab_size: of the target; ids beyond it (places of images) are never drafted.
+        vocab_size: of the target; an id beyond it (the place of an image) is drafted as another.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
@@ -42,7 +42,5 @@ class OwnText(CopyLane):
         offsets = torch.arange(int(wanted.max()), device=self.device)
         columns = starts[:, None] + offsets % (known - starts).clamp(min=1)[:, None]
         columns = columns.clamp(max=step.token_ids.shape[1] - 1)
-        tokens = step.token_ids[slots[:, None], columns].long()
-        foreign = (tokens < 0) | (tokens >= self.vocab_size)
-        tokens = tokens.masked_fill(foreign, 0).masked_fill(match_lens[:, None] == 0, NO_TOKEN)
-        return Copies(found, tokens)
+        tokens = step.token_ids[slots[:, None], columns].long().clamp(0, self.vocab_size - 1)
+        return Copies(found, tokens.masked_fill(match_lens[:, None] == 0, NO_TOKEN))

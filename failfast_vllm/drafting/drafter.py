@@ -52,7 +52,8 @@ class Drafter:
         if isinstance(drafts, Workspace):
             self._passes(drafts)
             drafts.stop_reasons = self._stop_reasons(drafts)
-        return self._keep(drafts)
+            self._keep(drafts)
+        return drafts
 
     def _begin(self, step: DraftStep) -> Workspace | Drafts:
         """Decide for whom to draft, and how far in the first pass; `Drafts`: no pass is needed."""
@@ -67,10 +68,11 @@ class Drafter:
         first, copied = self.planner.first(asked)
         first = share(first, step.draft_budget)
         copied = share(copied, step.draft_budget - int(first.sum()))
-        if self.planner.postpones_commits:
-            step = step.passing_only(first > 0)
-        if not (first.any() or (step.final_lens > step.committed_lens).any()):
+        postpones = self.planner.postpones_commits
+        if not (first.any() or (not postpones and asked.commit_rows.any())):
             return Drafts.of_copies(copies, copied)
+        if postpones:
+            step = step.passing_only(first > 0)
         work = Workspace(step, first, self.geometry)
         work.copy(copies, copied)
         return work
@@ -130,15 +132,13 @@ class Drafter:
         )
         return share(increments, step.draft_budget - int(lens.sum()))
 
-    def _keep(self, drafts: Drafts) -> Drafts:
+    def _keep(self, work: Workspace) -> None:
         """Keep what is worth verifying."""
-        per_seq = drafts.lens, drafts.num_confidences, drafts.confidences, drafts.match_lens
+        per_seq = work.lens, work.num_confidences, work.confidences, work.match_lens
         lens = self.planner.keep(*per_seq)
-        drafts.stop_reasons[lens < drafts.lens] = records.LOAD
-        drafts.lens = lens
-        if isinstance(drafts, Workspace):
-            drafts.token_ids = drafts.drafted(lens)
-        return drafts
+        work.stop_reasons[lens < work.lens] = records.LOAD
+        work.lens = lens
+        work.token_ids = work.drafted(lens)
 
     def _stop_reasons(self, work: Workspace) -> Lengths:
         """[num_seqs] what ended each draft; meaningless where there is none."""

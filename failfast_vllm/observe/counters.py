@@ -93,6 +93,8 @@ class DraftStats:
         self.num_copied += sum(r.num_copied for r in rounds)
         self.num_copied_accepted += sum(r.num_copied_accepted for r in rounds)
         judged = np.concatenate([r.judged_confidences for r in rounds])
+        if not judged.size:  # all was copied
+            return
         accepted = np.concatenate([r.confidences[: r.num_accepted] for r in rounds])
         sums = _by_bin(judged), _by_bin(accepted), _by_bin(judged, judged * CONFIDENCE_SCALE)
         self.bins += np.stack(sums).round().astype(np.int64)

@@ -188,6 +188,7 @@ class LoadPlanner(Planner):
             passes, copied = self._passes(asked, copied, gains, plain_ms)
         if self.learns and (passes.any() or copied.any()) and self.guard.probes():
             return nothing, nothing
+        self._num_drafted = int(copied.sum())  # if there is no pass, after which drafts are cut
         return passes, copied
 
     def _copies(

@@ -56,7 +56,7 @@ def test_copies_equal_the_literal_ones():
 def test_ids_beyond_the_vocabulary_are_not_drafted():
     """Catches a draft of the id that holds the place of an image."""
     copies = find([[5, VOCAB_SIZE, 6, 5]], [3])
-    assert copies.token_ids[0].tolist() == [0, 6, 5]
+    assert copies.token_ids[0].tolist() == [VOCAB_SIZE - 1, 6, 5]
 
 
 def scripted(texts, tokens, **options):

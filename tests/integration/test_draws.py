@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from distribution import favour_drafts
+from failfast_vllm.drafting.records import FirstPass
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "endurance" / "draws.py"
 spec = importlib.util.spec_from_file_location("draws", FILE)
@@ -48,6 +49,16 @@ def test_what_was_not_open_is_not_counted():
     """Catches sure tokens among the places, which hide a bias."""
     found = draws.places(Sure(), [1], [[0] * 10], np.random.default_rng(0))
     assert not len(found)
+
+
+def test_every_match_is_copied():
+    """Catches a planner that no longer plans copies: then no copy is ever judged."""
+    nothing = np.zeros(3, dtype=np.int64)
+    wanted, match_lens = np.array([9, 9, 2]), np.array([1, 0, 5])
+    asked = FirstPass(wanted, nothing, nothing, nothing, match_lens)
+    passes, copied = draws.CopiesAlways(draft_increment=1).first(asked)
+    assert passes.tolist() == [0, 0, 0]
+    assert copied.tolist() == [draws.LONGEST_COPY, 0, 2]
 
 
 @pytest.mark.large
