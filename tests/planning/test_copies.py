@@ -132,7 +132,6 @@ def test_steps_with_copies_are_timed_as_verification():
     for _ in range(400):
         _, copies = first(planner, [8])
         drafted += copies[0] > 0
-        planner.keep(np.array(copies), np.array([0]), np.zeros((1, CAP)), np.array([8]))
         if copies[0]:
             planner.observe([copied(8, drafted=copies[0], accepted=1)])
         now[0] += 0.030 if copies[0] else 0.010
