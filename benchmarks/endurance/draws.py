@@ -9,6 +9,7 @@ Counted are the tokens where more than one was likely: the others would hide a b
 """
 
 import argparse
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ METHODS = {
     "drafter": {"method": "failfast", "load_aware": False},  # drafts for every sequence and step
     "copies": {"method": "failfast", "model": None},
 }
+SETTINGS = {"dtype": "float32", "enforce_eager": True}
 LONGEST_COPY = 4
 NUM_BINS = 20
 SURE = 0.9  # share of the likeliest token beyond which nothing was open
@@ -56,6 +58,15 @@ class CopiesAlways(Planner):
     def first(self, asked: FirstPass) -> tuple[Lengths, Lengths]:
         copied = np.where(asked.match_lens > 0, np.minimum(asked.wanted, LONGEST_COPY), 0)
         return np.zeros_like(asked.wanted), copied
+
+
+@contextlib.contextmanager
+def always_drafting(config: dict[str, Any], **settings: Any) -> Iterator[Any]:
+    """An engine with one of `METHODS`, which drafts in every step, whether it pays or not."""
+    with engine(config, **settings) as llm:
+        if config == METHODS["copies"]:
+            adapter(llm).drafter.planner = CopiesAlways(draft_increment=1)
+        yield llm
 
 
 def places(
@@ -98,13 +109,12 @@ def sample(config: dict[str, Any], num_tokens: int, concurrency: int) -> Iterato
     from vllm import SamplingParams
 
     model = AutoModelForCausalLM.from_pretrained(MODELS_DIR / "target", dtype=torch.float32).eval()
-    settings = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": concurrency}
+    settings: dict[str, Any] = {**SETTINGS, "max_num_seqs": concurrency}
     rng, counts = np.random.default_rng(0), np.zeros(NUM_BINS, dtype=np.int64)
-    with engine(config, **settings, enable_prefix_caching=True, disable_log_stats=False) as llm:
+    settings |= {"enable_prefix_caching": True, "disable_log_stats": False}
+    with always_drafting(config, **settings) as llm:
         tokenizer = llm.get_tokenizer()
         prompts = [encode(tokenizer, p)["prompt_token_ids"] for p in read_prompts(PROMPTS)]
-        if config == METHODS["copies"]:
-            adapter(llm).drafter.planner = CopiesAlways(draft_increment=1)
         params = SamplingParams(temperature=1.0, max_tokens=200)
         begins = num_sampled = 0
         while num_sampled < num_tokens:

@@ -24,27 +24,23 @@ from failfast_vllm.tools.offline import (
 )
 from failfast_vllm.tools.report import check_writable, provenance
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parent))
+from draws import METHODS, SETTINGS, always_drafting
 
 CHUNK = 50  # prompts
-SETTINGS = {"dtype": "float32", "enforce_eager": True}
 
 
 def compare(
     config: dict[str, Any], target: str, prompts: list[Any], max_tokens: int, concurrency: int
 ) -> Iterator[dict[str, Any]]:
     """What was found so far, after each chunk."""
-    from draws import METHODS, CopiesAlways
     from vllm import SamplingParams
 
-    settings = {**SETTINGS, "model": target, "max_num_seqs": concurrency}
+    settings = {**SETTINGS, "model": target, "max_num_seqs": concurrency, "max_model_len": 4096}
     found = {"prompts": 0, "tokens": 0, "drafted": 0, "accepted": 0, "different": 0}
     rounds: list[Any] = []
-    with engine(None, **settings) as plain, engine(config, **settings) as drafting:
-        ours = adapter(drafting)
-        ours.stats.on_round = rounds.append
-        if config == METHODS["copies"]:
-            ours.drafter.planner = CopiesAlways(draft_increment=1)
+    with engine(None, **settings) as plain, always_drafting(config, **settings) as drafting:
+        adapter(drafting).stats.on_round = rounds.append
         encoded = [encode(plain.get_tokenizer(), prompt) for prompt in prompts]
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
         for first in range(0, len(encoded), CHUNK):
@@ -67,8 +63,6 @@ def compare(
 
 
 def main(argv: list[str] | None = None) -> int:
-    from draws import METHODS
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--target", default=str(MODELS_DIR / "target"), help="default: the shipped")
@@ -80,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     check_writable(args.json)
     prompts = [prompt for path in args.prompts for prompt in read_prompts(path)]
     facts = provenance(
-        target="the shipped target" if args.target == str(MODELS_DIR / "target") else "SmolLM2",
+        target=Path(args.target).name,
         method=METHODS[args.method],
         prompts=[path.name for path in args.prompts],
         max_tokens=args.max_tokens,
@@ -88,7 +82,6 @@ def main(argv: list[str] | None = None) -> int:
         dtype="float32",
     )
     size = args.max_tokens, args.concurrency
-    found = {"different": 1}
     with engine_environment():
         for found in compare(METHODS[args.method], args.target, prompts, *size):
             report = {"provenance": facts, "found": found}

@@ -122,8 +122,8 @@ class Planner:
         """
         return draft_lens
 
-    def step_ended(self, req_ids: Sequence[str]) -> None:
-        """The drafts of the step are made; the target is next."""
+    def step_ended(self, req_ids: Sequence[str], num_drafted: int) -> None:
+        """The drafts of the step are made, `num_drafted` tokens; the target is next."""
 
     def stood_still(self, seconds: float) -> None:
         """For so long nobody has asked the engine for its next step."""

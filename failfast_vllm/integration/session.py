@@ -94,7 +94,7 @@ class Session:
         lists = view.hand_out(drafts) if drafts.lens.any() else []
         self.ledger.open(req_ids, drafts, drafts.to_lists() if stats.wants_token_ids else ())
         stats.step_ended(drafts)
-        planner.step_ended(req_ids)
+        planner.step_ended(req_ids, int(drafts.lens.sum()))
         return lists
 
     def forget(self, req_ids: Iterable[str]) -> None:

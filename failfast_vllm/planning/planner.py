@@ -104,9 +104,9 @@ class LoadPlanner(Planner):
         times_step = known and self.guard.times_step(looks or self._looked)
         if self.learns and (sizes or times_step):
             self._learn_times(sizes, ms, len(req_ids), num_tokens if times_step else 0, known)
-        self._num_drafted, self._looked = 0, False
+        self._looked = False
         if not (looks or looks_for_copies):
-            self.step_ended(req_ids)
+            self.step_ended(req_ids, 0)
         return looks or looks_for_copies
 
     def _learn_times(
@@ -138,9 +138,9 @@ class LoadPlanner(Planner):
         elif num_tokens and self.guard.knows_plain:
             self.costs.plain.correct(num_tokens, waited_ms)
 
-    def step_ended(self, req_ids: Sequence[str]) -> None:
-        """The drafts of the step are made; the target is next."""
-        self._running = frozenset(req_ids)
+    def step_ended(self, req_ids: Sequence[str], num_drafted: int) -> None:
+        """The drafts of the step are made, see `Planner`."""
+        self._running, self._num_drafted = frozenset(req_ids), num_drafted
         self._timer.drafting_ended()
 
     def stood_still(self, seconds: float) -> None:
@@ -188,7 +188,6 @@ class LoadPlanner(Planner):
             passes, copied = self._passes(asked, copied, gains, plain_ms)
         if self.learns and (passes.any() or copied.any()) and self.guard.probes():
             return nothing, nothing
-        self._num_drafted = int(copied.sum())  # if there is no pass, after which drafts are cut
         return passes, copied
 
     def _copies(
@@ -319,5 +318,4 @@ class LoadPlanner(Planner):
         ms = self.costs.verify(len(draft_lens) + counts)
         values = np.concatenate(([0.0], gains[order].cumsum())) - self._rate * (ms - ms[0])
         best = int(values.argmax())
-        self._num_drafted = best
         return np.bincount(seqs[order[:best]], minlength=len(draft_lens))

@@ -32,7 +32,7 @@ def first(planner, match_lens, wanted=CAP):
     zeros = np.zeros_like(match_lens)
     assert planner.step_began(req_ids, len(req_ids)), "copies are looked for in every step"
     passes, copies = planner.first(FirstPass(zeros + wanted, zeros + 8, zeros, zeros, match_lens))
-    planner.step_ended(req_ids)
+    planner.step_ended(req_ids, int(copies.sum()))
     return passes.tolist(), copies.tolist()
 
 
@@ -165,8 +165,7 @@ def test_looks_that_bring_nothing_become_seldom(match_len, seldom):
             looks += step >= 100
             _, copies = planner.first(FirstPass(zero + CAP, zero, zero, zero, zero + match_len))
             now[0] += 0.001
-            planner.keep(copies, zero, np.zeros((4, CAP)), zero + match_len)
-            planner.step_ended(list("abcd"))
+            planner.step_ended(list("abcd"), int(copies.sum()))
             num = int(copies[0])
             planner.observe([copied(8, drafted=num, accepted=num)] * 4 if num else [])
         now[0] += 0.010

@@ -31,7 +31,7 @@ def test_a_request_that_came_to_an_idle_engine_is_not_timed():
     def step(req_ids, seconds):
         clock.now += seconds
         planner.step_began(req_ids, 1)
-        planner.step_ended(req_ids)
+        planner.step_ended(req_ids, 0)
         return float(planner.costs.plain(1))
 
     before = [step(["a"], 0.010) for _ in range(5)][-1]

@@ -119,14 +119,10 @@ class Planned:
             sure = going & sim.easy & (lens >= INCREMENT)  # as confidences tell
             wanted = np.where(sure, CAP - lens, 0)
             increments = planner.following(wanted, sim.live_rows(lens), first, lens, confidences)
-        self.drafts = [
-            first,
-            lens,
-            planner.keep(lens, lens, confidences, np.zeros_like(lens)),
-            confidences,
-        ]
+        kept = planner.keep(lens, lens, confidences, np.zeros_like(lens))
+        self.drafts = [first, lens, kept, confidences]
         self.chosen.append(int(first.max()))
-        planner.step_ended([f"{num} {i}" for i in range(num)])
+        planner.step_ended([f"{num} {i}" for i in range(num)], int(kept.sum()))
 
 
 class BusyMachine:
@@ -293,9 +289,9 @@ def test_what_is_slower_than_none_is_hardly_tried(num_seqs):
     server = Planned(Costs(sim.draft_ms, sim.verify_ms), clock)
     step_ended = server.planner.step_ended
 
-    def slow_step_ended(req_ids):
+    def slow_step_ended(*ended):
         clock.ms += 200.0 if server.chosen[-1:] != [0] and server.drafts else 0.0
-        step_ended(req_ids)
+        step_ended(*ended)
 
     server.planner.step_ended = slow_step_ended
     none = Simulation("7B", num_seqs).run(Fixed(0))
@@ -317,9 +313,9 @@ def test_what_pays_at_one_load_does_not_excuse_another():
     server = Planned(Costs(few.draft_ms, few.verify_ms), clock)
     step_ended, sim = server.planner.step_ended, few
 
-    def slow_step_ended(req_ids):
+    def slow_step_ended(*ended):
         clock.ms += 12.0 if sim is many and server.drafts and server.chosen[-1] else 0.0
-        step_ended(req_ids)
+        step_ended(*ended)
 
     server.planner.step_ended = slow_step_ended
     none = Simulation("7B", 32).run(Fixed(0))
@@ -342,11 +338,11 @@ def test_a_plain_step_right_after_drafts_says_little():
     server = Planned(Costs(sim.draft_ms, sim.verify_ms), clock)
     step_ended, loss_ms, has_drafted = server.planner.step_ended, 0.0, False
 
-    def slow_step_ended(req_ids):
+    def slow_step_ended(*ended):
         nonlocal has_drafted
         drafts, had_drafted = bool(server.chosen[-1]) and bool(server.drafts), has_drafted
         clock.ms += loss_ms if drafts else 0.0
-        step_ended(req_ids)
+        step_ended(*ended)
         clock.ms += plain_ms if had_drafted and not drafts else 0.0
         has_drafted = drafts
 
