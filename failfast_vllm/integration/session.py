@@ -62,22 +62,25 @@ class Session:
     eos_token_ids: frozenset[int]  # the target's
     ledger: Ledger = field(default_factory=Ledger)
 
-    def step(self, view: View) -> DraftTokenIds:
-        """Draft for the requests of a step; returns what the scheduler is told."""
-        lists = self._draft(view)
+    def step(self, view: View) -> DraftTokenIds | None:
+        """Draft for the requests of a step; returns what the scheduler is told, None: nothing."""
+        stats = self.stats
+        stats.step_began()
+        rests = not self.drafter.planner.step_began(view.req_ids, view.num_tokens)
+        idle = rests and not (len(self.ledger) or stats.wants_plain)
+        lists = [] if idle else self._draft(view, rests)
+        counts = stats.take()
+        if not (counts or any(lists)):
+            return None
         # without a draft there is nothing for the scheduler to go through
         report = DraftTokenIds(view.req_ids, lists) if any(lists) else DraftTokenIds([], [])
-        report.failfast_counts = self.stats.take()  # type: ignore[attr-defined]
+        report.failfast_counts = counts  # type: ignore[attr-defined]
         return report
 
     @torch.inference_mode()
-    def _draft(self, view: View) -> list[list[int]]:
+    def _draft(self, view: View, rests: bool) -> list[list[int]]:
         """Settle, learn, commit and draft; no more than the first two while the planner rests."""
         stats, planner, req_ids = self.stats, self.drafter.planner, view.req_ids
-        stats.step_began()
-        rests = not planner.step_began(req_ids, view.num_tokens)
-        if rests and not (len(self.ledger) or stats.wants_plain):
-            return []
         view.read_outcome()
         outcome = view.num_verified, view.emitted, view.known_lens.tolist()
         rounds = self.ledger.settle(

@@ -9,12 +9,11 @@ from engine import TARGET, engine, generate, greedy_params, mixed_prompts, propo
 from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.planning.costs import Costs, CostTable
 from independent import IndependentDrafter
-from live_weights import drifted, other_weights, reload
+from live_weights import Serving, assert_served, drifted, long_params, other_weights, reload, train
 from state_check import TOLERANCE, largest_error
 
 LOAD_AWARE = {"method": "failfast", "load_aware": True}
 NUM_TOKENS = 64  # of each answer
-STEPS = 5  # between two changes
 DRIFT = [0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.3, 0.05, 0.0]  # of the weights; 0: as at start
 
 
@@ -39,71 +38,9 @@ def test_answers_after_reloading_are_vllms(tmp_path):
     assert record.num_accepted > num_before > 0
 
 
-class Serving:
-    """Requests of a running engine: their tokens so far, and how many they had at each change."""
-
-    def __init__(self, llm, prompts):
-        self.engine, self.prompts = llm.llm_engine, prompts
-        self.answers, self.starts = {}, {}  # by index of the prompt; starts: {change: tokens}
-        self.running = set()
-
-    def add(self, indices, change=0):
-        for i in indices:
-            params = long_params(NUM_TOKENS)
-            self.engine.add_request(str(i), {"prompt_token_ids": list(self.prompts[i])}, params)
-            self.answers[i], self.starts[i] = [], {change: 0}
-            self.running.add(i)
-
-    def changed(self, change):
-        """Weights number `change` count from here."""
-        for i in self.running:
-            self.starts[i][change] = len(self.answers[i])
-
-    def step(self):
-        for output in self.engine.step():
-            i = int(output.request_id)
-            self.answers[i] = list(output.outputs[0].token_ids)
-            if output.finished:
-                self.running.remove(i)
-
-    def finish(self):
-        while self.running:
-            self.step()
-
-    def segments(self, change):
-        """[(index, first token, end)] of what was generated with weights number `change`."""
-        found = []
-        for i, starts in self.starts.items():
-            if change in starts:
-                later = [start for number, start in starts.items() if number > change]
-                found.append((i, starts[change], min([*later, len(self.answers[i])])))
-        return [(i, start, end) for i, start, end in found if end > start]
-
-
-def long_params(num_tokens):
-    from vllm import SamplingParams
-
-    return SamplingParams(temperature=0.0, max_tokens=num_tokens)
-
-
-def train(llm, prompts, steps_of_training):
-    """Serve three new prompts before each change of the weights, the others go on."""
-    serving = Serving(llm, prompts)
-    serving.add(range(3))
-    for change, weights in enumerate(steps_of_training, 1):
-        for _ in range(STEPS):
-            serving.step()
-        assert serving.running, "nothing is in flight"
-        reload(llm, weights_iterator=weights)
-        serving.changed(change)
-        serving.add(range(3 * change, 3 * change + 3), change)
-    serving.finish()
-    return serving
-
-
 def keep_in_flight(llm, prompts, weights):
     """Change weights below requests that keep their KV; nothing is computed anew."""
-    serving = Serving(llm, prompts)
+    serving = Serving(llm, prompts, NUM_TOKENS)
     serving.add(range(3))
     while not all(serving.answers.values()) or max(map(len, serving.answers.values())) < 12:
         serving.step()
@@ -133,7 +70,7 @@ def sleep_and_wake(llm, prompts):
     """Answers of requests that were in flight; what vLLM said."""
     from vllm.v1.worker import cpu_worker
 
-    serving = Serving(llm, prompts)
+    serving = Serving(llm, prompts, NUM_TOKENS)
     serving.add(range(3))
     while not all(serving.answers.values()):
         serving.step()
@@ -165,7 +102,7 @@ def trained():
         found["before"] = [drafting(llm, record, prompts[:12]) for _ in range(4)][-1]
 
         def run():
-            found["served"] = train(llm, prompts, steps_of_training)
+            found["served"] = train(llm, prompts, steps_of_training, NUM_TOKENS)
 
         found["error"], found["passes"] = largest_error(llm, dense, run)
         found["after"] = [drafting(llm, record, prompts[:12]) for _ in range(4)]
@@ -185,16 +122,10 @@ def test_ten_changes_under_load(trained):
     found, prompts, steps_of_training = trained
     served, kept = found["served"], found["kept"]
     with engine(enable_prefix_caching=True) as llm:
-        for change in range(len(DRIFT) + 1):
-            if change:
-                reload(llm, weights_iterator=steps_of_training[change - 1])
-            parts = served.segments(change)
-            so_far = [[*prompts[i], *served.answers[i][:start]] for i, start, _ in parts]
-            answers = generate(llm, so_far, [long_params(end - start) for _, start, end in parts])
-            assert answers == [served.answers[i][start:end] for i, start, end in parts], change
+        assert_served(llm, served, steps_of_training)
         for i in kept.answers:
             reload(llm, weights_iterator=steps_of_training[-1])
-            alone = Serving(llm, prompts)
+            alone = Serving(llm, prompts, NUM_TOKENS)
             alone.add([i])
             while len(alone.answers[i]) < kept.starts[i][1]:
                 alone.step()

@@ -159,9 +159,10 @@ def test_a_step_without_drafts_reports_nothing():
     drafter = types.SimpleNamespace(planner=resting)
     speculator.session = Session(drafter, DraftStats(), frozenset())
     speculator.postponed = lambda: types.SimpleNamespace(req_ids=["a"], num_tokens=1)
-    drafts = speculator.take_drafts()
-    assert (drafts.req_ids, drafts.draft_token_ids, drafts.failfast_counts) == ([], [], [])
     assert speculator.take_drafts() is None
+    assert speculator.session.stats.num_steps == 1
+    assert speculator.take_drafts() is None
+    assert speculator.session.stats.num_steps == 1
 
 
 @pytest.mark.parametrize(("is_profile", "num_passes"), [(True, 1), (False, 0)])
