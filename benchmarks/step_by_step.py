@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.tools.offline import (
     adapter,
     encode,
@@ -30,7 +29,7 @@ from failfast_vllm.tools.offline import (
     read_prompts,
 )
 from failfast_vllm.tools.report import check_writable, provenance, save
-from failfast_vllm.tools.shipped import PROMPTS
+from failfast_vllm.tools.shipped import PROMPTS, SHIPPED_PAIR
 
 BASELINE = "none"
 
@@ -120,8 +119,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--max-tokens", type=positive, default=100)
     parser.add_argument("--max-model-len", type=positive, default=2048)
-    parser.add_argument("--target", default=str(MODELS_DIR / "target"))
-    parser.add_argument("--drafter", default=str(MODELS_DIR / "drafter"))
+    parser.add_argument("--target", help="default: the shipped one")
+    parser.add_argument("--drafter", help="default: the target's own")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     if args.json:
@@ -129,24 +128,29 @@ def main(argv: list[str] | None = None) -> None:
     configs = {
         BASELINE: None,
         "none again": None,
-        "failfast": {"method": "failfast", "model": args.drafter},
+        "failfast": {"method": "failfast", **({"model": args.drafter} if args.drafter else {})},
     }
     with engine_environment(), contextlib.ExitStack() as stack:
         settings = {
-            "model": args.target,
             "dtype": "float32",
             "enforce_eager": True,
             "max_model_len": args.max_model_len,
             "max_num_seqs": max(args.concurrency),
             "enable_prefix_caching": True,
         }
+        model = {"model": args.target} if args.target else {}
         engines = {}
         for name, config in configs.items():
-            llm = stack.enter_context(engine(config, **settings))
+            llm = stack.enter_context(engine(config, **model, **settings))
             engines[name] = Turns(llm)
         tokenizer = llm.get_tokenizer()
         prompts = [encode(tokenizer, prompt) for prompt in read_prompts(args.prompts)]
-        facts = provenance(prompts=args.prompts.name, answers_of=args.max_tokens, **settings)
+        facts = provenance(
+            target=args.target or SHIPPED_PAIR,
+            prompts=args.prompts.name,
+            answers_of=args.max_tokens,
+            **settings,
+        )
         points: dict[str, Any] = {}
         for num_seqs in args.concurrency:
             point = compare(engines, prompts, num_seqs, args.repeats, args.max_tokens)

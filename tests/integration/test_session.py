@@ -144,8 +144,7 @@ def test_a_step_reports_what_it_drafted_and_counted(session):
     assert (report.req_ids, report.draft_token_ids) == (["r0", "r1"], [[5], [5]])
     assert sum(report.failfast_counts) > 0
     session.drafter.planner.step_began = lambda *_: False
-    report = session.step(Given([[1], [1]], [90, 90]))
-    assert (report.req_ids, report.draft_token_ids) == ([], [])
+    assert session.step(Given([[1], [1]], [90, 90])) is None
 
 
 @pytest.mark.parametrize(
