@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tokens", type=int, help="of a prompt, at most")
     parser.add_argument("--count", type=int, default=16, help="prompts; default: 16")
-    parser.add_argument("--shared", action="store_true", help="all end the same chat")
+    parser.add_argument("--shared", action="store_true", help="all begin with the same chat")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(MODELS_DIR / "target")
     lines = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]

@@ -20,14 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from failfast_vllm.tools.offline import (
-    adapter,
-    encode,
-    engine,
-    engine_environment,
-    positive,
-    read_prompts,
-)
+from failfast_vllm.tools.load_generator import Watch
+from failfast_vllm.tools.offline import encode, engine, engine_environment, positive, read_prompts
 from failfast_vllm.tools.report import check_writable, provenance, save
 from failfast_vllm.tools.shipped import PROMPTS, SHIPPED_PAIR
 
@@ -37,22 +31,15 @@ BASELINE = "none"
 class Turns:
     """An engine that is asked for one step at a time."""
 
-    def __init__(self, llm: Any) -> None:
-        self.engine, self.adapter = llm.llm_engine, adapter(llm)
+    def __init__(self, llm: Any, config: dict[str, Any] | None) -> None:
+        self.engine, self.watch = llm.llm_engine, Watch(llm, config)
         self.answers: dict[str, list[int]] = {}
         self.left, self.seconds = time.perf_counter(), 0.0
-        self.drafts = self.accepted = 0
-        if self.adapter is not None:
-            stats = self.adapter.stats
-            stats.on_round, stats.drafts_only = self._on_round, True
-
-    def _on_round(self, round_: Any) -> None:
-        self.drafts += bool(round_.drafted)
-        self.accepted += len(round_.emitted) - 1
 
     def ask(self, prompts: Sequence[Any], params: Any) -> None:
         self.answers.clear()
-        self.seconds, self.drafts, self.accepted = 0.0, 0, 0
+        self.watch.begin()
+        self.seconds = 0.0
         for i, prompt in enumerate(prompts):
             self.engine.add_request(str(i), prompt, params)
 
@@ -61,9 +48,7 @@ class Turns:
         if not self.engine.has_unfinished_requests():
             return False
         began = time.perf_counter()
-        if self.adapter is not None:  # the time of the others is not its own
-            self.adapter.drafter.planner.stood_still(began - self.left)
-            self.adapter.stats.stood_still(began - self.left)
+        self.watch.stood_still(began - self.left)
         for output in self.engine.step():
             if output.finished:
                 self.answers[output.request_id] = list(output.outputs[0].token_ids)
@@ -98,12 +83,12 @@ def compare(
         if number == 0:
             continue
         base = engines[BASELINE]
-        for name, turns in engines.items():
-            each = found[name]
+        for method, turns in engines.items():
+            each = found[method]
             each["speedups"].append(round(base.seconds / turns.seconds, 4))
             each["ms"].append(round(turns.seconds * 1e3, 1))
-            each["drafts"] += turns.drafts
-            each["accepted"] += turns.accepted
+            for name in ("drafts", "accepted"):
+                each[name] += int(turns.watch.sums[name])
             each["different_answers"] += sum(
                 turns.answers[i] != base.answers[i] for i in base.answers
             )
@@ -142,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         engines = {}
         for name, config in configs.items():
             llm = stack.enter_context(engine(config, **model, **settings))
-            engines[name] = Turns(llm)
+            engines[name] = Turns(llm, config)
         tokenizer = llm.get_tokenizer()
         prompts = [encode(tokenizer, prompt) for prompt in read_prompts(args.prompts)]
         facts = provenance(

@@ -163,15 +163,13 @@ def wrap(found: Hook) -> None:
     original = getattr(owner, function)  # of a class method it is bound already
     if getattr(original, "_failfast", False):
         return
-    body, names, count = found.body, found.parameters, len(found.parameters)
+    names = found.parameters
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        call = functools.partial(original, *args, **kwargs)
-        if not kwargs:  # most calls, several in each step
-            return body(call, *args[:count])
         named = {name: value for name, value in kwargs.items() if name in names}
-        return body(call, *args[:count], **named)
+        call = functools.partial(original, *args, **kwargs)
+        return found.body(call, *args[: len(names)], **named)
 
     wrapper._failfast = True  # type: ignore[attr-defined]
     is_static = isinstance(inspect.getattr_static(owner, function), staticmethod | classmethod)
