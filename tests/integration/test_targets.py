@@ -1,5 +1,6 @@
 """Targets that are not plain: quantised weights or KV, and LoRA adapters. Each stays lossless."""
 
+import pytest
 import torch
 
 from awq import write_awq
@@ -8,6 +9,10 @@ from engine import core, engine, generate, greedy_params, mixed_prompts, watch
 from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.drafters.families import SDAR
 from random_targets import write_lora, write_multimodal
+
+needs_avx512 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM has this on CPUs with AVX-512 only"
+)
 
 ASKED = {"method": "failfast", "model": str(MODELS_DIR / "drafter")}
 
@@ -30,6 +35,7 @@ def answers(spec, lora=None, **overrides):
         return found, {name.startswith("draft_model."): x.kv_cache.dtype for name, x in layers}
 
 
+@needs_avx512
 def test_quantised_kv_of_the_target():
     """Catches KV of the drafter in the target's type, which its attention does not read."""
     settings = {"kv_cache_dtype": "fp8_e4m3"}
@@ -38,6 +44,7 @@ def test_quantised_kv_of_the_target():
     assert kv_types == {False: torch.uint8, True: torch.float32}
 
 
+@needs_avx512
 def test_quantised_weights_of_the_target(tmp_path):
     """Catches a drafter that is loaded with the target's quantisation."""
     write_awq(MODELS_DIR / "target", tmp_path / "target", group_size=64)
