@@ -5,6 +5,7 @@ concurrency, with prompts and answers of other lengths. After every turn a proce
 it has; drift is what came on top in the second half. The results are written after every turn, so a
 run that is stopped leaves what it has reached. At the same load the planner should decide in the
 second half as in the first: the share of sequence steps with a draft is compared by concurrency.
+`--concurrencies 8` keeps the load constant.
 """
 
 import argparse
@@ -17,12 +18,12 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from failfast_vllm.tools.load_generator import Watch, closed_loop
-from failfast_vllm.tools.offline import ENGINE_ENVIRONMENT, encode, engine, read_prompts
+from failfast_vllm.tools.offline import ENGINE_ENVIRONMENT, encode, engine, positive, read_prompts
 from failfast_vllm.tools.report import provenance
 from failfast_vllm.tools.shipped import PROMPTS, SHIPPED_PAIR
 
@@ -70,10 +71,10 @@ def memory() -> dict[str, float]:
     return {f"{name}_mib": round(size / MIB, 1) for name, size in found.items()}
 
 
-def turns(num_requests: int) -> Iterator[Turn]:
+def turns(num_requests: int, concurrencies: Sequence[int] = CONCURRENCIES) -> Iterator[Turn]:
     """A closed loop of at least 8 requests at each concurrency, again and again."""
     for concurrency, max_tokens in zip(
-        itertools.cycle(CONCURRENCIES), itertools.cycle(MAX_TOKENS), strict=True
+        itertools.cycle(concurrencies), itertools.cycle(MAX_TOKENS), strict=True
     ):
         if num_requests <= 0:
             return
@@ -82,25 +83,31 @@ def turns(num_requests: int) -> Iterator[Turn]:
         num_requests -= size
 
 
-def mixed_prompts(tokenizer: Any, count: int) -> list[dict[str, Any]]:
-    """The held-out prompts, every other one behind others, up to `MAX_PROMPT_LEN` tokens."""
+def mixed_prompts(tokenizer: Any, count: int, max_len: int) -> list[dict[str, Any]]:
+    """The held-out prompts, every other one behind others, up to `max_len` tokens; 0: alone."""
     questions = [encode(tokenizer, p)["prompt_token_ids"] for p in read_prompts(PROMPTS)]
     rng = random.Random(0)
     prompts = []
     for i in range(count):
         ids = list(questions[i % len(questions)])
-        wanted = rng.randint(1, MAX_PROMPT_LEN) if i % 2 else 0
+        wanted = rng.randint(min(1, max_len), max_len) if i % 2 else 0
         while len(ids) < wanted:
             ids = rng.choice(questions) + ids
-        prompts.append({"prompt_token_ids": ids[-MAX_PROMPT_LEN:]})
+        prompts.append({"prompt_token_ids": ids[-max_len:]})
     return prompts
 
 
-def serve(pipe: Any, config: dict[str, Any] | None, settings: dict[str, Any], count: int) -> None:
+def serve(
+    pipe: Any,
+    config: dict[str, Any] | None,
+    settings: dict[str, Any],
+    count: int,
+    max_prompt_len: int,
+) -> None:
     """An engine's process: takes turns as it is asked, and answers each with a record."""
     with engine(config, **settings) as llm:
         watch = Watch(llm, config)
-        prompts = mixed_prompts(llm.get_tokenizer(), count)
+        prompts = mixed_prompts(llm.get_tokenizer(), count, max_prompt_len)
         pipe.send(memory())
         done, stopped = 0, time.perf_counter()
         while (turn := pipe.recv()) is not None:
@@ -128,11 +135,18 @@ def serve(pipe: Any, config: dict[str, Any] | None, settings: dict[str, Any], co
 
 
 def soak(
-    num_requests: int, settings: dict[str, Any], methods: list[str], num_tokens: float = math.inf
+    num_requests: int,
+    settings: dict[str, Any],
+    methods: list[str],
+    *,
+    concurrencies: Sequence[int] = CONCURRENCIES,
+    max_prompt_len: int = MAX_PROMPT_LEN,
+    num_tokens: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
     """After every turn the records of each method, and whether the answers were the same.
 
     Args:
+        max_prompt_len: see `mixed_prompts`.
         num_tokens: no turn begins after the engines have generated as many together.
     """
     context = multiprocessing.get_context("spawn")
@@ -140,13 +154,13 @@ def soak(
     records: dict[str, list[dict[str, Any]]] = {}
     for name in methods:
         pipes[name], theirs = context.Pipe()
-        job = (theirs, METHODS[name], settings, num_requests)
+        job = (theirs, METHODS[name], settings, num_requests, max_prompt_len)
         processes.append(context.Process(target=serve, args=job, daemon=True))
         processes[-1].start()
         theirs.close()
         records[name] = [{"requests": 0, **pipes[name].recv()}]
     num_different = generated = 0
-    for turn in turns(num_requests):
+    for turn in turns(num_requests, concurrencies):
         answers = []
         for name, pipe in pipes.items():
             pipe.send(turn)
@@ -225,25 +239,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--tokens", type=int, help="end after as many, of both engines together")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--concurrencies", type=positive, nargs="+", default=CONCURRENCIES)
+    parser.add_argument("--max-prompt-len", type=int, default=MAX_PROMPT_LEN)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     settings = {
         "dtype": args.dtype,
         "enforce_eager": True,
-        "max_num_seqs": max(CONCURRENCIES),
+        "max_num_seqs": max(args.concurrencies),
         "kv_cache_memory_bytes": 2**29,
     }
     facts = provenance(
         models=SHIPPED_PAIR,
         requests=args.requests,
-        concurrencies=CONCURRENCIES,
+        concurrencies=args.concurrencies,
         max_tokens=MAX_TOKENS,
-        max_prompt_len=MAX_PROMPT_LEN,
+        max_prompt_len=args.max_prompt_len,
         **settings,
     )
     print(json.dumps(facts), flush=True)
-    for found in soak(args.requests, settings, args.methods, args.tokens or math.inf):
+    texts = {"concurrencies": args.concurrencies, "max_prompt_len": args.max_prompt_len}
+    num_tokens = args.tokens or math.inf
+    for found in soak(args.requests, settings, args.methods, num_tokens=num_tokens, **texts):
         if args.json:
             args.json.write_text(json.dumps({"provenance": facts, **found}, indent=1) + "\n")
     print(json.dumps({key: x for key, x in found.items() if key != "records"}, indent=1))
