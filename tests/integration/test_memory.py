@@ -137,7 +137,7 @@ def test_a_short_soak():
     for turn in [*asked, None]:
         ours.send(turn)
     settings = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 2**29}
-    soak.serve(theirs, soak.METHODS["failfast"], settings, 20)
+    soak.serve(theirs, soak.METHODS["failfast"], settings, 20, soak.MAX_PROMPT_LEN)
     start = ours.recv()
     records, answers = zip(*(ours.recv() for _ in asked), strict=True)
     assert [r["requests"] for r in records] == [8, 20]
@@ -151,7 +151,7 @@ def test_a_short_soak():
 def test_a_soak_compares_answers(monkeypatch):
     """Catches a benchmark that compares nothing; what stands in for an engine counts its tokens."""
 
-    def serve(pipe, config, settings, count):
+    def serve(pipe, config, settings, count, max_prompt_len):
         pipe.send(dict.fromkeys(("rss_mib", "heap_in_use_mib", "heap_free_mib"), 1.0))
         done = 0
         while (turn := pipe.recv()) is not None:
@@ -168,6 +168,14 @@ def test_a_soak_compares_answers(monkeypatch):
     *_, found = soak.soak(20, {}, list(soak.METHODS))
     assert found["different_answers"] == 1
     assert found["generated_tokens"] == 2 * 2 * 20
+
+
+def test_the_load_can_be_constant():
+    """Catches a comparison of decisions at one load that has other loads in it."""
+    assert [turn.concurrency for turn in soak.turns(40, (4,))] == [4] * 5
+    assert [turn.concurrency for turn in soak.turns(1000)][: len(soak.CONCURRENCIES)] == list(
+        soak.CONCURRENCIES
+    )
 
 
 @pytest.mark.large
