@@ -7,15 +7,16 @@ Nothing here has run on a GPU yet.
                                              acceptance: what a step costs, never what is accepted
     python benchmarks/gpu/engine.py small --tiny    the script itself, on a CPU
 
-Each engine is a process of its own with a time limit, so one failure costs one line. The exit
-status is 1 if an engine failed or had no time (the last ones may), float32 answers differ, or
-nothing was drafted.
+Engines stand side by side, each in a process of its own, so one failure costs one line; those that
+are timed take turns. The exit status is 1 if an engine failed or had no time (the second wave of
+`real` may), float32 answers differ, or nothing was drafted.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -64,8 +65,9 @@ TINY = {
     "vocab_size": 2000,
 }
 NO_COMPILE = {"mode": 0, "cudagraph_mode": "FULL"}  # full graphs, vLLM's kernels as they are
-GRAPH_SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
 RANDOM = "RANDOM weights"
+# engines stand side by side on one card: each takes what it needs, and this much for the KV cache
+MEMORY = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 5 << 29}
 MIN_SECONDS = 20  # below it an engine is not started: loading takes as long
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -96,7 +98,6 @@ def small_runs(tiny):
     }
     alone = {"method": "failfast", "load_aware": False}
     pairs = [(dtype, how) for dtype in ("float32", "bfloat16") for how in hows]
-    pairs.sort(key=("float32", "default").__eq__)  # last, if there is time
     for dtype, how in pairs[: 1 if tiny else None]:
         methods = {"none": None, "failfast, not by load": alone}
         if how == "default":
@@ -113,16 +114,17 @@ def small_runs(tiny):
                 "engine": {
                     "dtype": dtype,
                     "max_num_seqs": 32,
-                    **({} if tiny else {"gpu_memory_utilization": 0.3}),
+                    **({} if tiny else MEMORY),
                     **hows[how],
                 },
-                "if_time": (dtype, how) == ("float32", "default"),
-                "limit_s": 100,
             }
 
 
-def real_runs(tiny, folder):
-    """The shapes of Qwen2.5-7B and Fast-dLLM v2 1.5B; every line says what is made up."""
+def real_waves(tiny, folder):
+    """The shapes of Qwen2.5-7B and Fast-dLLM v2 1.5B; every line says what is made up.
+
+    Engines of a wave stand on the card together and are timed in turn.
+    """
     target, drafter = QWEN_7B, FAST_DLLM_1B5
     if tiny:
         target, drafter = {**target, **TINY}, {**drafter, **TINY, "mask_token_id": 1999}
@@ -131,26 +133,18 @@ def real_runs(tiny, folder):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
         paths[name] = str(folder / name)
-    graphs = {"cudagraph_capture_sizes": GRAPH_SIZES}
-    full, compiled, eager = (
-        {"compilation_config": {**NO_COMPILE, **graphs}},
-        {"compilation_config": graphs},
-        {"enforce_eager": True},
-    )
-    if tiny:
-        full = compiled = eager
 
-    def run(how, settings, speculative=None, rate=None, if_time=False):
+    def run(name, speculative=None, rate=None, if_time=False, **settings):
         rate = None if tiny else rate  # vLLM's sampler for CPUs knows no synthetic acceptance
         label = RANDOM + (f", SYNTHETIC acceptance: {rate} of each token" if rate else "")
         if speculative:
             speculative = {"method": "failfast", "model": paths["drafter"], **speculative}
         return {
-            "name": f"7B + 1.5B{' SHRUNKEN' if tiny else ''}, {how} ({label})",
+            "name": f"7B + 1.5B{' SHRUNKEN' if tiny else ''}, {name} ({label})",
             "label": label,
             "speculative": speculative,
             "synthetic_rate": rate,
-            "must_draft": bool(speculative) and speculative["load_aware"] is False,
+            "must_draft": bool(speculative) and speculative.get("load_aware") is False,
             "loads": [(1, 24, 24)] if tiny else [(1, 512, 256), (8, 512, 128), (32, 512, 64)],
             "token_ids_below": drafter["vocab_size"] - 400,
             "engine": {
@@ -160,30 +154,33 @@ def real_runs(tiny, folder):
                 "dtype": "bfloat16",
                 "max_num_seqs": 32,
                 "max_num_batched_tokens": 4096,
-                **({} if tiny else {"gpu_memory_utilization": 0.85}),
+                **({"enforce_eager": True} if tiny else MEMORY),
                 **settings,
             },
             "own_process": not tiny,  # as it is served
             "if_time": if_time,
-            "limit_s": 120,
         }
 
     def fixed(k):  # always k tokens, in passes of ten: what a round costs, not how long it gets
         return {"num_speculative_tokens": k, "confidence_threshold": 0.0, "load_aware": False}
 
-    k10, k20 = fixed(10), fixed(20)
-    by_load = {"num_speculative_tokens": 60, "confidence_threshold": 0.0, "load_aware": True}
-    sync = {"async_scheduling": False}
-    yield run("none, full graphs", full)
-    yield run("failfast K10, full graphs", full, k10, 0.9)
+    by_load = {"confidence_threshold": 0.0}  # long drafts by the planner, as far as they pay
+    first = [run("none"), run("failfast K10", fixed(10), 0.9)]
     if tiny:
-        return
-    yield run("none, synchronous, full graphs", {**full, **sync})
-    yield run("failfast K20, full graphs", full, k20, 0.95, if_time=True)
-    yield run("failfast K10, eager", eager, k10, 0.9, if_time=True)
-    yield run("failfast K60 by load, full graphs", full, by_load, 0.9, if_time=True)
-    yield run("none, default", compiled, if_time=True)
-    yield run("failfast K10, default", compiled, k10, 0.9, if_time=True)
+        return [first]
+    first += [
+        run("none, synchronous", async_scheduling=False),
+        run("failfast K60 by load", by_load, 0.9),
+        run("failfast by load, nothing accepted", {}),
+    ]
+    full = {"compilation_config": NO_COMPILE, "if_time": True}
+    second = [
+        run("none, full graphs", **full),
+        run("failfast K10, full graphs", fixed(10), 0.9, **full),
+        run("failfast K20, full graphs", fixed(20), 0.95, **full),
+        run("failfast K10, eager", fixed(10), 0.9, True, enforce_eager=True),
+    ]
+    return [first, second]
 
 
 def accept_synthetically(rate):
@@ -222,8 +219,8 @@ def worker_facts(worker):
     return facts
 
 
-def one_engine(spec):
-    """Start one engine and time its loads; returns the line of results."""
+def serve(spec, indices, send):
+    """Start one engine and send facts about it; run the loads of `indices`, sending a line each."""
     import torch
     from vllm import SamplingParams
 
@@ -234,11 +231,12 @@ def one_engine(spec):
     began = time.perf_counter()
     with offline.engine(spec["speculative"], **spec["engine"]) as llm:
         config = llm.llm_engine.vllm_config
-        result = {
+        facts = {
             "start_s": round(time.perf_counter() - began, 1),
             "async": bool(config.scheduler_config.async_scheduling),
             "graphs": str(config.compilation_config.cudagraph_mode),
         }
+        send(facts | {"gpu_gib": llm.collective_rpc(worker_facts)[0].get("gpu_gib")})
 
         def answer(prompts, max_tokens):
             params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
@@ -247,19 +245,24 @@ def one_engine(spec):
             seconds = time.perf_counter() - began
             return [list(output.outputs[0].token_ids) for output in outputs], seconds
 
-        for num_requests, *length, num_tokens in spec["loads"]:
+        warm = set()
+        for index in indices:
+            num_requests, *length, num_tokens = spec["loads"][index]
             prompts = spec.get("prompts", [])[:num_requests]
             if length:
                 generator = torch.Generator().manual_seed(num_requests)
                 shape = (num_requests, *length)
                 ids = torch.randint(10, spec["token_ids_below"], shape, generator=generator)
                 prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
-            answer(prompts, min(16, num_tokens))  # compiles, and fills caches
+            if index not in warm:
+                answer(prompts, min(16, num_tokens))  # compiles, and fills caches
+                warm.add(index)
             _, first = answer(prompts, 1)
             before = llm.collective_rpc(worker_facts)[0]
             answers, seconds = answer(prompts, num_tokens)
             after = llm.collective_rpc(worker_facts)[0]
             load = {
+                "requests": num_requests,
                 "tokens_per_s": round(num_requests * num_tokens / seconds, 1),
                 "ms_per_token": round((seconds - first) / (num_tokens - 1) * 1e3, 3),
                 "first_token_ms": round(first * 1e3, 1),
@@ -276,12 +279,9 @@ def one_engine(spec):
                     "draft_ms_per_step": round(draft_ms / max(1, steps), 3),
                     "pass_ms": round(pass_ms / max(1, passes), 3),
                 }
-            result[f"{num_requests} requests"] = load
             if "pair" in spec:
-                result.setdefault("answers", []).extend(answers)
-        if "gpu_gib" in after:
-            result["gpu_gib"] = round(after["gpu_gib"], 2)
-    return result
+                load["answers"] = answers
+            send(load)
 
 
 def first_difference(ours, plain):
@@ -309,78 +309,152 @@ def judge(spec, result, plain):
     Args:
         plain: the answers of the same engine without drafts, None where there are none.
     """
-    answers = result.pop("answers", None)
+    answers = answers_of(spec, result)
+    for load in result["loads"]:
+        load.pop("answers", None)
     problems = []
-    if spec["speculative"] and answers is not None:
-        if plain is None:
+    if spec["speculative"] and "pair" in spec:
+        if plain is None or len(plain) != len(answers):
             problems.append("nothing to compare with: the engine without drafts gave no answers")
         else:
             result |= compare(answers, plain)
             if result["first_differences"] and spec["must_agree"]:
                 problems.append(f"only {result['same_answers']} answers are the same")
-    loads = [value for key, value in result.items() if key.endswith(" requests")]
-    if spec.get("must_draft") and not all(load.get("passes") for load in loads):
+    if spec.get("must_draft") and not all(load.get("passes") for load in result["loads"]):
         problems.append("nothing was drafted")
     return "; ".join(problems)
 
 
-def run_process(spec, folder, seconds):
-    """`one_engine` in a process of its own; returns (result or None, why not, its output)."""
-    spec_path, result_path, log_path = (
-        folder / name for name in ("spec.json", "result.json", "log")
-    )
-    result_path.unlink(missing_ok=True)
-    spec_path.write_text(json.dumps(spec), encoding="utf-8")
-    env = {**ENVIRONMENT, **os.environ}
-    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if spec.get("own_process") else "0"
-    command = [sys.executable, __file__, "--one", str(spec_path), str(result_path)]
-    with log_path.open("w") as log:
-        # a session of its own: what the engine has started must end with it
-        process = subprocess.Popen(
-            command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            problem = f"exit status {process.wait(timeout=seconds)}"
-        except subprocess.TimeoutExpired:
-            problem = f"no result after {seconds:.0f} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    output = log_path.read_text(errors="replace")
-    if result_path.exists():
-        return json.loads(result_path.read_text(encoding="utf-8")), "", output
-    last = [line.strip()[-300:] for line in output.splitlines() if line.strip()][-3:]
-    return None, " | ".join([problem, *last]), output
+def answers_of(spec, result):
+    """All answers of an engine, None of one whose answers are not compared."""
+    if "pair" not in spec:
+        return None
+    return [answer for load in result["loads"] for answer in load["answers"]]
 
 
-def run_all(runs, folder, until, report):
-    """Run each spec and hand its line to `report`; returns how many were wrong."""
-    plain, num_wrong = {}, 0
-    for spec in runs:
-        line = {key: spec[key] for key in ("name", "label") if key in spec}
+class Engine:
+    """An engine in a process of its own, which starts at once and runs a load when told to."""
+
+    def __init__(self, spec, folder):
+        self.spec, self.result, self.problem = spec, {"loads": []}, ""
+        self.log = folder / "log"
+        reader, writer = os.pipe()
+        self.lines = os.fdopen(reader, "r")
+        env = {**ENVIRONMENT, **os.environ}
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if spec.get("own_process") else "0"
+        (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        with self.log.open("w") as log:
+            # a session of its own: what the engine has started must end with it
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--one", str(folder / "spec.json"), str(writer)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=env,
+                start_new_session=True,
+                pass_fds=(writer,),
+            )
+        os.close(writer)
+
+    def tell(self, index):
+        """Let it run the load of this index."""
+        if not self.problem:
+            with contextlib.suppress(BrokenPipeError):
+                print(index, file=self.process.stdin, flush=True)
+
+    def receive(self, until):
+        """The next line of the engine; None, and `problem`, if none comes before `until`."""
+        if self.problem:
+            return None
+        left = max(0, until - time.monotonic())
+        if not select.select([self.lines], [], [], left)[0]:
+            self.stop("no time left")
+        elif not (line := self.lines.readline()):
+            self.stop(f"exit status {self.process.wait()}")
+        else:
+            return json.loads(line)
+        return None
+
+    def stop(self, problem=""):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        if problem:
+            output = self.log.read_text(errors="replace")
+            last = [line.strip()[-300:] for line in output.splitlines() if line.strip()][-3:]
+            self.problem = " | ".join([problem, *last])
+
+
+def run_together(specs, folder, until, *, in_turn, rounds=1):
+    """Start engines side by side and run every load on each; returns the engines, stopped.
+
+    Args:
+        in_turn: one at a time, as times are taken; else all at once, for their answers.
+    """
+    engines = []
+    try:
+        for i, spec in enumerate(specs):
+            (folder / str(i)).mkdir()
+            engines.append(Engine(spec, folder / str(i)))
+        for engine in engines:
+            engine.result |= engine.receive(until) or {}
+        for index in list(range(len(specs[0]["loads"]))) * rounds:
+            for group in [[engine] for engine in engines] if in_turn else [engines]:
+                for engine in group:
+                    engine.tell(index)
+                for engine in group:
+                    if load := engine.receive(until):
+                        engine.result["loads"].append(load)
+    finally:
+        for engine in engines:
+            engine.stop()
+    return engines
+
+
+def run_all(waves, until, report, **how):
+    """Run waves of specs and hand each engine's line to `report`; returns how many were wrong."""
+    num_wrong = 0
+    for specs in waves:
         left = until - time.monotonic()
         if left < MIN_SECONDS:
-            line["left out" if spec.get("if_time") else "problem"] = "no time left"
-        else:
-            result, problem, output = run_process(spec, folder, min(spec["limit_s"], left))
-            print(f"===== {spec['name']}\n{output[-60_000:]}", file=sys.stderr, flush=True)
-            if result is not None:
-                if not spec["speculative"]:
-                    plain[spec.get("pair")] = result.get("answers")
-                problem = judge(spec, result, plain.get(spec.get("pair")))
-                line |= result
+            for spec in specs:
+                why = "left out" if spec.get("if_time") else "problem"
+                num_wrong += why == "problem"
+                report({"name": spec["name"], why: "no time left"})
+            continue
+        with tempfile.TemporaryDirectory() as name:
+            engines = run_together(specs, Path(name), until, **how)
+            plain = {
+                engine.spec["pair"]: answers_of(engine.spec, engine.result)
+                for engine in engines
+                if not engine.spec["speculative"] and "pair" in engine.spec
+            }
+            for engine in engines:
+                output = engine.log.read_text(errors="replace")
+                title = f"===== {engine.spec['name']}"
+                print(f"{title}\n{output[-60_000:]}", file=sys.stderr, flush=True)
+        for engine in engines:
+            line = {key: engine.spec[key] for key in ("name", "label") if key in engine.spec}
+            problems = [judge(engine.spec, engine.result, plain.get(engine.spec.get("pair")))]
+            line |= engine.result
+            problem = "; ".join(filter(None, [engine.problem, *problems]))
             if problem:
                 line["problem"] = problem
-        num_wrong += "problem" in line
-        report(line)
+                num_wrong += 1
+            report(line)
     return num_wrong
 
 
 def main():
     if sys.argv[1:2] == ["--one"]:
         spec = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
-        Path(sys.argv[3]).write_text(json.dumps(one_engine(spec)), encoding="utf-8")
+        with os.fdopen(int(sys.argv[3]), "w") as results:
+            serve(
+                spec,
+                map(int, sys.stdin),
+                lambda line: print(json.dumps(line), file=results, flush=True),
+            )
         return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=("small", "real"))
@@ -398,9 +472,11 @@ def main():
             args.json.write_text(json.dumps({"engines": lines}, indent=1) + "\n", encoding="utf-8")
 
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        runs = small_runs(args.tiny) if args.kind == "small" else real_runs(args.tiny, folder)
-        num_wrong = run_all(runs, folder, until, report)
+        if args.kind == "small":
+            waves, how = [list(small_runs(args.tiny))], {"in_turn": False}
+        else:
+            waves, how = real_waves(args.tiny, Path(name)), {"in_turn": True, "rounds": 2}
+        num_wrong = run_all(waves, until, report, **how)
     return 1 if num_wrong else 0
 
 

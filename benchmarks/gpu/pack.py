@@ -39,7 +39,7 @@ def deterministic(member):
 def main():
     folder, archive = map(Path, sys.argv[1:])
     archive.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive, "w:xz", preset=6) as file:
+    with tarfile.open(archive, "w:xz", preset=9) as file:
         for path in sorted(folder.iterdir()):
             file.add(path, path.name, filter=deterministic)
     print(f"{archive}: {check_size(archive.stat().st_size, tree_bytes())}")

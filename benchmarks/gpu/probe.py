@@ -66,7 +66,9 @@ def vllm_silu():
     found = torch.empty(64, 1024, device="cuda", dtype=torch.bfloat16)
     torch.ops._C.silu_and_mul(found, x)
     gate, up = x.float().chunk(2, -1)
-    return assert_close(found, F.silu(gate) * up)
+    expected = F.silu(gate) * up
+    scale = expected.abs().clamp(min=1)  # rounding is relative
+    return assert_close(found / scale, expected / scale)
 
 
 def vllm_flash_attention_3():

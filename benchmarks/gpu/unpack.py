@@ -1,5 +1,6 @@
 """Unpack the carried archives FOLDER/*/*.tar.xz into SITE, each once: unpack.py FOLDER SITE."""
 
+import compileall
 import sys
 import tarfile
 from pathlib import Path
@@ -16,13 +17,14 @@ def unpack(folder, site):
     site.mkdir(parents=True, exist_ok=True)
     for archive in archives:
         facts = archive.stat()
-        mark, identity = site / f".{archive.name}", f"{facts.st_size} {facts.st_mtime_ns}"
+        mark, identity = site / f"{archive.name}.unpacked", f"{facts.st_size} {facts.st_mtime_ns}"
         if mark.exists() and mark.read_text(encoding="utf-8") == identity:
             yield f"{archive.name}: unpacked before"
             continue
         with tarfile.open(archive) as file:
             file.extractall(site, filter="data")
         mark.write_text(identity, encoding="utf-8")
+        compileall.compile_dir(site, quiet=2, workers=0)  # engines start side by side
         yield f"{archive.name}: {facts.st_size:,} bytes unpacked"
 
 

@@ -1,5 +1,9 @@
-"""An empty Triton backend named `cpu`: vLLM then finds Triton, whose interpreter needs none."""
+"""An empty Triton backend named `cpu`: vLLM then finds Triton, whose interpreter needs none.
 
+None where there is a GPU: Triton would ask this backend, too, whether the card is its own.
+"""
+
+import torch
 from triton.backends import Backend, backends
 from triton.backends.compiler import BaseBackend
 from triton.backends.driver import DriverBase
@@ -11,4 +15,5 @@ class NoDriver(DriverBase):
         return False
 
 
-backends.setdefault("cpu", Backend(BaseBackend, NoDriver))
+if not torch.cuda.is_available():
+    backends.setdefault("cpu", Backend(BaseBackend, NoDriver))
