@@ -67,7 +67,7 @@ TINY = {
 NO_COMPILE = {"mode": 0, "cudagraph_mode": "FULL"}  # full graphs, vLLM's kernels as they are
 RANDOM = "RANDOM weights"
 # engines stand side by side on one card: each takes what it needs, and this much for the KV cache
-MEMORY = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 5 << 29}
+MEMORY = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 2 << 30}
 MIN_SECONDS = 20  # below it an engine is not started: loading takes as long
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -125,20 +125,21 @@ def real_waves(tiny, folder):
 
     Engines of a wave stand on the card together and are timed in turn.
     """
-    target, drafter = QWEN_7B, FAST_DLLM_1B5
+    target, fast_dllm = QWEN_7B, FAST_DLLM_1B5
     if tiny:
-        target, drafter = {**target, **TINY}, {**drafter, **TINY, "mask_token_id": 1999}
+        target, fast_dllm = {**target, **TINY}, {**fast_dllm, **TINY, "mask_token_id": 1999}
     paths = {}
-    for name, config in (("target", target), ("drafter", drafter)):
+    for name, config in (("target", target), ("drafter", fast_dllm)):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
         paths[name] = str(folder / name)
 
-    def run(name, speculative=None, rate=None, if_time=False, **settings):
+    def run(name, speculative=None, rate=None, if_time=False, drafter=True, **settings):
         rate = None if tiny else rate  # vLLM's sampler for CPUs knows no synthetic acceptance
         label = RANDOM + (f", SYNTHETIC acceptance: {rate} of each token" if rate else "")
-        if speculative:
-            speculative = {"method": "failfast", "model": paths["drafter"], **speculative}
+        if speculative is not None:
+            model = {"model": paths["drafter"]} if drafter else {}
+            speculative = {"method": "failfast", **model, **speculative}
         return {
             "name": f"7B + 1.5B{' SHRUNKEN' if tiny else ''}, {name} ({label})",
             "label": label,
@@ -146,7 +147,7 @@ def real_waves(tiny, folder):
             "synthetic_rate": rate,
             "must_draft": bool(speculative) and speculative.get("load_aware") is False,
             "loads": [(1, 24, 24)] if tiny else [(1, 512, 256), (8, 512, 128), (32, 512, 64)],
-            "token_ids_below": drafter["vocab_size"] - 400,
+            "token_ids_below": fast_dllm["vocab_size"] - 400,
             "engine": {
                 "model": paths["target"],
                 "load_format": "dummy",
@@ -167,11 +168,12 @@ def real_waves(tiny, folder):
     by_load = {"confidence_threshold": 0.0}  # long drafts by the planner, as far as they pay
     first = [run("none"), run("failfast K10", fixed(10), 0.9)]
     if tiny:
-        return [first]
+        return [[*first, run("failfast without a drafter", {}, drafter=False)]]
     first += [
         run("none, synchronous", async_scheduling=False),
         run("failfast K60 by load", by_load, 0.9),
         run("failfast by load, nothing accepted", {}),
+        run("failfast without a drafter", {}, drafter=False),
     ]
     full = {"compilation_config": NO_COMPILE, "if_time": True}
     second = [

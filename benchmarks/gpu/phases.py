@@ -130,6 +130,7 @@ def environment():
         "TRITON_CACHE_DIR": str(BUILT / "cache" / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(BUILT / "cache" / "inductor"),
         "VLLM_CACHE_ROOT": str(BUILT / "cache" / "vllm"),
+        **({"VLLM_USE_FLASHINFER_SAMPLER": "0"} if carried else {}),  # without FlashInfer
     }
 
 
