@@ -168,8 +168,8 @@ def run_step(step, left, log):
         runs = []
         for i, command in enumerate(step.commands):
             paths = Path(folder) / f"{i}.out", Path(folder) / f"{i}.json"
-            command = [word.replace("{json}", str(paths[1])) for word in command]
-            runs.append((command, start(command, step.env, paths[0]), *paths))
+            filled = [word.replace("{json}", str(paths[1])) for word in command]
+            runs.append((command, start(filled, step.env, paths[0]), *paths))
         try:
             statuses = [wait(run[1], began + limit) for run in runs]
         finally:
@@ -179,13 +179,13 @@ def run_step(step, left, log):
         found["commands"] = []
         for status, (command, _, output_path, json_path) in zip(statuses, runs, strict=True):
             output = output_path.read_text(errors="replace")
-            log.write(f"===== {shlex.join(command)}\n{output}\n")
+            log.write(f"===== {shown(command)}\n{output}\n")
             log.flush()
             lines = [line.rstrip()[-400:] for line in output.splitlines() if line.strip()]
             why = "" if status == 0 else f"exit status {status}"
             if status is None:
                 why = f"stopped after {limit:.0f} s"
-            entry = {"command": shlex.join(command), "ok": not why, "last": lines[-LAST_LINES:]}
+            entry = {"command": shown(command), "ok": not why, "last": lines[-LAST_LINES:]}
             with contextlib.suppress(FileNotFoundError, ValueError):  # absent, or cut off
                 entry["result"] = json.loads(json_path.read_text(encoding="utf-8"))
             if why:
@@ -193,6 +193,12 @@ def run_step(step, left, log):
                 found = found | {"ok": False, "why": found.get("why") or entry["why"]}
             found["commands"].append(entry)
     return found
+
+
+def shown(command):
+    """A command without the paths of this machine."""
+    words = ["python" if word == sys.executable else word for word in command]
+    return shlex.join(words).replace(f"{ROOT}/", "")
 
 
 def start(command, env, output):
