@@ -1,9 +1,9 @@
 """One whole draft pass of the 1.5B drafter's shape: captured CUDA graph beside eager launches.
 
 Random weights in plain torch, our attention, commit and confidence; the small operations between
-the products go through `torch.compile` unless told otherwise. Needs a CUDA device; no figure of it
-exists yet. Works without vLLM. The floors are the bytes and products of the pass over the rates
-that the same run measures for a copy and for a large product.
+the products go through `torch.compile` unless told otherwise. Needs a CUDA device, works without
+vLLM. The floors are the bytes and products of the pass over the rates that the same run measures
+for a copy and for a large product.
 
     python benchmarks/bench_draft_pass.py --json benchmarks/results/draft_pass.json
 """

@@ -1,7 +1,4 @@
-"""What the GPU benchmarks share: the device, provenance, and medians of interleaved runs.
-
-Nothing here has been run on a GPU yet.
-"""
+"""What the GPU benchmarks share: the device, provenance, and medians of interleaved runs."""
 
 import hashlib
 import importlib.metadata

@@ -1,7 +1,5 @@
 """The real engine with and without failfast on a GPU: is it lossless, and what does a step cost?
 
-Nothing here has run on a GPU yet.
-
     python benchmarks/gpu/engine.py small    the shipped pair: answers compared, token by token
     python benchmarks/gpu/engine.py real     the shapes of 7B + 1.5B, RANDOM weights, SYNTHETIC
                                              acceptance: what a step costs, never what is accepted
@@ -14,6 +12,7 @@ are timed take turns. The exit status is 1 if an engine failed or had no time (t
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -138,8 +137,8 @@ def real_waves(tiny, folder):
         rate = None if tiny else rate  # vLLM's sampler for CPUs knows no synthetic acceptance
         label = RANDOM + (f", SYNTHETIC acceptance: {rate} of each token" if rate else "")
         if speculative is not None:
-            model = {"model": paths["drafter"]} if drafter else {}
-            speculative = {"method": "failfast", **model, **speculative}
+            model = paths["drafter"] if drafter else None
+            speculative = {"method": "failfast", "model": model, **speculative}
         return {
             "name": f"7B + 1.5B{' SHRUNKEN' if tiny else ''}, {name} ({label})",
             "label": label,
@@ -341,7 +340,7 @@ class Engine:
         self.spec, self.result, self.problem = spec, {"loads": []}, ""
         self.log = folder / "log"
         reader, writer = os.pipe()
-        self.lines = os.fdopen(reader, "r")
+        self.lines = os.fdopen(reader, "rb", buffering=0)  # `select` sees all that is unread
         env = {**ENVIRONMENT, **os.environ}
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if spec.get("own_process") else "0"
         (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
@@ -399,15 +398,17 @@ def run_together(specs, folder, until, *, in_turn, rounds=1):
         for i, spec in enumerate(specs):
             (folder / str(i)).mkdir()
             engines.append(Engine(spec, folder / str(i)))
+        indices = list(range(len(specs[0]["loads"]))) * rounds
+        if not in_turn:  # each as soon as it has started
+            for engine, index in itertools.product(engines, indices):
+                engine.tell(index)
         for engine in engines:
             engine.result |= engine.receive(until) or {}
-        for index in list(range(len(specs[0]["loads"]))) * rounds:
-            for group in [[engine] for engine in engines] if in_turn else [engines]:
-                for engine in group:
-                    engine.tell(index)
-                for engine in group:
-                    if load := engine.receive(until):
-                        engine.result["loads"].append(load)
+        for index, engine in itertools.product(indices, engines):
+            if in_turn:
+                engine.tell(index)
+            if load := engine.receive(until):
+                engine.result["loads"].append(load)
     finally:
         for engine in engines:
             engine.stop()
@@ -440,6 +441,10 @@ def run_all(waves, until, report, **how):
             line = {key: engine.spec[key] for key in ("name", "label") if key in engine.spec}
             problems = [judge(engine.spec, engine.result, plain.get(engine.spec.get("pair")))]
             line |= engine.result
+            pair = engine.spec.get("pair", "")
+            other = plain.get(f"{pair.partition(',')[0]}, default")
+            if not engine.spec["speculative"] and other and len(plain[pair]) == len(other):
+                line |= {"as_by_default": compare(plain[pair], other)["same_answers"]}
             problem = "; ".join(filter(None, [engine.problem, *problems]))
             if problem:
                 line["problem"] = problem

@@ -4,7 +4,7 @@
 
 DIR/PHASE.json holds what each command found, with provenance, and is written after every command;
 DIR/PHASE.log what they printed. A phase that fails says why, and the next one runs all the same.
-Exit status: 0 all fine, 1 a phase failed, 2 wrong arguments. Nothing here has run on a GPU yet.
+Exit status: 0 all fine, 1 a phase failed, 2 wrong arguments.
 """
 
 import argparse

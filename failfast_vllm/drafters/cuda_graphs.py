@@ -2,7 +2,7 @@
 
 Padding sequences have no rows; padding rows belong to no sequence, commit nothing, and what they
 compute is dropped. Beyond the largest bucket, and wherever capturing failed, passes run as they
-are. **No GPU has run the capture**; the padding is tested on a CPU.
+are. The padding is tested on a CPU, a replay on a GPU.
 """
 
 import functools

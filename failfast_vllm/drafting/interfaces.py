@@ -72,6 +72,14 @@ class Planner:
         """The target has just verified `num_tokens` tokens: whether to consider drafting."""
         return True
 
+    def rested(self, req_ids: Sequence[str], num_tokens: int) -> None:
+        """The same of a step that was scheduled ahead: nobody has asked for its drafts."""
+
+    @property
+    def steps_to_look(self) -> int:
+        """Which of the coming steps considers drafting again: 1 is the next."""
+        return 1
+
     def observe(self, rounds: Sequence[Round]) -> None:
         """Learn from the step's verified drafts, in the order of the batch."""
 

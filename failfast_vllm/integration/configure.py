@@ -60,7 +60,7 @@ def create_speculative_config(
         facts = {**knobs.to_dict(), **NO_DRAFTER}
     else:
         facts = _fit_drafter(speculative, published, knobs, given, self.enable_eplb)
-    self.async_scheduling = False  # lengths per sequence need the synchronous scheduler
+    self.async_scheduling = False  # see `keep_asynchronous`
     self.additional_config = {**(self.additional_config or {}), METHOD: facts}
     return speculative
 
@@ -117,6 +117,44 @@ def add_cli_args(original: Any, parser: Any) -> Any:
     return parser
 
 
+@hook("configuration", f"{ENGINE_ARGS}.create_engine_config")
+def keep_asynchronous(original: Any, self: Any) -> Any:
+    """Builds an engine that can schedule ahead, which it does while the planner rests.
+
+    vLLM's configuration is made as for a synchronous one: it would refuse drafts of which only the
+    worker knows the lengths. With several ranks or a KV connector it stays synchronous.
+
+    Goes when: vLLM schedules ahead for drafts whose lengths only the worker knows.
+    """
+    asked = self.async_scheduling
+    config = original()
+    if not asked_for(config):
+        return config
+    self.async_scheduling = asked
+    possible = _can_schedule_ahead(config)
+    if asked and not possible:
+        needs = "the V2 model runner, one rank, 'load_aware', a text target and no KV connector"
+        remedy = "Leave it out: scheduling is asynchronous where it can be."
+        raise refusal(f"--async-scheduling needs {needs}", "True", remedy)
+    config.scheduler_config.async_scheduling = possible and asked is not False
+    return config
+
+
+def _can_schedule_ahead(config: Any) -> bool:
+    from vllm.v1.executor.abstract import Executor
+
+    parallel = config.parallel_config
+    return (
+        config.use_v2_model_runner
+        and config.additional_config[METHOD]["load_aware"] is True
+        and parallel.world_size * parallel.data_parallel_size == 1
+        and config.kv_transfer_config is None
+        and config.scheduler_config.scheduler_cls is None
+        and not config.model_config.is_multimodal_model  # vLLM 0.32 copies its config for them
+        and Executor.get_class(config).supports_async_scheduling()
+    )
+
+
 @hook("configuration", f"{SPECULATIVE_CONFIG}.verify_equal_vocab_size_if_draft_model")
 def allow_other_padding(original: Any, self: Any) -> None:
     """Lets padded vocab sizes differ (Qwen2.5: 151,936 up to 3B, 152,064 from 7B on).
@@ -156,9 +194,6 @@ def _problems(
         if (num_ranks := getattr(args, f"{kind}_parallel_size")) > 1:
             what = f"{kind.replace('_', '-')} parallelism is not supported"
             yield what, num_ranks, "Use --tensor-parallel-size instead."
-    if args.async_scheduling:
-        what = "asynchronous scheduling assumes one draft length for all sequences"
-        yield what, True, "Leave --async-scheduling out."
     fewest = MAX_DIFFUSION_BLOCK_SIZE + knobs.num_speculative_tokens
     budget = args.max_num_batched_tokens
     if budget is not None and budget < fewest:

@@ -21,11 +21,12 @@ def install_metrics() -> None:
 
 @hook("metrics", f"{SCHEDULER}.update_draft_token_ids")
 def collect_counts(original: Any, self: Any, draft_token_ids: Any) -> Any:
-    """Adds up the counts that a worker sends with its drafts.
+    """Adds up the counts that a worker sends with its drafts, and keeps how long it rests.
 
     Goes when: vLLM carries statistics of the drafter from workers to the API server.
     """
     counts = getattr(draft_token_ids, "failfast_counts", None)
+    self.failfast_steps_ahead = getattr(draft_token_ids, "failfast_steps_ahead", 0)
     if counts and self.log_stats:  # else nobody would ever fetch them
         waiting = getattr(self, "failfast_counts", None) or [0] * len(counts)
         self.failfast_counts = [a + b for a, b in zip(waiting, counts, strict=True)]
@@ -74,6 +75,47 @@ def pad_no_new_requests(original: Any, self: Any, vllm_config: Any) -> None:
     if asked_for(vllm_config):
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self.dynamic_sd_lookup = [self.num_spec_tokens] * (max_num_seqs + 1)
+
+
+@hook("engine", "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule")
+def expect_no_drafts(original: Any, self: Any, scheduler_output: Any) -> None:
+    """Keeps the asynchronous scheduler from counting on drafts before the worker reports them.
+
+    Goes when: vLLM schedules ahead for drafts whose lengths only the worker knows.
+    """
+    original()
+    if asked_for(self.vllm_config):
+        for req_id in scheduler_output.num_scheduled_tokens:
+            self.requests[req_id].spec_token_ids = []
+
+
+@hook("engine", "vllm.v1.engine.core:EngineCore.step_with_batch_queue")
+def schedule_ahead(original: Any, self: Any) -> Any:
+    """Lets vLLM schedule ahead while the planner rests, and only then.
+
+    Lengths of drafts decide what is scheduled, so a step that may draft waits for the one before:
+    what was scheduled ahead is finished, as if no request were left to schedule. Then vLLM steps as
+    it does without a queue, and asks for drafts behind the step.
+
+    Goes when: vLLM schedules ahead for drafts whose lengths only the worker knows.
+    """
+    if not asked_for(self.vllm_config):
+        return original()
+    scheduler = self.scheduler
+    steps_ahead = getattr(scheduler, "failfast_steps_ahead", 0)
+    # vLLM's own names for: whether to ask the worker for drafts
+    self.async_scheduling, self.check_for_draft_tokens = steps_ahead > 0, steps_ahead == 0
+    if steps_ahead:
+        scheduler.failfast_steps_ahead = steps_ahead - 1
+        return original()
+    if not self.batch_queue:
+        return self.step()
+    scheduler.has_requests = lambda: False
+    try:
+        outputs, _ = original()
+    finally:
+        del scheduler.has_requests
+    return outputs, True
 
 
 @hook("engine", f"{CONNECTORS}.create_connector")

@@ -69,13 +69,26 @@ class Session:
         rests = not self.drafter.planner.step_began(view.req_ids, view.num_tokens)
         idle = rests and not (len(self.ledger) or stats.wants_plain)
         lists = [] if idle else self._draft(view, rests)
-        counts = stats.take()
-        if not (counts or any(lists)):
+        counts, ahead = stats.take(), self._steps_ahead()
+        if not (counts or ahead or any(lists)):
             return None
         # without a draft there is nothing for the scheduler to go through
         report = DraftTokenIds(view.req_ids, lists) if any(lists) else DraftTokenIds([], [])
         report.failfast_counts = counts  # type: ignore[attr-defined]
+        report.failfast_steps_ahead = ahead  # type: ignore[attr-defined]
         return report
+
+    def _steps_ahead(self) -> int:
+        """How many steps vLLM may schedule before it asks for drafts again, behind the last."""
+        if len(self.ledger) or self.stats.wants_plain:
+            return 0
+        steps = self.drafter.planner.steps_to_look
+        return steps if steps > 1 else 0
+
+    def rested(self, view: View) -> None:
+        """A step was scheduled ahead of this one: nobody will ask for its drafts."""
+        self.stats.step_began()
+        self.drafter.planner.rested(view.req_ids, view.num_tokens)
 
     @torch.inference_mode()
     def _draft(self, view: View, rests: bool) -> list[list[int]]:

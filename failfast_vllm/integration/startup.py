@@ -99,7 +99,8 @@ def start_serving(adapter: Any, runner: Any) -> None:
     knobs = vllm_config.additional_config[METHOD]
     if knobs["load_aware"]:
         target_step = functools.partial(adapter.target_step, runner)
-        drafter.planner = _planner(measure_costs(target_step, drafter.model, vllm_config), knobs)
+        costs = measure_costs(target_step, drafter.model, vllm_config)
+        drafter.planner = _planner(costs, knobs, vllm_config.scheduler_config.async_scheduling)
     stats.reset()
     if stats.trace is None:  # may be open: some start-ups end twice
         stats.trace = _trace_writer(vllm_config, drafter.geometry.kv_block_size)
@@ -212,7 +213,7 @@ def _draft_pass(drafter: HostedDraftModel, size: int, num_keys: int = 0) -> torc
     return drafter.confidence(masks).probabilities
 
 
-def _planner(costs: Costs, knobs: dict[str, Any]) -> LoadPlanner:
+def _planner(costs: Costs, knobs: dict[str, Any], schedules_ahead: bool) -> LoadPlanner:
     """Every rank gets the times of the first, now and while serving."""
     group = get_tp_group()
 
@@ -225,6 +226,7 @@ def _planner(costs: Costs, knobs: dict[str, Any]) -> LoadPlanner:
     agree = of_first_rank if group.world_size > 1 else list
     costs = group.broadcast_object(costs)
     options = {key: knobs[key] for key in ("drafts", "copies")}
+    options["schedules_ahead"] = schedules_ahead
     return LoadPlanner(costs, cap, increment, learns=True, agree=agree, **options)
 
 

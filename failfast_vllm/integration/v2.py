@@ -4,6 +4,7 @@ The runner offers each step to `propose`, after the accepted tokens are booked o
 they have gone out, vLLM's engine asks for drafts: `take_drafts`.
 """
 
+import copy
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -118,8 +119,10 @@ class _Speculator(Adapter):
 
     def add_requests(self, scheduler_output: Any) -> None:
         """Called after the runner has put new and resumed requests into their state slots."""
-        self.postponed = None  # nobody has asked for its drafts
+        unasked, self.postponed = self.postponed, None  # nobody has asked for its drafts
         if self.session is not None:
+            if unasked is not None:
+                self.session.rested(unasked())
             self.clear_new_pages(scheduler_output, self.kv_group, self.page_size)
         for request in scheduler_output.scheduled_new_reqs:
             slot = self.req_states.req_id_to_index[request.req_id]
@@ -171,8 +174,11 @@ class FailFastSpeculator(_Speculator, DraftModelSpeculator):
         self.keep_requests(req_states)
 
     def load_draft_model(self, *of_target: Any) -> torch.nn.Module:
+        schedule = copy.copy(self.vllm_config.scheduler_config)
+        schedule.async_scheduling = False  # vLLM checks the copy, and a CPU's platform changes it
         draft_config = replace(
             self.vllm_config,
+            scheduler_config=schedule,
             model_config=self.draft_model_config,
             quant_config=None,
             parallel_config=replace(self.speculative_config.draft_parallel_config),
@@ -251,7 +257,7 @@ def widen_target_graphs(runner: Any) -> None:
 
     vLLM captures decode graphs for 1 + K tokens of every request, which ragged drafts almost never
     have. We ask for those of its adaptive verification, for any mix of 1 to 1 + K tokens, and for
-    graphs of one token per request, for steps without drafts. **No GPU has captured them.**
+    graphs of one token per request, for steps without drafts.
     """
     graphs = runner.cudagraph_manager
     mode = graphs.cudagraph_mode

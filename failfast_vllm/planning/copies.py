@@ -72,21 +72,21 @@ class LookBalance:
         self._num_seqs = 0  # of the load that the averages are of
         self._num_looks = 0
         self._gain_ms = self.cost_ms = 0.0  # per look
-        self._steps_to_rest = 0
+        self.steps_to_rest = 0
 
     def step_began(self, num_seqs: int) -> bool:
         """Returns whether to look in this step."""
         if not SAME_LOAD * self._num_seqs <= num_seqs <= self._num_seqs / SAME_LOAD:
-            self._num_seqs, self._num_looks, self._steps_to_rest = num_seqs, 0, 0
-        self._steps_to_rest -= 1
-        return self._steps_to_rest < 0
+            self._num_seqs, self._num_looks, self.steps_to_rest = num_seqs, 0, 0
+        self.steps_to_rest -= 1
+        return self.steps_to_rest < 0
 
     def looked(self, gain_ms: float) -> None:
         """The copies of a step are expected to save so much time."""
         self._num_looks += 1
         self._gain_ms += self._rate * (gain_ms - self._gain_ms)
         if self._num_looks >= FEWEST_LOOKS and self._gain_ms < self.cost_ms:
-            self._steps_to_rest = REST_STEPS
+            self.steps_to_rest = REST_STEPS
 
     def took(self, ms: float) -> None:
         """The last look, with what was copied: hiccups count little."""

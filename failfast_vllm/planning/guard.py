@@ -148,10 +148,10 @@ class Guard:
             self._paid_ms += (REST_STEPS + 1) * plain_ms
         return best
 
-    def probes(self) -> bool:
+    def probes(self, in_a_row: int = PLAIN_IN_A_ROW) -> bool:
         """Returns whether to do without drafts in this step, to time plain decoding."""
         self._steps_to_probe -= 1
-        probes = self._steps_to_probe < PLAIN_IN_A_ROW
+        probes = self._steps_to_probe < in_a_row
         self._steps_to_probe = self._steps_to_probe or PROBE_STEPS
         return probes
 

@@ -38,6 +38,10 @@ from failfast_vllm.planning.guard import AMORTISED_ROUNDS, REST_STEPS, TRY_ROUND
 MARGIN = 1.1
 LEARNING_STEPS = 8  # steps whose drafts are learned from at once
 
+# Where steps can be scheduled ahead, a step takes less time among others that were: the first few
+# only fill the queue. One that is timed among drafts stands at the end of so many.
+FILLING_STEPS, PROBE_AHEAD = 2, 4
+
 
 @dataclass
 class LoadPlanner(Planner):
@@ -52,6 +56,7 @@ class LoadPlanner(Planner):
             the same steps.
         drafts: whether there is a drafter; else all drafts are copied.
         copies: whether sequences may copy: the planner then looks at every step.
+        schedules_ahead: whether the engine schedules steps ahead while the planner rests.
         calibration: of the drafter's confidences.
         clock: the time in seconds.
     """
@@ -66,6 +71,7 @@ class LoadPlanner(Planner):
     agree: Callable[[list[float]], list[float]] = list
     drafts: bool = True
     copies: bool = False
+    schedules_ahead: bool = False
     calibration: Calibration = field(default_factory=Calibration)
     clock: Callable[[], float] = time.perf_counter
 
@@ -86,6 +92,7 @@ class LoadPlanner(Planner):
         self._seen_lens: Lengths = np.zeros(0, dtype=np.int64)  # of the step that looks
         self._unlearned: list[Round] = []
         self._steps_to_learn = 0
+        self._num_ahead = 0  # steps that were scheduled ahead, in a row
 
     def step_began(self, req_ids: Sequence[str], num_tokens: int) -> bool:
         """Returns whether to consider drafting in this step.
@@ -95,6 +102,16 @@ class LoadPlanner(Planner):
         Args:
             num_tokens: that the target has just verified.
         """
+        self._num_ahead = 0
+        return self._begin(req_ids, num_tokens)
+
+    def rested(self, req_ids: Sequence[str], num_tokens: int) -> None:
+        """A step for which nobody has asked for drafts, see `Planner`."""
+        self._num_ahead += 1
+        if self._begin(req_ids, num_tokens):  # the load has fallen
+            self.step_ended(req_ids, 0)
+
+    def _begin(self, req_ids: Sequence[str], num_tokens: int) -> bool:
         sizes, ms = self._timer.lap()
         # a request that is new may have come to an idle engine
         known = self._running.issuperset(req_ids)
@@ -108,6 +125,16 @@ class LoadPlanner(Planner):
         if not (looks or looks_for_copies):
             self.step_ended(req_ids, 0)
         return looks or looks_for_copies
+
+    @property
+    def steps_to_look(self) -> int:
+        """See `Planner`."""
+        if not self.schedules_ahead:
+            return 1
+        rests = [self.guard.steps_to_rest] if self.drafts else []
+        if self.copies:
+            rests.append(self._balance.steps_to_rest)
+        return 1 + max(0, min(rests))
 
     def _learn_times(
         self,
@@ -132,11 +159,20 @@ class LoadPlanner(Planner):
             overhead_ms = drafting_ms - sum(passes_ms)
             self.guard.round_took(num_seqs, counted, overhead_ms, verify_ms, slowness)
         elif self._looked:
+            if self.schedules_ahead and num_tokens and not self._num_drafted:
+                drafting_ms += max(0.0, waited_ms - float(self.costs.plain(num_seqs)))
             self._balance.took(drafting_ms)
         if num_tokens and self._num_drafted:
             self.costs.verify.correct(num_tokens, waited_ms)
-        elif num_tokens and self.guard.knows_plain:
+        elif num_tokens and self._knows_plain:
             self.costs.plain.correct(num_tokens, waited_ms)
+
+    @property
+    def _knows_plain(self) -> bool:
+        """Whether the last step was typical of those without drafts."""
+        if self.schedules_ahead:
+            return self._num_ahead > FILLING_STEPS
+        return self.guard.knows_plain
 
     def step_ended(self, req_ids: Sequence[str], num_drafted: int) -> None:
         """The drafts of the step are made, see `Planner`."""
@@ -186,9 +222,18 @@ class LoadPlanner(Planner):
         if self._looks:
             self._seen_lens = asked.seen_lens
             passes, copied = self._passes(asked, copied, gains, plain_ms)
-        if self.learns and (passes.any() or copied.any()) and self.guard.probes():
+        if self.learns and (passes.any() or copied.any()) and self._probes():
             return nothing, nothing
         return passes, copied
+
+    def _probes(self) -> bool:
+        """Returns whether to do without drafts for now, to time plain decoding."""
+        if not self.schedules_ahead:
+            return self.guard.probes()
+        probes = self.guard.probes(in_a_row=1)
+        if probes:
+            self.guard.steps_to_rest = self._balance.steps_to_rest = PROBE_AHEAD
+        return probes
 
     def _copies(
         self, wanted: Lengths, match_lens: Lengths, plain_ms: float

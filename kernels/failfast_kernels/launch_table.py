@@ -30,7 +30,7 @@ def num_splits(classes: Sequence[int], num_programs: int, most: int) -> int:
 
 # Below this line `benchmarks/tune_kernels.py` writes.
 
-PROVENANCE = "untuned: chosen by hand, no GPU has run them"
+PROVENANCE = "chosen by hand; on an H200 those of (128, 2, 64) and the splits beat what was tried"
 
 # (head_dim class, bytes per element, packed rows per program); a smaller head_dim uses the next
 # class. The shapes of float32 are small because its exact products run outside the tensor cores.

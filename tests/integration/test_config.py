@@ -188,7 +188,7 @@ def test_increment_may_not_exceed_a_lowered_cap():
             ["decode-context", "got 2"],
         ),
         ({"prefill_context_parallel_size": 2}, ["prefill-context", "got 2"]),
-        ({"async_scheduling": True}, ["asynchronous", "got True", "--async-scheduling"]),
+        ({"async_scheduling": True}, ["--async-scheduling needs", "got True", "Leave it out"]),
         ({"max_num_batched_tokens": 91}, ["at least 92", "got 91", "num_speculative_tokens"]),
         ({"runner": "pooling"}, ["text generation", "Leave"]),
         ({"convert": "embed"}, ["text generation", "Leave"]),

@@ -1,7 +1,6 @@
 """The V2 model runner: V2 with failfast = V1 with failfast = no speculation."""
 
 import pytest
-from vllm.v1.core.sched.scheduler import Scheduler
 
 from engine import (
     around_the_drafters_end,
@@ -40,20 +39,6 @@ def v1_record(plain):
     with v1_engine("failfast") as llm, watch(llm) as record:
         assert in_batches(llm, prompts, params) == expected
     return record
-
-
-def test_scheduling_is_synchronous(monkeypatch):
-    """vLLM 0.33 turns it off for ragged drafts on V1 only; on V2 the plugin does, by itself."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    target = str(MODELS_DIR / "target")
-    args = EngineArgs(model=target, speculative_config="failfast")
-    config = args.create_engine_config()
-    assert args.async_scheduling is False  # said outright: left open, only a CPU turns it off
-    assert config.use_v2_model_runner
-    assert config.scheduler_config.async_scheduling is False
-    assert config.scheduler_config.get_scheduler_cls() is Scheduler
 
 
 def test_v2_equals_v1_round_by_round(plain, v1_record, tmp_path):

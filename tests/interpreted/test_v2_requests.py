@@ -34,6 +34,7 @@ from failfast_vllm.config import MODELS_DIR
 from independent import IndependentDrafter
 from runners import (
     ANSWER_LEN,
+    MIXED,
     few_plain,  # noqa: F401 - a fixture
     start_batch_invariant,
     v1_engine,
@@ -77,18 +78,6 @@ def test_what_single_requests_ask(few_plain):
     assert any(eos in p.draft[:-1] for p in drafts(4))
     assert all(eos not in p.draft[:-1] for i in (1, 2, 3, 5, 6, 7) for p in drafts(i))
     assert all(drafts(i) for i in (5, 6, 7))
-
-
-# Triton's interpreter runs neither vLLM's kernel for top-k and top-p nor that for grammars
-MIXED = (
-    {},
-    {"thinking_token_budget": 9},
-    {"presence_penalty": 2.0, "bad_words": ["answer"]},
-    {"temperature": 1.0, "min_p": 1.0, "logprobs": 2},  # leaves one token to draw
-    {"temperature": 1.0, "min_p": 1.0, "min_tokens": 25},
-    {"logit_bias": dict.fromkeys(range(300, 310), 30.0)},
-    {"allowed_token_ids": list(range(4, 1000)), "repetition_penalty": 1.5},
-)
 
 
 def test_rows_in_mixed_batches(few_plain):

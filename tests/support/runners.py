@@ -10,6 +10,17 @@ from engine import engine, generate, greedy_params, mixed_prompts, proposer
 NUM_PROMPTS, FEW = 34, 16
 ANSWER_LEN = 48  # tokens of the longest answer: a step of interpreted kernels takes long
 
+# Triton's interpreter runs neither vLLM's kernel for top-k and top-p nor that for grammars
+MIXED = (
+    {},
+    {"thinking_token_budget": 9},
+    {"presence_penalty": 2.0, "bad_words": ["answer"]},
+    {"temperature": 1.0, "min_p": 1.0, "logprobs": 2},  # leaves one token to draw
+    {"temperature": 1.0, "min_p": 1.0, "min_tokens": 25},
+    {"logit_bias": dict.fromkeys(range(300, 310), 30.0)},
+    {"allowed_token_ids": list(range(4, 1000)), "repetition_penalty": 1.5},
+)
+
 
 @contextlib.contextmanager
 def v2_engine(speculative_config="failfast", **overrides):

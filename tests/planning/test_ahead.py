@@ -1,0 +1,107 @@
+"""The load planner in an engine that schedules ahead: plain steps are shorter in a row than alone."""
+
+import numpy as np
+import pytest
+
+from failfast_vllm.drafting.records import FirstPass, Round
+from failfast_vllm.planning.costs import Costs, CostTable
+from failfast_vllm.planning.guard import REST_STEPS
+from failfast_vllm.planning.planner import PROBE_AHEAD, LoadPlanner
+
+NUM_SEQS, CAP = 4, 10
+REQ_IDS = [str(i) for i in range(NUM_SEQS)]
+PLAIN_MS, GAP_MS, DRAFT_MS = 5.0, 2.8, 4.0  # a step, what one waits that is not scheduled ahead
+
+
+class Engine:
+    """Steps of an engine, on a clock of its own; of each draft `accepted` tokens are accepted."""
+
+    def __init__(self, accepted=0, **given):
+        self.now, self.accepted, self.num_kept = 0.0, accepted, np.zeros(NUM_SEQS, dtype=int)
+        self.looks = self.drafted_steps = self.tokens = 0
+        self.rested = []  # steps in a row
+        verify = CostTable([1, 1000], [PLAIN_MS, PLAIN_MS])
+        costs = Costs(CostTable([1, 1000], [DRAFT_MS, DRAFT_MS]), verify)
+        options = {"learns": True, "schedules_ahead": True, **given}
+        self.planner = LoadPlanner(costs, CAP, CAP, clock=lambda: self.now / 1e3, **options)
+
+    def run(self, num_tokens=8000):
+        """Returns ms per token of a sequence."""
+        began, self.tokens = self.now, 0
+        while self.tokens < num_tokens * NUM_SEQS:
+            self.look()
+            steps = self.planner.steps_to_look - 1
+            if steps:
+                self.rested.append(steps)
+            for step in range(steps):
+                # the first two are scheduled in a row; then each is when the one before has ended
+                self.now += PLAIN_MS if step else 0.2
+                self.planner.rested(REQ_IDS, NUM_SEQS)
+                self.tokens += NUM_SEQS
+            if steps:  # two are in flight: one that was counted, and the one that is looked at
+                self.now += 2 * PLAIN_MS - GAP_MS - 0.2
+        return (self.now - began) / (self.tokens / NUM_SEQS)
+
+    def look(self):
+        self.looks += 1
+        self.now += GAP_MS + (0 if self.rested and self.planner._num_ahead else PLAIN_MS)
+        accepted = np.minimum(self.num_kept, self.accepted)
+        self.tokens += NUM_SEQS + int(accepted.sum())
+        looks = self.planner.step_began(REQ_IDS, NUM_SEQS + int(self.num_kept.sum()))
+        confidences = np.full(CAP, 0.9, dtype=np.float32)
+        rounds = [
+            Round("r", n, n, n, a, confidences[:n])
+            for n, a in zip(self.num_kept.tolist(), accepted.tolist(), strict=True)
+            if n
+        ]
+        if rounds or looks:
+            self.planner.observe(rounds)
+        self.num_kept = np.zeros(NUM_SEQS, dtype=int)
+        if not looks:
+            return
+        zeros = np.zeros(NUM_SEQS, dtype=int)
+        first, _ = self.planner.first(FirstPass(zeros + CAP, zeros + 8, zeros, zeros, zeros))
+        if first.any():
+            self.drafted_steps += 1
+            self.now += DRAFT_MS
+            self.planner.pass_took((int(first.sum()) + 8 * NUM_SEQS, 0), DRAFT_MS)
+            self.num_kept = first
+        self.planner.step_ended(REQ_IDS, int(first.sum()))
+
+
+def test_a_rest_waits_once():
+    engine = Engine(accepted=0)
+    engine.run(2000)  # tries are paid for
+    assert engine.run() < 1.05 * PLAIN_MS
+    assert set(engine.rested[-20:]) == {REST_STEPS}
+
+
+def test_plain_steps_are_known_from_those_in_a_row():
+    """Catches a planner that compares drafts with steps that waited, and drafts at a loss.
+
+    A round takes 5.0 + 2.8 + 4.0 ms for 2 tokens: less than 2 steps that wait, more than 2 in a row.
+    """
+    engine = Engine(accepted=1)
+    engine.run(2000)
+    assert engine.run() < 1.05 * PLAIN_MS
+    assert float(engine.planner.costs.plain(NUM_SEQS)) == pytest.approx(PLAIN_MS, rel=0.05)
+
+
+def test_drafts_that_pay_are_made():
+    """And plain steps are probed in a row, too."""
+    engine = Engine(accepted=8)
+    engine.run(2000)
+    engine.rested.clear()
+    assert engine.run() < 1.1 * (PLAIN_MS + GAP_MS + DRAFT_MS) / 9
+    assert set(engine.rested) == {PROBE_AHEAD}
+    assert float(engine.planner.costs.plain(NUM_SEQS)) == pytest.approx(PLAIN_MS, rel=0.05)
+
+
+def test_looks_for_copies_that_bring_less_than_the_wait_become_seldom():
+    engine = Engine(drafts=False, copies=True)
+    engine.run(2000)
+    assert engine.run() < 1.05 * PLAIN_MS
+
+
+def test_an_engine_that_does_not_schedule_ahead_is_told_nothing():
+    assert Engine(schedules_ahead=False).planner.steps_to_look == 1
