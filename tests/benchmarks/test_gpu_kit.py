@@ -297,41 +297,46 @@ def test_where_two_answers_part(ours, plain, place):
     assert engine.first_difference(ours, plain) == place
 
 
-OURS = {"speculative": {"method": "failfast"}, "must_agree": True, "must_draft": True}
-DRAFTED = {"2 requests": {"passes": 4}}
+OURS = {"speculative": {"method": "failfast"}, "must_agree": True, "must_draft": True, "pair": "p"}
+
+
+def loads(*answers, passes=4):
+    """What an engine found whose loads had these answers."""
+    return {"loads": [{"requests": len(a), "passes": passes, "answers": a} for a in answers]}
 
 
 @pytest.mark.parametrize(
     ("spec", "result", "plain", "problem"),
     [
-        (OURS, {**DRAFTED, "answers": [[1, 2], [3]]}, [[1, 2], [3]], ""),
+        (OURS, loads([[1, 2]], [[3]]), [[1, 2], [3]], ""),
+        (OURS, loads([[1, 2], [4]]), [[1, 2], [3]], "only 1 of 2 answers are the same"),
+        ({**OURS, "must_agree": False}, loads([[1], [4]]), [[1], [3]], ""),
         (
             OURS,
-            {**DRAFTED, "answers": [[1, 2], [4]]},
-            [[1, 2], [3]],
-            "only 1 of 2 answers are the same",
-        ),
-        ({**OURS, "must_agree": False}, {**DRAFTED, "answers": [[1], [4]]}, [[1], [3]], ""),
-        (
-            OURS,
-            {**DRAFTED, "answers": [[1]]},
+            loads([[1]]),
             None,
             "nothing to compare with: the engine without drafts gave no answers",
         ),
         (
             OURS,
-            {**DRAFTED, "1 requests": {"passes": 0}, "answers": [[1]]},
-            [[1]],
-            "nothing was drafted",
+            loads([[1]], [[2]]),
+            [[1]],  # one load had no time there
+            "nothing to compare with: the engine without drafts gave no answers",
         ),
-        (OURS, {"1 requests": {}, "answers": [[1]]}, [[1]], "nothing was drafted"),
-        ({"speculative": None, "must_agree": True}, {"answers": [[1]]}, [[1]], ""),
+        (OURS, loads([[1]], passes=0), [[1]], "nothing was drafted"),
+        (
+            {"speculative": None, "must_agree": True, "pair": "p"},
+            loads([[1]], passes=0),
+            [[1]],
+            "",
+        ),
+        ({"speculative": {}, "must_draft": False}, {"loads": [{"requests": 1}]}, None, ""),
     ],
 )
 def test_what_is_wrong_with_an_engine(spec, result, plain, problem):
     assert engine.judge(spec, result, plain) == problem
-    assert "answers" not in result
-    if plain is not None and spec["speculative"]:
+    assert not any("answers" in load for load in result["loads"])
+    if not problem and spec["speculative"] and plain is not None:
         assert result["same_answers"].endswith(f"of {len(plain)}")
 
 
@@ -341,7 +346,7 @@ def test_the_shipped_pair_is_compared_in_every_way():
         plain, *ours = [spec for spec in specs if spec["pair"] == how]
         assert plain["speculative"] is None
         assert ours
-        assert all(s["must_agree"] == ("float32" in how) and not s["if_time"] for s in ours)
+        assert all(s["must_agree"] == ("float32" in how) for s in ours)
         same = ("prompts", "loads", "engine")
         assert all(spec[key] == plain[key] for spec in ours for key in same)
     names = [spec["name"] for spec in specs]
@@ -349,42 +354,89 @@ def test_the_shipped_pair_is_compared_in_every_way():
 
 
 def test_every_line_of_the_real_shapes_says_what_is_made_up(tmp_path):
-    specs = list(engine.real_runs(False, tmp_path))
-    for spec in specs:
+    first, second = engine.real_waves(False, tmp_path)
+    for spec in [*first, *second]:
         assert "RANDOM weights" in spec["name"]
         assert spec["engine"]["load_format"] == "dummy"
-        assert ("SYNTHETIC acceptance" in spec["name"]) == (spec["speculative"] is not None)
+        assert ("SYNTHETIC acceptance" in spec["name"]) == (spec["synthetic_rate"] is not None)
         assert spec["label"] in spec["name"]
-    plain = [spec["engine"] for spec in specs if spec["speculative"] is None]
+    plain = [spec["engine"] for spec in first if spec["speculative"] is None]
     assert any("async_scheduling" not in settings for settings in plain)
     assert any(settings.get("async_scheduling") is False for settings in plain)
+    assert not any(spec["if_time"] for spec in first)
 
 
-def test_engines_that_fail_or_have_no_time_are_lines_of_their_own(monkeypatch, tmp_path):
-    plain = {"name": "plain", "pair": "p", "speculative": None, "limit_s": 9}
-    ours = {"name": "ours", "pair": "p", "limit_s": 9, **OURS}
-    broken = {"name": "broken", "speculative": None, "limit_s": 9}
+ENGINE = """
+import json, os, sys, time
+spec = json.load(open(sys.argv[2]))
+send = os.fdopen(int(sys.argv[3]), "w", buffering=1)
+if spec.get("broken"):
+    sys.exit("out of memory")
+print(json.dumps({"start_s": 1}), file=send)
+for index in map(int, sys.stdin):
+    if spec.get("hangs"):
+        time.sleep(60)
+    load = {"requests": 1, "index": index, "began": time.time(), "passes": 3}
+    time.sleep(0.1)
+    load |= {"ended": time.time(), "answers": [spec["answer"]]}
+    print(json.dumps(load), file=send)
+"""
 
-    def run_process(spec, folder, seconds):
-        if spec["name"] == "broken":
-            return None, "exit status 1 | out of memory", ""
-        answers = [[1, 2]] if spec is plain else [[1, 3]]
-        return {**DRAFTED, "answers": answers}, "", ""
 
-    monkeypatch.setattr(engine, "run_process", run_process)
-    lines = []
-    until = time.monotonic() + 1000
-    assert engine.run_all([broken, plain, ours], tmp_path, until, lines.append) == 2
-    assert [line.get("problem") for line in lines] == [
-        "exit status 1 | out of memory",
-        None,
-        "only 0 of 1 answers are the same",
-    ]
-    assert engine.run_all([plain], tmp_path, time.monotonic(), lines.append) == 1
-    assert lines[-1] == {"name": "plain", "problem": "no time left"}
-    late = {**plain, "if_time": True}
-    assert engine.run_all([late], tmp_path, time.monotonic(), lines.append) == 0
-    assert lines[-1] == {"name": "plain", "left out": "no time left"}
+@pytest.fixture
+def scripted(monkeypatch, tmp_path):
+    """Engines are this script; returns what `run_all` reports, and how many were wrong."""
+    path = tmp_path / "engine.py"
+    path.write_text(ENGINE)
+    monkeypatch.setattr(engine, "__file__", str(path))
+
+    def run(waves, seconds=1000, **how):
+        lines = []
+        how = {"in_turn": False, **how}
+        return engine.run_all(waves, time.monotonic() + seconds, lines.append, **how), lines
+
+    return run
+
+
+PLAIN = {"name": "plain", "pair": "p", "speculative": None, "loads": [[1], [1]], "answer": [1, 2]}
+FAST = {**PLAIN, **OURS, "name": "fast"}
+
+
+def test_engines_are_compared_and_one_that_fails_is_a_line_of_its_own(scripted):
+    broken, other = {**FAST, "broken": True, "name": "broken"}, {**FAST, "answer": [1, 3]}
+    num_wrong, lines = scripted([[broken, PLAIN, FAST, other]])
+    assert num_wrong == 2
+    assert [line.get("same_answers") for line in lines] == [None, None, "2 of 2", "0 of 2"]
+    problems = [line.get("problem") for line in lines]
+    assert problems[0].startswith("exit status 1 | out of memory")
+    assert problems[1:] == [None, None, "only 0 of 2 answers are the same"]
+    assert [len(line["loads"]) for line in lines] == [0, 2, 2, 2]
+
+
+def test_engines_that_are_timed_take_turns(scripted):
+    num_wrong, lines = scripted([[PLAIN, FAST]], in_turn=True, rounds=2)
+    assert num_wrong == 0
+    found = sorted(
+        (load["began"], load["ended"], load["index"]) for x in lines for load in x["loads"]
+    )
+    assert [index for *_, index in found] == [0, 0, 1, 1] * 2
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(found))
+
+
+def test_engines_without_time(scripted, monkeypatch):
+    late = {**PLAIN, "if_time": True}
+    assert scripted([[PLAIN], [late]], seconds=0) == (
+        1,
+        [
+            {"name": "plain", "problem": "no time left"},
+            {"name": "plain", "left out": "no time left"},
+        ],
+    )
+    monkeypatch.setattr(engine, "MIN_SECONDS", 0)
+    num_wrong, (line, fine) = scripted([[{**PLAIN, "hangs": True}, PLAIN]], seconds=3)
+    assert num_wrong == 1
+    assert line["problem"].startswith("no time left")
+    assert len(fine["loads"]) == 2  # what had come by then
 
 
 def test_synthetic_acceptance_reaches_the_sampler(monkeypatch):
@@ -410,12 +462,20 @@ def test_synthetic_acceptance_reaches_the_sampler(monkeypatch):
     assert config.additional_config["failfast"]["num_speculative_tokens"] == 3
 
 
+def in_this_process(spec):
+    """What an engine finds; specs and results go through JSON as they do between two processes."""
+    lines = []
+    engine.serve(json.loads(json.dumps(spec)), range(len(spec["loads"])), lines.append)
+    facts, *found = json.loads(json.dumps(lines))
+    return facts | {"loads": found}
+
+
 @no_gpu
 def test_shrunken_shapes_with_random_weights_draft(tmp_path):
-    *_, spec = engine.real_runs(True, tmp_path)
-    result = engine.one_engine(spec)
+    ((_, spec, _),) = engine.real_waves(True, tmp_path)
+    result = in_this_process(spec)
     assert engine.judge(spec, result, None) == ""
-    assert result["1 requests"]["passes"] > 0
+    assert result["loads"][0]["passes"] > 0
     assert "SYNTHETIC" not in spec["label"]
 
 
@@ -423,34 +483,29 @@ def assert_small_runs(plain, ours):
     assert plain["name"] == "float32, eager: none"
     assert "same_answers" not in plain
     assert ours["same_answers"] == "4 of 4"
-    assert ours["3 requests"]["passes"] > 0
+    assert ours["loads"][1]["passes"] > 0
 
 
 @no_gpu
-def test_the_small_runs_on_a_cpu(monkeypatch, tmp_path):
-    """Catches engines that do not start or draft, and a comparison that finds no answers.
-
-    In this process; specs and results go through JSON as they do between two.
-    """
-
-    def in_this_process(spec, folder, seconds):
-        result = engine.one_engine(json.loads(json.dumps(spec)))
-        return json.loads(json.dumps(result)), "", ""
-
-    monkeypatch.setattr(engine, "run_process", in_this_process)
-    lines = []
-    until = time.monotonic() + 1000
-    assert engine.run_all(engine.small_runs(True), tmp_path, until, lines.append) == 0, lines
-    assert_small_runs(*lines)
+def test_the_small_runs_on_a_cpu():
+    """Catches engines that do not start or draft, and a comparison that finds no answers."""
+    specs = list(engine.small_runs(True))
+    plain, ours = ({"name": spec["name"]} | in_this_process(spec) for spec in specs)
+    answers = engine.answers_of(specs[0], plain)
+    assert engine.judge(specs[0], plain, answers) == ""
+    assert engine.judge(specs[1], ours, answers) == ""
+    assert_small_runs(plain, ours)
 
 
 def test_an_engine_that_fails_says_why(tmp_path):
     """Catches a parent and a child that do not understand each other."""
-    result, problem, output = engine.run_process({"speculative": None}, tmp_path, 60)
-    assert result is None
-    assert problem.startswith("exit status 1 | ")
-    assert problem.endswith("KeyError: 'engine'")
-    assert "one_engine" in output
+    (failing,) = engine.run_together(
+        [{"speculative": None, "loads": [[1]]}], tmp_path, time.monotonic() + 60, in_turn=True
+    )
+    assert failing.result == {"loads": []}
+    assert failing.problem.startswith("exit status 1 | ")
+    assert failing.problem.endswith("KeyError: 'engine'")
+    assert "in serve" in failing.log.read_text()
 
 
 @no_gpu

@@ -1,4 +1,4 @@
-"""The load planner in an engine that schedules ahead: plain steps are shorter in a row than alone."""
+"""The load planner in an engine that schedules ahead: plain steps in a row are shorter."""
 
 import numpy as np
 import pytest
@@ -79,7 +79,7 @@ def test_a_rest_waits_once():
 def test_plain_steps_are_known_from_those_in_a_row():
     """Catches a planner that compares drafts with steps that waited, and drafts at a loss.
 
-    A round takes 5.0 + 2.8 + 4.0 ms for 2 tokens: less than 2 steps that wait, more than 2 in a row.
+    A round takes 5.0 + 2.8 + 4.0 ms for 2 tokens: less than 2 steps that wait, more than in a row.
     """
     engine = Engine(accepted=1)
     engine.run(2000)
