@@ -143,7 +143,7 @@ def test_a_step_without_drafts_reports_nothing():
     from failfast_vllm.integration.v2 import FailFastSpeculator
     from failfast_vllm.observe.counters import DraftStats
 
-    resting = types.SimpleNamespace(step_began=lambda req_ids, num_tokens: False)
+    resting = types.SimpleNamespace(step_began=lambda *_: False, steps_to_look=1)
     speculator = object.__new__(FailFastSpeculator)
     drafter = types.SimpleNamespace(planner=resting)
     speculator.session = Session(drafter, DraftStats(), frozenset())
