@@ -122,7 +122,7 @@ def keep_asynchronous(original: Any, self: Any) -> Any:
     """Builds an engine that can schedule ahead, which it does while the planner rests.
 
     vLLM's configuration is made as for a synchronous one: it would refuse drafts of which only the
-    worker knows the lengths. With several ranks or a KV connector it stays synchronous.
+    worker knows the lengths. Engines that our tests do not cover in flight stay synchronous.
 
     Goes when: vLLM schedules ahead for drafts whose lengths only the worker knows.
     """
@@ -133,9 +133,10 @@ def keep_asynchronous(original: Any, self: Any) -> Any:
     self.async_scheduling = asked
     possible = _can_schedule_ahead(config)
     if asked and not possible:
-        needs = "the V2 model runner, one rank, 'load_aware', a text target and no KV connector"
+        needs = "the V2 model runner, one rank, 'load_aware', a text target without recurrent state"
         remedy = "Leave it out: scheduling is asynchronous where it can be."
-        raise refusal(f"--async-scheduling needs {needs}", "True", remedy)
+        must = f"--async-scheduling needs {needs}, and no KV connector"
+        raise refusal(must, "True", remedy)
     config.scheduler_config.async_scheduling = possible and asked is not False
     return config
 
@@ -143,14 +144,15 @@ def keep_asynchronous(original: Any, self: Any) -> Any:
 def _can_schedule_ahead(config: Any) -> bool:
     from vllm.v1.executor.abstract import Executor
 
-    parallel = config.parallel_config
+    parallel, model = config.parallel_config, config.model_config
     return (
         config.use_v2_model_runner
         and config.additional_config[METHOD]["load_aware"] is True
         and parallel.world_size * parallel.data_parallel_size == 1
         and config.kv_transfer_config is None
         and config.scheduler_config.scheduler_cls is None
-        and not config.model_config.is_multimodal_model  # vLLM 0.32 copies its config for them
+        and not model.has_inner_state
+        and not model.is_multimodal_model  # vLLM 0.32 copies, and checks, its config for them
         and Executor.get_class(config).supports_async_scheduling()
     )
 
