@@ -8,7 +8,7 @@ import pytest
 import torch
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker, _build_grammar_mapping
+from vllm.v1.worker.gpu import structured_outputs
 
 from copying_cases import Copying
 from engine import core, count_preemptions, generate, proposer
@@ -183,26 +183,27 @@ def test_without_a_drafter(few_plain):
     watch.assert_both_kinds()
 
 
-def mask_without_triton(self, logits, input_batch, grammar_req_ids, grammar_bitmask):
+class MaskWithoutTriton:
     """vLLM's kernel for grammars, which Triton's interpreter does not run."""
-    drafted, stride = input_batch.num_draft_tokens_per_req, self.mask_stride
-    starts = input_batch.cu_num_logits_np
-    places = _build_grammar_mapping(
-        input_batch.req_ids, grammar_req_ids, starts, drafted, self.num_bonus_tokens, stride
-    )
-    bits = np.unpackbits(grammar_bitmask.view(np.uint8), axis=1, bitorder="little")
-    allowed = torch.from_numpy(bits[:, : logits.shape[1]].astype(bool))
-    for row, place in enumerate(places):
-        logits[int(starts[place // stride]) + place % stride].masked_fill_(
-            ~allowed[row], -torch.inf
-        )
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, logits, _, places, cu_num_logits, bitmask, *unused, **constants):
+        bits = np.unpackbits(bitmask.numpy().view(np.uint8), axis=1, bitorder="little")
+        allowed = torch.from_numpy(bits[:, : logits.shape[1]].astype(bool))
+        for row, place in enumerate(places.tolist()):
+            req, position = divmod(place, constants["MASK_STRIDE"])
+            begin, end = cu_num_logits[req : req + 2].tolist()
+            if position < end - begin:
+                logits[begin + position].masked_fill_(~allowed[row], -torch.inf)
 
 
 def test_grammars(few_plain, monkeypatch):
     """A grammar waits for the token before: vLLM then samples a step that is in flight later."""
     from vllm import SamplingParams
 
-    monkeypatch.setattr(StructuredOutputsWorker, "apply_grammar_bitmask", mask_without_triton)
+    monkeypatch.setattr(structured_outputs, "_apply_grammar_bitmask_kernel", MaskWithoutTriton())
     prompts = few_plain[0][0:12:2]
     kinds = [
         {"regex": r"(Yes|No), [a-z ]{20,30}\."},
