@@ -104,4 +104,7 @@ def test_looks_for_copies_that_bring_less_than_the_wait_become_seldom():
 
 
 def test_an_engine_that_does_not_schedule_ahead_is_told_nothing():
-    assert Engine(schedules_ahead=False).planner.steps_to_look == 1
+    for ahead, steps in ((True, 6), (False, 1)):
+        planner = Engine(schedules_ahead=ahead).planner
+        planner.guard.steps_to_rest = 5
+        assert planner.steps_to_look == steps
