@@ -21,6 +21,7 @@ if "TRITON_INTERPRET" not in os.environ:
 LONGEST = (
     "test_v2.py",
     "test_v2_requests.py",
+    "test_ahead.py",
     "test_triton_kernels.py",
     "test_parallel.py",
     "test_examples_served.py",  # before test_http.py, which ends their server
