@@ -439,14 +439,13 @@ def run_all(waves, until, report, **how):
                 print(f"{title}\n{output[-60_000:]}", file=sys.stderr, flush=True)
         for engine in engines:
             line = {key: engine.spec[key] for key in ("name", "label") if key in engine.spec}
-            problems = [judge(engine.spec, engine.result, plain.get(engine.spec.get("pair")))]
-            line |= engine.result
             pair = engine.spec.get("pair", "")
+            wrong = judge(engine.spec, engine.result, plain.get(pair))
+            line |= engine.result
             other = plain.get(f"{pair.partition(',')[0]}, default")
             if not engine.spec["speculative"] and other and len(plain[pair]) == len(other):
                 line |= {"as_by_default": compare(plain[pair], other)["same_answers"]}
-            problem = "; ".join(filter(None, [engine.problem, *problems]))
-            if problem:
+            if problem := "; ".join(filter(None, [engine.problem, wrong])):
                 line["problem"] = problem
                 num_wrong += 1
             report(line)

@@ -48,4 +48,4 @@ rm -rf $BUILD/packages/openai/resources/beta/realtime
 git describe --always --dirty --abbrev=12 >.gpu/revision
 python3 "$KIT/pack.py" $BUILD/site .gpu/a/a.tar.xz
 python3 "$KIT/pack.py" $BUILD/packages .gpu/b/b.tar.xz
-echo "carry the checkout with .gpu/a, then with .gpu/b, each with .gpu/revision; there: benchmarks/gpu/run.sh unpack"
+echo "carry the checkout with .gpu/a, .gpu/b and .gpu/revision; there: benchmarks/gpu/run.sh unpack"

@@ -12,7 +12,7 @@ def unpack(folder, site):
     if not archives:
         raise SystemExit(
             f"{folder} holds no archive; run benchmarks/gpu/prepare.sh where there is a network, "
-            "and carry .gpu/a or .gpu/b over"
+            "and carry .gpu/a and .gpu/b over"
         )
     site.mkdir(parents=True, exist_ok=True)
     for archive in archives:
