@@ -73,12 +73,17 @@ class Planner:
         return True
 
     def rested(self, req_ids: Sequence[str], num_tokens: int) -> None:
-        """The same of a step that was scheduled ahead: nobody has asked for its drafts."""
+        """The same of a step for which nobody has asked for drafts, see `steps_to_look`."""
 
     @property
     def steps_to_look(self) -> int:
         """Which of the coming steps considers drafting again: 1 is the next."""
         return 1
+
+    @property
+    def fewest_at_rest(self) -> float:
+        """With fewer sequences than so many, the next step considers it."""
+        return 0.0
 
     def observe(self, rounds: Sequence[Round]) -> None:
         """Learn from the step's verified drafts, in the order of the batch."""

@@ -8,6 +8,7 @@ from failfast_vllm.integration.hooks import asked_for, hook, install, logger, st
 
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 COPY_PROPOSER = "failfast_vllm.integration.v1.CopyProposer"
+NO_REST = (0, 0.0)  # see `Session`
 CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory"
 
 
@@ -21,12 +22,12 @@ def install_metrics() -> None:
 
 @hook("metrics", f"{SCHEDULER}.update_draft_token_ids")
 def collect_counts(original: Any, self: Any, draft_token_ids: Any) -> Any:
-    """Adds up the counts that a worker sends with its drafts, and keeps how long it rests.
+    """Adds up the counts that a worker sends with its drafts, and notes how long it rests.
 
     Goes when: vLLM carries statistics of the drafter from workers to the API server.
     """
     counts = getattr(draft_token_ids, "failfast_counts", None)
-    self.failfast_steps_ahead = getattr(draft_token_ids, "failfast_steps_ahead", 0)
+    self.failfast_rest = getattr(draft_token_ids, "failfast_rest", None) or NO_REST
     if counts and self.log_stats:  # else nobody would ever fetch them
         waiting = getattr(self, "failfast_counts", None) or [0] * len(counts)
         self.failfast_counts = [a + b for a, b in zip(waiting, counts, strict=True)]
@@ -102,11 +103,10 @@ def schedule_ahead(original: Any, self: Any) -> Any:
     if not asked_for(self.vllm_config):
         return original()
     scheduler = self.scheduler
-    steps_ahead = getattr(scheduler, "failfast_steps_ahead", 0)
+    rests = _rests(scheduler)
     # vLLM's own names for: whether to ask the worker for drafts
-    self.async_scheduling, self.check_for_draft_tokens = steps_ahead > 0, steps_ahead == 0
-    if steps_ahead:
-        scheduler.failfast_steps_ahead = steps_ahead - 1
+    self.async_scheduling, self.check_for_draft_tokens = rests, not rests
+    if rests:
         return original()
     if not self.batch_queue:
         return self.step()
@@ -116,6 +116,31 @@ def schedule_ahead(original: Any, self: Any) -> Any:
     finally:
         del scheduler.has_requests
     return outputs, True
+
+
+@hook("engine", "vllm.v1.engine.core:EngineCore.post_step")
+def let_it_rest(original: Any, self: Any, model_executed: bool) -> None:
+    """Asks no worker for drafts while the planner rests; an asynchronous engine asks none anyway.
+
+    Goes when: vLLM lets a worker say that it will have no drafts for a while.
+    """
+    waits = model_executed and asked_for(self.vllm_config) and not self.async_scheduling
+    if not (waits and _rests(self.scheduler, 1)):
+        original()
+
+
+def _rests(scheduler: Any, num_looking: int = 0) -> bool:
+    """Counts a step of the planner's rest; returns whether it is one.
+
+    Args:
+        num_looking: of the rest's last steps, those that are none: drafts are asked for.
+    """
+    steps, fewest = getattr(scheduler, "failfast_rest", NO_REST)
+    if steps <= num_looking or len(scheduler.running) < fewest:
+        scheduler.failfast_rest = NO_REST
+        return False
+    scheduler.failfast_rest = steps - 1, fewest
+    return True
 
 
 @hook("engine", f"{CONNECTORS}.create_connector")

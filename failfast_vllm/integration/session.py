@@ -69,24 +69,25 @@ class Session:
         rests = not self.drafter.planner.step_began(view.req_ids, view.num_tokens)
         idle = rests and not (len(self.ledger) or stats.wants_plain)
         lists = [] if idle else self._draft(view, rests)
-        counts, ahead = stats.take(), self._steps_ahead()
-        if not (counts or ahead or any(lists)):
+        counts, rest = stats.take(), self._rest()
+        if not (counts or rest or any(lists)):
             return None
         # without a draft there is nothing for the scheduler to go through
         report = DraftTokenIds(view.req_ids, lists) if any(lists) else DraftTokenIds([], [])
         report.failfast_counts = counts  # type: ignore[attr-defined]
-        report.failfast_steps_ahead = ahead  # type: ignore[attr-defined]
+        report.failfast_rest = rest  # type: ignore[attr-defined]
         return report
 
-    def _steps_ahead(self) -> int:
-        """How many steps vLLM may schedule before it asks for drafts again, behind the last."""
+    def _rest(self) -> tuple[int, float] | None:
+        """Behind which of the coming steps to ask for drafts again, and how few requests end it."""
         if len(self.ledger) or self.stats.wants_plain:
-            return 0
-        steps = self.drafter.planner.steps_to_look
-        return steps if steps > 1 else 0
+            return None
+        planner = self.drafter.planner
+        steps = planner.steps_to_look
+        return (steps, planner.fewest_at_rest) if steps > 1 else None
 
     def rested(self, view: View) -> None:
-        """A step was scheduled ahead of this one: nobody will ask for its drafts."""
+        """The engine has gone on: nobody will ask for the drafts of this step."""
         self.stats.step_began()
         self.drafter.planner.rested(view.req_ids, view.num_tokens)
 
@@ -190,6 +191,12 @@ class Adapter:
     def position_limit(self) -> int:
         """Not kept: vLLM may lower the target's limit to what its KV cache holds (auto-fit)."""
         return max_positions(self.vllm_config)
+
+    def nobody_asked(self) -> None:
+        """The next step has begun: what was postponed stays undrafted."""
+        unasked, self.postponed = self.postponed, None
+        if unasked is not None and self.session is not None:
+            self.session.rested(unasked())
 
     def take_drafts(self) -> DraftTokenIds | None:
         """What the scheduler is told of the postponed step; None where there is none."""

@@ -90,7 +90,7 @@ class _Proposer(Adapter):
     def begin(self, runner: Any, scheduler_output: Any) -> None:
         """Called by the runner before each step, also in steps without any request."""
         self.runner = runner
-        self.postponed = None  # nobody has asked for its drafts
+        self.nobody_asked()
         if self.session is not None:
             self.session.forget(scheduler_output.finished_req_ids)
             self.clear_new_pages(scheduler_output, self.kv_cache_gid, self.block_size)

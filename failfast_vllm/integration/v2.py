@@ -119,10 +119,8 @@ class _Speculator(Adapter):
 
     def add_requests(self, scheduler_output: Any) -> None:
         """Called after the runner has put new and resumed requests into their state slots."""
-        unasked, self.postponed = self.postponed, None  # nobody has asked for its drafts
+        self.nobody_asked()
         if self.session is not None:
-            if unasked is not None:
-                self.session.rested(unasked())
             self.clear_new_pages(scheduler_output, self.kv_group, self.page_size)
         for request in scheduler_output.scheduled_new_reqs:
             slot = self.req_states.req_id_to_index[request.req_id]

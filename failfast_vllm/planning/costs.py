@@ -162,6 +162,12 @@ class StepTimer:
     def drafting_ended(self) -> None:
         self._waits_since = self.clock()
 
+    def rested(self) -> float:
+        """End a step, and begin one without drafting; returns its ms."""
+        seconds = self.clock() - self._waits_since
+        self.stood_still(seconds)
+        return seconds * 1e3
+
     def stood_still(self, seconds: float) -> None:
         """Leave out time in which nobody has asked for the next step."""
         self._began += seconds

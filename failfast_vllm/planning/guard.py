@@ -13,7 +13,6 @@ from failfast_vllm.planning.costs import HICCUP, CostTable
 SAME_LOAD = 0.8  # batches are alike from this ratio of their sizes on
 
 REST_STEPS = 16  # not looked at after a step in which drafting does not pay
-TIMED_STEPS = 4  # one of so many steps of a rest is timed: they are much alike
 
 # Two steps of plain decoding among many with drafts, to know what the second takes: the first finds
 # caches that are full of drafting.
@@ -89,10 +88,17 @@ class Guard:
         if self.is_drafting and not SAME_LOAD <= num_seqs / self._spell.num_seqs <= 1 / SAME_LOAD:
             self._spell = Spell()  # another load: what has paid so far says nothing
         self._num_plain = 0 if drafted else self._num_plain + 1
-        return self.steps_to_rest < 0 or num_seqs < SAME_LOAD * self._rests_from
+        return self.steps_to_rest < 0 or num_seqs < self.fewest_at_rest
 
-    def times_step(self, looks: bool) -> bool:
-        return looks or self.steps_to_rest % TIMED_STEPS == 0
+    @property
+    def fewest_at_rest(self) -> float:
+        """Sequences below which a rest ends."""
+        return SAME_LOAD * self._rests_from
+
+    def rested(self, num_steps: int) -> None:
+        """So many steps of a rest are over."""
+        self.steps_to_rest -= num_steps
+        self._num_plain += num_steps
 
     def round_took(
         self,

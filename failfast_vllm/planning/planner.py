@@ -38,9 +38,10 @@ from failfast_vllm.planning.guard import AMORTISED_ROUNDS, REST_STEPS, TRY_ROUND
 MARGIN = 1.1
 LEARNING_STEPS = 8  # steps whose drafts are learned from at once
 
-# Where steps can be scheduled ahead, a step takes less time among others that were: the first few
-# only fill the queue. One that is timed among drafts stands at the end of so many.
-FILLING_STEPS, PROBE_AHEAD = 2, 4
+# The first steps of a rest say nothing of the others: where steps are scheduled ahead they fill the
+# queue, elsewhere they find caches that are full of drafting. So many of the others are one
+# measurement. Where steps are scheduled ahead, one that is timed among drafts follows four others.
+FIRST_STEPS, LEARNED_STEPS, PROBE_AHEAD = 2, 4, 4
 
 
 @dataclass
@@ -92,7 +93,8 @@ class LoadPlanner(Planner):
         self._seen_lens: Lengths = np.zeros(0, dtype=np.int64)  # of the step that looks
         self._unlearned: list[Round] = []
         self._steps_to_learn = 0
-        self._num_ahead = 0  # steps that were scheduled ahead, in a row
+        self._num_rested = 0  # steps in a row for which nobody has asked for drafts
+        self._rested_ms: list[float] = []  # of those that only decoded
 
     def step_began(self, req_ids: Sequence[str], num_tokens: int) -> bool:
         """Returns whether to consider drafting in this step.
@@ -102,39 +104,42 @@ class LoadPlanner(Planner):
         Args:
             num_tokens: that the target has just verified.
         """
-        self._num_ahead = 0
-        return self._begin(req_ids, num_tokens)
-
-    def rested(self, req_ids: Sequence[str], num_tokens: int) -> None:
-        """A step for which nobody has asked for drafts, see `Planner`."""
-        self._num_ahead += 1
-        if self._begin(req_ids, num_tokens):  # the load has fallen
-            self.step_ended(req_ids, 0)
-
-    def _begin(self, req_ids: Sequence[str], num_tokens: int) -> bool:
+        self.guard.rested(self._num_rested)
+        self._balance.steps_to_rest -= self._num_rested
         sizes, ms = self._timer.lap()
         # a request that is new may have come to an idle engine
         known = self._running.issuperset(req_ids)
         drafted = bool(sizes) or self._num_drafted > 0
         looks = self._looks = self.guard.step_began(len(req_ids), drafted) and self.drafts
         looks_for_copies = self.copies and self._balance.step_began(len(req_ids))
-        times_step = known and self.guard.times_step(looks or self._looked)
-        if self.learns and (sizes or times_step):
-            self._learn_times(sizes, ms, len(req_ids), num_tokens if times_step else 0, known)
-        self._looked = False
+        if self.learns and (sizes or known or self._rested_ms):
+            self._learn_times(sizes, ms, len(req_ids), num_tokens, known)
+        self._looked, self._num_rested, self._rested_ms = False, 0, []
         if not (looks or looks_for_copies):
             self.step_ended(req_ids, 0)
         return looks or looks_for_copies
 
+    def rested(self, req_ids: Sequence[str], num_tokens: int) -> None:
+        """A step for which nobody has asked for drafts, see `Planner`; costs next to nothing."""
+        self._num_rested += 1
+        ms = self._timer.rested()
+        decodes = num_tokens == len(req_ids) and self._running.issuperset(req_ids)
+        if decodes and self._num_rested > FIRST_STEPS:
+            self._rested_ms.append(ms)
+        self._running = frozenset(req_ids)
+
     @property
     def steps_to_look(self) -> int:
         """See `Planner`."""
-        if not self.schedules_ahead:
-            return 1
         rests = [self.guard.steps_to_rest] if self.drafts else []
         if self.copies:
             rests.append(self._balance.steps_to_rest)
         return 1 + max(0, min(rests))
+
+    @property
+    def fewest_at_rest(self) -> float:
+        """See `Planner`."""
+        return self.guard.fewest_at_rest
 
     def _learn_times(
         self,
@@ -144,35 +149,32 @@ class LoadPlanner(Planner):
         num_tokens: int,
         known: bool,
     ) -> None:
-        """Learn what the drafts of the last step and this step of the target took.
+        """Learn what the last drafts, the steps of a rest and this step of the target took.
 
         Args:
             sizes, ms: see `StepTimer.lap`.
-            num_tokens: in the target's step; 0 = its time says nothing.
-            known: no request is new.
+            num_tokens: in the target's step.
+            known: no request is new; else the step's time says nothing.
         """
-        drafting_ms, waited_ms, *passes_ms = self.agree(ms)
+        drafting_ms, waited_ms, *more_ms = self.agree([*ms, *self._rested_ms])
+        passes_ms, rested_ms = more_ms[: len(sizes)], more_ms[len(sizes) :]
+        for i in range(0, len(rested_ms), LEARNED_STEPS):
+            part = rested_ms[i : i + LEARNED_STEPS]
+            self.costs.plain.correct(len(self._running), sum(part) / len(part))
         if sizes:
             counted = self.costs.learn_drafting(sizes, passes_ms, drafting_ms)
             verify_ms = float(self.costs.verify(self._num_drafted + num_seqs))
             slowness = waited_ms / verify_ms if known else 1.0
             overhead_ms = drafting_ms - sum(passes_ms)
             self.guard.round_took(num_seqs, counted, overhead_ms, verify_ms, slowness)
-        elif self._looked:
-            if self.schedules_ahead and num_tokens and not self._num_drafted:
+        elif self._looked and known:
+            if self.schedules_ahead and not (self._num_drafted or self._num_rested):
                 drafting_ms += max(0.0, waited_ms - float(self.costs.plain(num_seqs)))
             self._balance.took(drafting_ms)
-        if num_tokens and self._num_drafted:
+        if known and self._num_drafted:
             self.costs.verify.correct(num_tokens, waited_ms)
-        elif num_tokens and self._knows_plain:
+        elif known and self.guard.knows_plain and not self.schedules_ahead:
             self.costs.plain.correct(num_tokens, waited_ms)
-
-    @property
-    def _knows_plain(self) -> bool:
-        """Whether the last step was typical of those without drafts."""
-        if self.schedules_ahead:
-            return self._num_ahead > FILLING_STEPS
-        return self.guard.knows_plain
 
     def step_ended(self, req_ids: Sequence[str], num_drafted: int) -> None:
         """The drafts of the step are made, see `Planner`."""

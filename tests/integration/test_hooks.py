@@ -48,7 +48,7 @@ def test_hooks_are_listed_without_vllm():
     """Catches a body that imports a model runner, which `failfast doctor` may not have."""
     code = (
         "import sys; from failfast_vllm.integration import hooks; "
-        "assert len(hooks.all_hooks()) == 29; "
+        "assert len(hooks.all_hooks()) == 30; "
         "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -21,9 +21,8 @@ from copying_cases import Copying
 from engine import chat_ids, core, proposer, shipped_prompts, watch
 from failfast_vllm.drafting.copying import OwnText
 from failfast_vllm.integration.startup import NoDraftModel
-from failfast_vllm.planning.costs import Costs, CostTable
-from failfast_vllm.planning.planner import LoadPlanner
 from features import CASES, GREEDY, NAMES, SCHEMA, are_close, constrained, features_engine
+from turns import Turns
 
 REASONING = {"reasoning_start_str": "Here", "reasoning_end_str": "The answer"}
 QUESTIONS = (2, 11)  # one that thinks until its budget is spent, and one that never begins to
@@ -178,16 +177,6 @@ def drafting(table, request):
         yield llm
 
 
-class Resting(LoadPlanner):
-    """Looks at drafting in every third step, as a planner under load; else nothing is committed."""
-
-    num_steps = 0
-
-    def step_began(self, req_ids, num_tokens):
-        self.num_steps += 1
-        return super().step_began(req_ids, num_tokens) and self.num_steps % 3 == 0
-
-
 def every_request(req_ids, step):
     return np.ones(len(req_ids), dtype=bool)
 
@@ -230,16 +219,19 @@ def drafting_for(llm, mode):
         drafter.propose = masking_propose
         planner = drafter.planner
         if mode == "a planner that rests":
-            costs = Costs(CostTable([1, 1000], [1.0, 2.0]), CostTable([1, 1000], [5.0, 9.0]))
-            drafter.planner = Resting(costs, 60, 1)
+            drafter.planner = Turns(10)
+            proposer(llm).stats.drafts_only = True  # else each step is asked for its rounds
         copies, alone = drafter.copies, isinstance(drafter.model, NoDraftModel)
         if alone or mode == "copies and drafts":
             drafter.planner = Copying(10, drafts=not alone)
             drafter.copies = OwnText(2000, torch.device("cpu"))
         try:
             yield record
+            if mode == "a planner that rests":
+                assert drafter.planner.num_rested > 5
         finally:
             drafter.planner, drafter.copies = planner, copies
+            proposer(llm).stats.drafts_only = False
 
 
 def wrong_rows(asked, outputs):

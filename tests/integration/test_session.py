@@ -228,14 +228,14 @@ def test_what_is_read_of_the_v1_runner():
 
 
 def test_a_step_begins_on_v1():
-    """Catches drafts for a step that is over, ended requests and new pages that nobody hears of."""
+    """Catches drafts for a step that is over, and rests, ends and new pages that nobody hears of."""
     log, adapter = [], proposer()
-    adapter.postponed = log.append
-    adapter.session = SimpleNamespace(forget=log.append)
+    adapter.postponed = lambda: "view"
+    adapter.session = SimpleNamespace(rested=log.append, forget=log.append)
     adapter.clear_new_pages = lambda step, group, size: log.append((group, size))
     adapter.begin("runner", SimpleNamespace(finished_req_ids={"a"}))
     assert (adapter.runner, adapter.postponed) == ("runner", None)
-    assert log == [{"a"}, (0, 1)]
+    assert log == ["view", {"a"}, (0, 1)]
 
 
 def test_a_step_is_drafted_for_once():

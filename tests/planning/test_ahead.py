@@ -44,7 +44,7 @@ class Engine:
 
     def look(self):
         self.looks += 1
-        self.now += GAP_MS + (0 if self.rested and self.planner._num_ahead else PLAIN_MS)
+        self.now += GAP_MS + (0 if self.rested and self.planner._num_rested else PLAIN_MS)
         accepted = np.minimum(self.num_kept, self.accepted)
         self.tokens += NUM_SEQS + int(accepted.sum())
         looks = self.planner.step_began(REQ_IDS, NUM_SEQS + int(self.num_kept.sum()))
@@ -103,8 +103,33 @@ def test_looks_for_copies_that_bring_less_than_the_wait_become_seldom():
     assert engine.run() < 1.05 * PLAIN_MS
 
 
-def test_an_engine_that_does_not_schedule_ahead_is_told_nothing():
-    for ahead, steps in ((True, 6), (False, 1)):
-        planner = Engine(schedules_ahead=ahead).planner
-        planner.guard.steps_to_rest = 5
-        assert planner.steps_to_look == steps
+def test_steps_of_a_rest_say_what_plain_decoding_takes():
+    """The first two do not, nor those that read a prompt or begin a request."""
+    engine = Engine(schedules_ahead=False)
+    planner = engine.planner
+
+    def take(steps):
+        for ms, ids, num_tokens in steps:
+            engine.now += ms
+            planner.rested(ids, num_tokens)
+        planner.step_began(["newer"], 1)
+
+    planner.step_ended(REQ_IDS, 0)
+    others = [*REQ_IDS[:3], "new"]
+    take([(90, REQ_IDS, 4), (90, REQ_IDS, 4), (70, REQ_IDS, 99), (70, others, 4), (70, others, 9)])
+    assert float(planner.costs.plain(NUM_SEQS)) == PLAIN_MS
+    planner.step_ended(REQ_IDS, 0)
+    take([(9, REQ_IDS, 4)] * 2 + [(9, REQ_IDS, 4)] * 40)
+    assert float(planner.costs.plain(NUM_SEQS)) == pytest.approx(9.0, rel=0.15)
+
+
+def test_a_rest_is_announced():
+    planner = Engine().planner
+    planner.guard.decide(0, 10, np.inf, NUM_SEQS, planner.costs.plain)
+    assert planner.steps_to_look == 1 + REST_STEPS
+    planner.rested(REQ_IDS, NUM_SEQS)
+    assert not planner.step_began(REQ_IDS, NUM_SEQS)
+    assert planner.steps_to_look == REST_STEPS - 1
+    # 0.8 of the sequences that it was decided for
+    assert planner.fewest_at_rest == pytest.approx(0.8 * NUM_SEQS)
+    assert planner.step_began(REQ_IDS[:3], 3)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from engine import engine, generate, greedy_params, mixed_prompts, proposer, watch
+from engine import core, engine, generate, greedy_params, mixed_prompts, proposer, watch
 from failfast_vllm.config import MODELS_DIR
 from failfast_vllm.drafting.interfaces import Planner
 from failfast_vllm.planning.costs import Costs, CostTable
@@ -70,6 +70,28 @@ def test_drafting_that_comes_and_goes(expected, overrides):
     assert error < TOLERANCE
     assert num_checked > 30
     assert sum(late) > 5
+
+
+def test_nobody_asks_for_drafts_while_the_planner_rests(expected):
+    """Catches an engine that asks in every step, and one that does not ask when the load falls."""
+    prompts, params, answers = expected
+    with engine(ASKED) as llm:
+        adapter, scheduler, running = proposer(llm), core(llm).scheduler, []
+        take, planner = adapter.take_drafts, adapter.drafter.planner
+
+        def watching_take():
+            running.append(len(scheduler.running))
+            return take()
+
+        adapter.take_drafts = watching_take
+        planner.learns = False
+        planner.costs = Costs(CostTable([1, 256], [1e6, 9e6]), CostTable([1, 256], [9.0, 18.0]))
+        assert generate(llm, prompts, params) == answers
+    num_steps = adapter.session.stats.num_steps
+    assert num_steps > 100
+    assert len(running) < num_steps / 6
+    # the answers end one by one, and whenever a fifth of those that rest have ended, it looks
+    assert set(range(1, 4)) & set(running)
 
 
 def test_where_drafting_does_not_pay_nothing_is_drafted(expected):
