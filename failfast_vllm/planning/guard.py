@@ -18,19 +18,17 @@ REST_STEPS = 16  # not looked at after a step in which drafting does not pay
 # caches that are full of drafting.
 PROBE_STEPS, PLAIN_IN_A_ROW = 96, 2
 
-# Committing what was skipped pays over the rounds that follow; answers may end after few.
-AMORTISED_ROUNDS = 4
-
 # Drafting is judged when it ends, after so many rounds, or when it has lost more time than some
-# steps without drafts take. After two losses in a row, it is not tried again at this load until the
-# last loss is so small a share of the time since.
-SPELL_ROUNDS, LOST_STEPS = 32, 8
-ACCEPTED_LOSS = 0.02
+# steps without drafts take: twice as much in the first rounds, since what they commit pays later.
+# After two losses in a row, it is not tried again at this load until the last loss is so small a
+# share of the time since.
+SPELL_ROUNDS, LOST_STEPS, FIRST_ROUNDS = 32, 8, 4
+ACCEPTED_LOSS = 0.01
 
 # Where drafting seems not to pay, only a try can tell whether the tables are wrong: so many rounds,
 # the first where they are expected to lose at most as much time as so many steps without drafts
 # take, later at most that share of the time since.
-TRY_ROUNDS, TRY_STEPS, TRY_LOSS = 2, 4, 0.01
+TRY_ROUNDS, TRY_STEPS, TRY_LOSS = 2, 4, 0.005
 
 
 @dataclass
@@ -189,8 +187,7 @@ class Guard:
         if not spell.rounds:
             return False
         loss_ms = spell.loss_ms(plain)
-        # twice as much in the first rounds: what they commit pays later
-        lost_steps = LOST_STEPS if spell.rounds >= AMORTISED_ROUNDS else 2 * LOST_STEPS
+        lost_steps = LOST_STEPS if spell.rounds >= FIRST_ROUNDS else 2 * LOST_STEPS
         too_much = loss_ms > lost_steps * float(plain(spell.num_seqs))
         if not (ends or too_much or spell.rounds >= SPELL_ROUNDS):
             return False

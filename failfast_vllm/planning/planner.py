@@ -22,21 +22,27 @@ they learn the times of the first rank. NumPy only.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from failfast_vllm.drafting.interfaces import Planner
-from failfast_vllm.drafting.records import LOAD, FirstPass, Flags, Lengths, Round, num_scores
+from failfast_vllm.drafting.records import LOAD, FirstPass, Lengths, Round, num_scores
 from failfast_vllm.planning.acceptance import AcceptanceByPosition, Calibration, learn
 from failfast_vllm.planning.copies import CopyAcceptance, LookBalance, choose_copies
 from failfast_vllm.planning.costs import Costs, Floats, StepTimer
-from failfast_vllm.planning.guard import AMORTISED_ROUNDS, REST_STEPS, TRY_ROUNDS, Guard
+from failfast_vllm.planning.guard import REST_STEPS, TRY_ROUNDS, Guard
 
 # Hysteresis: start drafting only for a gain of a tenth, since times and acceptance are estimates
 # and a start costs commits; continue while at least break-even.
 MARGIN = 1.1
 LEARNING_STEPS = 8  # steps whose drafts are learned from at once
+
+# Committing what was skipped has to pay within so many rounds: answers may end after few. Of the
+# sequences that a pass leaves out for that, none has less than twice as many rows to commit, and
+# these, than one that it takes.
+AMORTISED_ROUNDS, ALIKE_COMMITS = 2, 64
 
 # The first steps of a rest say nothing of the others: where steps are scheduled ahead they fill the
 # queue, elsewhere they find caches that are full of drafting. So many of the others are one
@@ -265,51 +271,72 @@ class LoadPlanner(Planner):
         self, asked: FirstPass, copied: Lengths, copy_gains: Floats, plain_ms: float
     ) -> tuple[Lengths, Lengths]:
         """Increments of the first pass, [num_seqs], and what is copied by the other sequences."""
-        wanted, num_seqs = asked.wanted, len(asked.wanted)
-        tokens, ms, backlog_ms, by_pass = self._expected(asked, copied, copy_gains)
+        nothing, num_seqs = np.zeros_like(asked.wanted), len(asked.wanted)
+        tokens, ms, backlog_ms, lens = self._expected(asked, copied, copy_gains)
         ms[0] = self._ms / (1.0 if self.guard.is_drafting or copied.any() else MARGIN)
         rates = tokens / ms
         option = 1 + int(rates[1:].argmax())
         if copied.any() and rates[0] >= MARGIN * rates[option]:
-            return np.zeros_like(wanted), copied  # says nothing about steps without copies
+            return nothing, copied  # says nothing about steps without copies
         loss_ms = np.inf  # of a try, from which only a planner that learns has something
         if self.learns:
             lost_ms = ms[option] - tokens[option] / num_seqs * plain_ms
             loss_ms = float(TRY_ROUNDS * lost_ms + backlog_ms[option])
         best = self.guard.decide(int(rates.argmax()), option, loss_ms, num_seqs, self.costs.plain)
-        if best:
-            self._rate = float(rates[best])
-        passes = np.where(by_pass[best], np.minimum(best, wanted), 0)
+        if not best:
+            return nothing, copied
+        self._rate = float(rates[best])
+        passes = lens(best)
         return passes, np.where(passes > 0, 0, copied)
 
     def _expected(
         self, asked: FirstPass, copied: Lengths, copy_gains: Floats
-    ) -> tuple[Floats, Floats, Floats, Flags]:
-        """By length of the first pass, from 0: [longest + 1] each.
+    ) -> tuple[Floats, Floats, Floats, Callable[[int], Lengths]]:
+        """What the first pass brings and takes: each length of it, with and without long commits.
+
+        Of a batch some may have a long prompt to commit that no drafts are worth. So those with
+        the least come first, and the pass may end wherever the next has far more.
 
         Returns:
-            Tokens that the step emits, its ms, the ms of committing what was skipped, of which
-            the step's ms include a share, and [longest + 1, num_seqs] who takes the pass.
+            By option, of which the first is no pass: tokens that the step emits, its ms, and the
+            ms of committing what was skipped, of which the step's ms include a share. And the
+            lengths of an option, [num_seqs].
         """
-        wanted, live_rows, commit_rows, seen, _ = asked
+        order = np.argsort(asked.commit_rows, kind="stable")
+        wanted, live_rows, commit_rows, seen, _ = (values[order] for values in asked)
+        jumps = commit_rows[1:] > 2 * commit_rows[:-1] + ALIKE_COMMITS
+        lasts = np.append(np.flatnonzero(jumps), len(wanted) - 1)
         num_seqs = len(wanted)
-        options = np.arange(int(wanted.max()) + 1)  # one pass may fill a long draft
-        lens = np.minimum(options[:, None], wanted)  # [options, num_seqs]
+        longest = np.arange(1, int(wanted.max()) + 1)  # one pass may fill a long draft
+        lens = np.minimum(longest[:, None], wanted)  # [options, num_seqs]
         gains = self.acceptance.gains(0, lens)
-        by_pass = MARGIN * gains > copy_gains  # the others copy
-        tokens = num_seqs + np.where(by_pass, gains, copy_gains).sum(axis=1)
-        in_pass = np.where(by_pass, lens, 0).sum(axis=1)
-        drafted = in_pass + np.where(by_pass, 0, copied).sum(axis=1)
+        by_pass = MARGIN * gains > copy_gains[order]  # the others copy
+
+        def total(values: npt.NDArray[Any], without: float = 0.0) -> Floats:
+            """Up to each of the last sequences: [1 + options * num_lasts]."""
+            sums = np.where(by_pass, values, 0).cumsum(axis=1)[:, lasts]
+            return without + np.concatenate(([0.0], sums.ravel()))
+
+        tokens = total(gains - copy_gains[order], num_seqs + float(copy_gains.sum()))
+        verified = total(lens - copied[order], num_seqs + float(copied.sum()))
         # every token that comes out is committed once
-        rows = in_pass + (by_pass * live_rows).sum(axis=1) + tokens
-        ends = seen + by_pass * (live_rows + lens)
-        draft_ms = self.costs.draft_ms(rows, num_scores(seen, ends))
-        ms = draft_ms + self.costs.verify(num_seqs + drafted) + self.costs.overhead_ms
-        with_backlog = rows + (by_pass * commit_rows).sum(axis=1)
-        scores = num_scores(seen - by_pass * commit_rows, ends)
-        backlog_ms = self.costs.draft_ms(with_backlog, scores) - draft_ms
+        rows = total(lens + live_rows) + tokens
+        ends = seen + live_rows + lens
+        scores = total(num_scores(seen[:, None], ends[..., None]))
+        draft_ms = self.costs.draft_ms(rows, scores)
+        ms = draft_ms + self.costs.verify(verified) + self.costs.overhead_ms
+        scores = total(num_scores((seen - commit_rows)[:, None], ends[..., None]))
+        backlog_ms = self.costs.draft_ms(rows + total(commit_rows), scores) - draft_ms
         ms += backlog_ms / AMORTISED_ROUNDS
-        return tokens, ms, backlog_ms, by_pass
+
+        def lens_of(option: int) -> Lengths:
+            length, last = divmod(option - 1, len(lasts))
+            passes = by_pass[length] & (np.arange(num_seqs) <= lasts[last])
+            chosen = np.zeros_like(wanted)
+            chosen[order] = np.where(passes, lens[length], 0)
+            return chosen
+
+        return tokens, ms, backlog_ms, lens_of
 
     def following(
         self,

@@ -228,7 +228,7 @@ def test_what_is_read_of_the_v1_runner():
 
 
 def test_a_step_begins_on_v1():
-    """Catches drafts for a step that is over, and rests, ends and new pages that nobody hears of."""
+    """Catches drafts for a step that is over; rests, ends and new pages that nobody hears of."""
     log, adapter = [], proposer()
     adapter.postponed = lambda: "view"
     adapter.session = SimpleNamespace(rested=log.append, forget=log.append)

@@ -484,6 +484,26 @@ def test_a_neighbour_that_wants_no_draft_has_no_backlog():
     assert beside.tolist() == alone.tolist()
 
 
+@pytest.mark.parametrize(
+    ("commits", "drafts"),
+    [
+        pytest.param([0, 100_000, 32, 0], [True, False, True, True], id="a long prompt"),
+        pytest.param([100_000, 200, 32, 0], [False, True, True, True], id="one of two that pays"),
+        pytest.param([0, 32, 100, 0], [True] * 4, id="all alike"),
+        pytest.param([100_000] * 4, [False] * 4, id="nobody"),
+    ],
+)
+def test_who_has_a_long_prompt_to_commit_keeps_no_other_from_drafting(commits, drafts):
+    """Catches a batch in which all draft or none does."""
+    costs = Costs(CostTable([1, 1000], [1.0, 20.0]), CostTable([1, 1000], [10.0, 12.0]))
+    wanted = np.array([60, 60, 7, 60])
+    eight = np.full(4, 8)
+    asked = FirstPass(wanted, eight, np.array(commits), np.array(commits), 0 * eight)
+    passes, _ = LoadPlanner(costs, CAP, INCREMENT).first(asked)
+    assert (passes > 0).tolist() == drafts
+    assert (passes <= wanted).all()
+
+
 def test_growth_goes_where_the_draft_is_likely_to_survive():
     """Catches increments that go to the longest draft, or to the first in the batch."""
     planner = planner_with(rate=0.5, ms_per_token=0.2)
