@@ -33,16 +33,15 @@ from failfast_vllm.planning.acceptance import AcceptanceByPosition, Calibration,
 from failfast_vllm.planning.copies import CopyAcceptance, LookBalance, choose_copies
 from failfast_vllm.planning.costs import Costs, Floats, StepTimer
 from failfast_vllm.planning.guard import REST_STEPS, TRY_ROUNDS, Guard
+from failfast_vllm.planning.options import Options, least_commits_first
 
 # Hysteresis: start drafting only for a gain of a tenth, since times and acceptance are estimates
 # and a start costs commits; continue while at least break-even.
 MARGIN = 1.1
 LEARNING_STEPS = 8  # steps whose drafts are learned from at once
 
-# Committing what was skipped has to pay within so many rounds: answers may end after few. Of the
-# sequences that a pass leaves out for that, none has less than twice as many rows to commit, and
-# these, than one that it takes.
-AMORTISED_ROUNDS, ALIKE_COMMITS = 2, 64
+# Committing what was skipped has to pay within so many rounds: answers may end after few.
+AMORTISED_ROUNDS = 2
 
 # The first steps of a rest say nothing of the others: where steps are scheduled ahead they fill the
 # queue, elsewhere they find caches that are full of drafting. So many of the others are one
@@ -272,7 +271,8 @@ class LoadPlanner(Planner):
     ) -> tuple[Lengths, Lengths]:
         """Increments of the first pass, [num_seqs], and what is copied by the other sequences."""
         nothing, num_seqs = np.zeros_like(asked.wanted), len(asked.wanted)
-        tokens, ms, backlog_ms, lens = self._expected(asked, copied, copy_gains)
+        options = self._expected(asked, copied, copy_gains)
+        tokens, ms, backlog_ms = options.tokens, options.ms, options.backlog_ms
         ms[0] = self._ms / (1.0 if self.guard.is_drafting or copied.any() else MARGIN)
         rates = tokens / ms
         option = 1 + int(rates[1:].argmax())
@@ -286,26 +286,17 @@ class LoadPlanner(Planner):
         if not best:
             return nothing, copied
         self._rate = float(rates[best])
-        passes = lens(best)
+        passes = options.lens_of(best)
         return passes, np.where(passes > 0, 0, copied)
 
-    def _expected(
-        self, asked: FirstPass, copied: Lengths, copy_gains: Floats
-    ) -> tuple[Floats, Floats, Floats, Callable[[int], Lengths]]:
+    def _expected(self, asked: FirstPass, copied: Lengths, copy_gains: Floats) -> Options:
         """What the first pass brings and takes: each length of it, with and without long commits.
 
         Of a batch some may have a long prompt to commit that no drafts are worth. So those with
         the least come first, and the pass may end wherever the next has far more.
-
-        Returns:
-            By option, of which the first is no pass: tokens that the step emits, its ms, and the
-            ms of committing what was skipped, of which the step's ms include a share. And the
-            lengths of an option, [num_seqs].
         """
-        order = np.argsort(asked.commit_rows, kind="stable")
+        order, lasts = least_commits_first(asked.commit_rows)
         wanted, live_rows, commit_rows, seen, _ = (values[order] for values in asked)
-        jumps = commit_rows[1:] > 2 * commit_rows[:-1] + ALIKE_COMMITS
-        lasts = np.append(np.flatnonzero(jumps), len(wanted) - 1)
         num_seqs = len(wanted)
         longest = np.arange(1, int(wanted.max()) + 1)  # one pass may fill a long draft
         lens = np.minimum(longest[:, None], wanted)  # [options, num_seqs]
@@ -328,15 +319,7 @@ class LoadPlanner(Planner):
         scores = total(num_scores((seen - commit_rows)[:, None], ends[..., None]))
         backlog_ms = self.costs.draft_ms(rows + total(commit_rows), scores) - draft_ms
         ms += backlog_ms / AMORTISED_ROUNDS
-
-        def lens_of(option: int) -> Lengths:
-            length, last = divmod(option - 1, len(lasts))
-            passes = by_pass[length] & (np.arange(num_seqs) <= lasts[last])
-            chosen = np.zeros_like(wanted)
-            chosen[order] = np.where(passes, lens[length], 0)
-            return chosen
-
-        return tokens, ms, backlog_ms, lens_of
+        return Options(tokens, ms, backlog_ms, np.where(by_pass, lens, 0), order, lasts)
 
     def following(
         self,

@@ -1,0 +1,47 @@
+"""What the first pass of a step could be: how long, and for whom. NumPy only."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from failfast_vllm.drafting.records import Lengths
+from failfast_vllm.planning.costs import Floats
+
+# A sequence that a pass leaves out has more than twice as many rows to commit as the one before it
+# in the order, and these on top.
+ALIKE_COMMITS = 64
+
+
+class Options(NamedTuple):
+    """No pass, then each length of one for each number of sequences; [num_options] each.
+
+    The last three say whose pass is how long.
+    """
+
+    tokens: Floats  # that the step emits
+    ms: Floats  # of the step, a share of the next included
+    backlog_ms: Floats  # of committing what was skipped
+    lens: Lengths  # [num_lengths, num_seqs] by place in the order
+    order: Lengths  # [num_seqs] sequences, those with the least to commit first
+    lasts: Lengths  # [num_lasts] places in the order after which a pass may end
+
+    def lens_of(self, option: int) -> Lengths:
+        """[num_seqs] tokens of each sequence in the first pass of an option, from 1 on."""
+        length, last = divmod(option - 1, len(self.lasts))
+        lens = self.lens[length].copy()
+        lens[self.lasts[last] + 1 :] = 0
+        chosen = np.empty_like(lens)
+        chosen[self.order] = lens
+        return chosen
+
+
+def least_commits_first(commit_rows: Lengths) -> tuple[Lengths, Lengths]:
+    """Sort sequences by what they have to commit, and find where far more follows.
+
+    Returns:
+        `order` and `lasts` of `Options`.
+    """
+    order = np.argsort(commit_rows, kind="stable")
+    rows = commit_rows[order]
+    jumps = rows[1:] > 2 * rows[:-1] + ALIKE_COMMITS
+    return order, np.append(np.flatnonzero(jumps), len(rows) - 1)
