@@ -28,9 +28,9 @@ class Options(NamedTuple):
     def lens_of(self, option: int) -> Lengths:
         """[num_seqs] tokens of each sequence in the first pass of an option, from 1 on."""
         length, last = divmod(option - 1, len(self.lasts))
-        lens = self.lens[length].copy()
+        lens: Lengths = self.lens[length].copy()
         lens[self.lasts[last] + 1 :] = 0
-        chosen = np.empty_like(lens)
+        chosen: Lengths = np.empty_like(lens)
         chosen[self.order] = lens
         return chosen
 
