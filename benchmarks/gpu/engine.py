@@ -145,7 +145,7 @@ def real_waves(tiny, folder):
             "speculative": speculative,
             "synthetic_rate": rate,
             "must_draft": bool(speculative) and speculative.get("load_aware") is False,
-            "loads": [(1, 24, 24)] if tiny else [(1, 512, 256), (8, 512, 128), (32, 512, 64)],
+            "loads": [(1, 24, 24)] if tiny else [(1, 512, 512), (8, 512, 256), (32, 512, 128)],
             "token_ids_below": fast_dllm["vocab_size"] - 400,
             "engine": {
                 "model": paths["target"],
