@@ -67,6 +67,7 @@ NO_COMPILE = {"mode": 0, "cudagraph_mode": "FULL"}  # full graphs, vLLM's kernel
 RANDOM = "RANDOM weights"
 # engines stand side by side on one card: each takes what it needs, and this much for the KV cache
 MEMORY = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 2 << 30}
+TIE = 1e-3  # a lead that rounding may turn over in float32
 MIN_SECONDS = 20  # below it an engine is not started: loading takes as long
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -169,13 +170,13 @@ def real_waves(tiny, folder):
     if tiny:
         return [[*first, run("failfast without a drafter", {}, drafter=False)]]
     first += [
-        run("none, synchronous", async_scheduling=False),
         run("failfast K60 by load", by_load, 0.9),
         run("failfast by load, nothing accepted", {}),
-        run("failfast without a drafter", {}, drafter=False),
     ]
     full = {"compilation_config": NO_COMPILE, "if_time": True}
     second = [
+        run("none, synchronous", if_time=True, async_scheduling=False),
+        run("failfast without a drafter", {}, if_time=True, drafter=False),
         run("none, full graphs", **full),
         run("failfast K10, full graphs", fixed(10), 0.9, **full),
         run("failfast K20, full graphs", fixed(20), 0.95, **full),
@@ -215,9 +216,29 @@ def worker_facts(worker):
     stats = getattr(adapter, "stats", None)
     names = ("num_steps", "num_forwards", "forward_ms", "total_ms")
     facts = {name: getattr(stats, name) for name in names if hasattr(stats, name)}
+    costs = getattr(adapter.drafter.planner, "costs", None) if stats else None
+    if costs:  # as the planner believes them to be, by tokens
+        sizes = (1, 8, 32, 88, 352)
+        tables = {"draft": costs.draft, "verify": costs.verify, "plain": costs.plain}
+        facts["costs"] = {name: table(sizes).round(2).tolist() for name, table in tables.items()}
+        facts["costs"] |= {"look": round(costs.look_ms, 2), "overhead": round(costs.overhead_ms, 2)}
     if torch.cuda.is_available():
         facts["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return facts
+
+
+def be_confident(worker, rate):
+    """The drafter, whose weights are random, shall claim what is accepted. Runs in the worker."""
+    import torch
+
+    model = worker.model_runner.speculator.drafter.model
+    confidence = model.confidence
+
+    def claim(rows):
+        found = confidence(rows)
+        return found._replace(probabilities=torch.full_like(found.probabilities, rate))
+
+    model.confidence = claim
 
 
 def serve(spec, indices, send):
@@ -237,14 +258,27 @@ def serve(spec, indices, send):
             "async": bool(config.scheduler_config.async_scheduling),
             "graphs": str(config.compilation_config.cudagraph_mode),
         }
-        send(facts | {"gpu_gib": llm.collective_rpc(worker_facts)[0].get("gpu_gib")})
+        if spec.get("synthetic_rate") and spec["speculative"]["model"]:
+            llm.collective_rpc(be_confident, args=(spec["synthetic_rate"],))
+        at_start = llm.collective_rpc(worker_facts)[0]
+        send(facts | {key: at_start[key] for key in ("gpu_gib", "costs") if key in at_start})
+
+        def generate(prompts, max_tokens, **options):
+            options |= {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True}
+            outputs = llm.generate(prompts, SamplingParams(**options), use_tqdm=False)
+            return [output.outputs[0] for output in outputs]
 
         def answer(prompts, max_tokens):
-            params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
             began = time.perf_counter()
-            outputs = llm.generate(prompts, params, use_tqdm=False)
+            outputs = generate(prompts, max_tokens)
             seconds = time.perf_counter() - began
-            return [list(output.outputs[0].token_ids) for output in outputs], seconds
+            return [list(output.token_ids) for output in outputs], seconds
+
+        def leads(prompts, max_tokens):
+            """By how much the first token of each place leads the second: log probabilities."""
+            for output in generate(prompts, max_tokens, logprobs=2):
+                best = [sorted(x.logprob for x in place.values())[-2:] for place in output.logprobs]
+                yield [round(first - second, 6) for second, first in best]
 
         warm = set()
         for index in indices:
@@ -279,9 +313,12 @@ def serve(spec, indices, send):
                     "tokens_per_step": round(num_tokens / max(1, steps), 2),
                     "draft_ms_per_step": round(draft_ms / max(1, steps), 3),
                     "pass_ms": round(pass_ms / max(1, passes), 3),
+                    **({"costs": after["costs"]} if "costs" in after else {}),
                 }
             if "pair" in spec:
                 load["answers"] = answers
+                if not spec["speculative"]:
+                    load["leads"] = list(leads(prompts, num_tokens))
             send(load)
 
 
@@ -293,44 +330,57 @@ def first_difference(ours, plain):
     return None if len(ours) == len(plain) else min(len(ours), len(plain))
 
 
-def compare(ours, plain):
-    """How many of two engines' answers are the same, and where the others part."""
+def compare(ours, plain, leads):
+    """How many of two engines' answers are the same, and where the others part.
+
+    Args:
+        leads: at each place of `plain`, of the most likely token over the next: log probability.
+    """
     assert len(ours) == len(plain)
     places = [first_difference(a, b) for a, b in zip(ours, plain, strict=True)]
-    differing = sorted(place for place in places if place is not None)
+    differing = sorted(
+        (place, lead[place] if place < len(lead) else None)
+        for place, lead in zip(places, leads, strict=True)
+        if place is not None
+    )
     return {
         "same_answers": f"{len(ours) - len(differing)} of {len(ours)}",
-        "first_differences": differing[:5],
+        "first_differences": [place for place, _ in differing[:5]],
+        "leads_there": [lead for _, lead in differing[:5]],
     }
 
 
-def judge(spec, result, plain):
+def judge(spec, result, plain, leads):
     """Add the comparison to `result` and take the answers out of it; returns what is wrong.
 
     Args:
         plain: the answers of the same engine without drafts, None where there are none.
+        leads: see `compare`.
     """
-    answers = answers_of(spec, result)
+    answers = of_all_loads(spec, result, "answers")
     for load in result["loads"]:
         load.pop("answers", None)
+        load.pop("leads", None)
     problems = []
     if spec["speculative"] and "pair" in spec:
         if plain is None or len(plain) != len(answers):
             problems.append("nothing to compare with: the engine without drafts gave no answers")
         else:
-            result |= compare(answers, plain)
-            if result["first_differences"] and spec["must_agree"]:
+            result |= compare(answers, plain, leads)
+            if spec["must_agree"] and any(
+                lead is None or lead > TIE for lead in result["leads_there"]
+            ):
                 problems.append(f"only {result['same_answers']} answers are the same")
     if spec.get("must_draft") and not all(load.get("passes") for load in result["loads"]):
         problems.append("nothing was drafted")
     return "; ".join(problems)
 
 
-def answers_of(spec, result):
-    """All answers of an engine, None of one whose answers are not compared."""
+def of_all_loads(spec, result, key):
+    """All answers of an engine, or their leads; None of one whose answers are not compared."""
     if "pair" not in spec:
         return None
-    return [answer for load in result["loads"] for answer in load["answers"]]
+    return [answer for load in result["loads"] for answer in load.get(key, [])]
 
 
 class Engine:
@@ -429,7 +479,9 @@ def run_all(waves, until, report, **how):
         with tempfile.TemporaryDirectory() as name:
             engines = run_together(specs, Path(name), until, **how)
             plain = {
-                engine.spec["pair"]: answers_of(engine.spec, engine.result)
+                engine.spec["pair"]: [
+                    of_all_loads(engine.spec, engine.result, key) for key in ("answers", "leads")
+                ]
                 for engine in engines
                 if not engine.spec["speculative"] and "pair" in engine.spec
             }
@@ -440,11 +492,12 @@ def run_all(waves, until, report, **how):
         for engine in engines:
             line = {key: engine.spec[key] for key in ("name", "label") if key in engine.spec}
             pair = engine.spec.get("pair", "")
-            wrong = judge(engine.spec, engine.result, plain.get(pair))
+            answers = of_all_loads(engine.spec, engine.result, "answers")
+            wrong = judge(engine.spec, engine.result, *plain.get(pair, (None, None)))
             line |= engine.result
-            other = plain.get(f"{pair.partition(',')[0]}, default")
-            if not engine.spec["speculative"] and other and len(plain[pair]) == len(other):
-                line |= {"as_by_default": compare(plain[pair], other)["same_answers"]}
+            other, leads = plain.get(f"{pair.partition(',')[0]}, default", (None, None))
+            if other and len(answers) == len(other):  # vLLM's own engines differ, too
+                line |= {"as_by_default": compare(answers, other, leads)}
             if problem := "; ".join(filter(None, [engine.problem, wrong])):
                 line["problem"] = problem
                 num_wrong += 1

@@ -64,10 +64,12 @@ def lookup(dtype):
     token_ids = torch.randint(-1, 6, (3, 2500), device=DEVICE, dtype=dtype)
     slots, lens = torch.tensor([[2, 0, 1, 1], [2500, 0, 1025, 1]], device=DEVICE)
     ours = copy_match.match_suffixes(token_ids, slots, lens, 2, 8, 2500)
-    theirs = copy_match_reference.match_suffixes(
-        token_ids.cpu(), slots.cpu(), lens.cpu(), 2, 8, 2500
-    )
+    texts = token_ids.cpu(), slots.cpu(), lens.cpu()
+    theirs = copy_match_reference.match_suffixes(*texts, 2, 8, 2500)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, theirs, strict=True))
+    ours = copy_match.continue_matches(token_ids, slots, lens, ours.starts, 200, 4, -2)
+    theirs = copy_match_reference.continue_matches(*texts, theirs.starts, 200, 4, -2)
+    assert torch.equal(ours.cpu(), theirs)
 
 
 def main():

@@ -13,7 +13,7 @@ a draft stays a function of its own prefix.
 import numpy as np
 import torch
 
-from failfast_kernels import match_suffixes
+from failfast_kernels import continue_matches, match_suffixes
 from failfast_vllm.drafting.interfaces import CopyLane
 from failfast_vllm.drafting.records import NO_TOKEN, Copies, DraftStep, to_device
 
@@ -33,14 +33,18 @@ class OwnText(CopyLane):
     def find(self, step: DraftStep) -> Copies:
         wanted = step.max_draft_lens
         slots, known = to_device(np.array((step.slots, step.known_lens)), self.device)
-        match_lens, starts = match_suffixes(
-            step.token_ids, slots, known, MIN_MATCH, MAX_MATCH, int(step.known_lens.max())
-        )
+        texts, longest = (step.token_ids, slots, known), int(step.known_lens.max())
+        match_lens, starts = match_suffixes(*texts, MIN_MATCH, MAX_MATCH, longest)
         found = np.where(wanted > 0, match_lens.cpu().numpy(), 0)
         if not found.any():
             return Copies(found, starts[:, None][:, :0])
-        offsets = torch.arange(int(wanted.max()), device=self.device)
-        columns = starts[:, None] + offsets % (known - starts).clamp(min=1)[:, None]
-        columns = columns.clamp(max=step.token_ids.shape[1] - 1)
-        tokens = step.token_ids[slots[:, None], columns].long().clamp(0, self.vocab_size - 1)
-        return Copies(found, tokens.masked_fill(match_lens[:, None] == 0, NO_TOKEN))
+        ids = self.vocab_size, NO_TOKEN
+        return Copies(found, continue_matches(*texts, starts, int(wanted.max()), *ids))
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Launch the kernels once, so that none is compiled while serving."""
+        texts = torch.zeros(1, 4, dtype=torch.int32, device=self.device)
+        slots, known = to_device(np.array(([0], [4])), self.device)
+        found = match_suffixes(texts, slots, known, MIN_MATCH, MAX_MATCH, 4)
+        continue_matches(texts, slots, known, found.starts, 4, self.vocab_size, NO_TOKEN)

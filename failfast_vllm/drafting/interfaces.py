@@ -145,6 +145,9 @@ class Planner:
 class CopyLane:
     """Finds text to draft without a pass; the default finds none."""
 
+    def warm_up(self) -> None:
+        """Called once, before the engine serves."""
+
     def find(self, step: DraftStep) -> Copies:
         """What each sequence may copy after its known tokens."""
         nothing = step.token_ids.new_empty((len(step.slots), 0)).long()

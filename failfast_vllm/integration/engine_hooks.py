@@ -205,6 +205,7 @@ def _warm_up(worker: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
     adapter, activate = adapter_of(worker.model_runner), worker._maybe_activate_jit_monitor
     drafter = adapter.drafter
     drafter.model.warm_up_kernels()
+    drafter.copies.warm_up()
     postponed: list[Any] = []  # vLLM's monitor of compilation: it waits for our start-up
     worker._maybe_activate_jit_monitor = lambda: postponed.append(activate)
     result = original(*args, **kwargs)

@@ -86,6 +86,11 @@ class Session:
         steps = planner.steps_to_look
         return (steps, planner.fewest_at_rest) if steps > 1 else None
 
+    @property
+    def looks_next(self) -> bool:
+        """Whether it is likely that the next step's outcome will be read."""
+        return self._rest() is None
+
     def rested(self, view: View) -> None:
         """The engine has gone on: nobody will ask for the drafts of this step."""
         self.stats.step_began()

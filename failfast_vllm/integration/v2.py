@@ -47,8 +47,13 @@ class _View(View):
         self.num_sampled, self.num_tokens = num_sampled[: self.num_reqs], input_batch.num_tokens
         self.num_speculative_tokens = num_speculative_tokens
 
-    def read_outcome(self) -> None:
-        """Copy the verdict from the device: lengths, and the last tokens of each request."""
+    on_host: torch.Tensor | None = None  # the verdict, once the stream has got so far
+
+    def start_reading(self) -> None:
+        """Launch the copy of the verdict: lengths, and the last tokens of each request.
+
+        Before the step's tokens are waited for: its launches cost nothing while the target runs.
+        """
         rows, limit = self.batch.idx_mapping, self.adapter.position_limit
         verified = self.batch.num_draft_tokens_per_req
         self.num_verified = [0] * self.num_reqs if verified is None else verified.tolist()
@@ -57,11 +62,21 @@ class _View(View):
         computed = self.states.num_computed_tokens.gpu[rows].long().clamp(max=limit)
         committed = self.adapter.drafter.blocks.committed_lens(self.block_table, computed)
         table = self.states.all_token_ids.gpu
-        most = 1 + max(self.num_verified, default=0)
+        most = self.most_emitted = 1 + max(self.num_verified, default=0)
         columns = known[:, None] + torch.arange(-most, 0, device=self.adapter.device)
         last_ids = table[rows[:, None], columns.clamp(0, table.shape[1] - 1)]
         lens = torch.stack((known, committed, computed, self.num_sampled.long()), dim=1)
-        on_host = torch.cat((lens, last_ids.long()), dim=1).cpu().numpy()  # the copy back
+        verdict = torch.cat((lens, last_ids.long()), dim=1)
+        self.on_host = verdict.to("cpu", non_blocking=True)
+
+    def read_outcome(self) -> None:
+        """Wait for what `start_reading` copies."""
+        if self.on_host is None:
+            self.start_reading()
+        assert self.on_host is not None
+        if self.adapter.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        on_host, most = self.on_host.numpy(), self.most_emitted
         self.known_lens, self.committed_lens, self.computed_lens, num_emitted = on_host[:, :4].T
         self.emitted = [
             ids[most - length :]
@@ -150,7 +165,10 @@ class _Speculator(Adapter):
         if not dummy_run:
             most = num_speculative_tokens
             most = self.num_speculative_steps if most is None else most
-            self.postponed = functools.partial(_View, self, input_batch, num_sampled, most)
+            view = _View(self, input_batch, num_sampled, most)
+            self.postponed = lambda: view
+            if self.session is not None and self.session.looks_next:
+                view.start_reading()
         elif is_profile:  # not on a data-parallel rank without work: our passes wait for no other
             self.profile(input_batch.num_tokens)
         no_drafts: torch.Tensor = self.draft_tokens[: input_batch.num_reqs].fill_(0)

@@ -176,10 +176,11 @@ class AcceptanceByPosition:
         self.hits = self.hits * fading + np.bincount(places, accepted, minlength=max_len)
         self._sums = None
 
-    def forget(self) -> None:
-        """Move slowly back to the prior; called at each look without drafts."""
-        self.trials *= 1.0 - FORGETTING
-        self.hits *= 1.0 - FORGETTING
+    def forget(self, looks: float = 1.0) -> None:
+        """Move slowly back to the prior; called after looks without drafts."""
+        kept = (1.0 - FORGETTING) ** looks
+        self.trials *= kept
+        self.hits *= kept
         self._sums = None
 
     def gains(self, starts: Lengths | int, lens: Lengths) -> Floats:

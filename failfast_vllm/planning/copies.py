@@ -6,8 +6,8 @@ import numpy as np
 
 from failfast_vllm.drafting.records import Lengths, Round
 from failfast_vllm.planning.acceptance import Calibration
-from failfast_vllm.planning.costs import HICCUP, Floats
-from failfast_vllm.planning.guard import REST_STEPS, SAME_LOAD
+from failfast_vllm.planning.costs import HICCUP, REST_STEPS, Floats
+from failfast_vllm.planning.guard import SAME_LOAD
 
 MATCH_EDGES = np.array([2, 3, 4, 5, 6, 8], dtype=np.float32)  # of match lengths
 # of the next token of each bin until it is tried; measured on answers of a chat model
@@ -81,12 +81,12 @@ class LookBalance:
         self.steps_to_rest -= 1
         return self.steps_to_rest < 0
 
-    def looked(self, gain_ms: float) -> None:
-        """The copies of a step are expected to save so much time."""
+    def looked(self, gain_ms: float, rest_steps: int = REST_STEPS) -> None:
+        """The copies of a step are expected to save so much time; if that is too little, rest."""
         self._num_looks += 1
         self._gain_ms += self._rate * (gain_ms - self._gain_ms)
         if self._num_looks >= FEWEST_LOOKS and self._gain_ms < self.cost_ms:
-            self.steps_to_rest = REST_STEPS
+            self.steps_to_rest = rest_steps
 
     def took(self, ms: float) -> None:
         """The last look, with what was copied: hiccups count little."""

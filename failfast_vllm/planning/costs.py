@@ -13,6 +13,11 @@ HICCUP = 4.0  # a measurement counts as at most this multiple of what was expect
 COST_MEMORY = 20.0  # measurements near a size that its time is averaged over
 FORGETTING = 0.01  # per look without drafts: what was learned long ago gets another try
 OVERHEAD_RATE = 0.1  # weight of the last step in averages of what is not in a table
+LEARNED_STEPS = 4  # plain steps that are one measurement
+
+# So many steps rest after a look at drafting that was in vain. It takes at most that share of them,
+# as far as the most steps allow.
+REST_STEPS, MOST_REST_STEPS, LOOK_SHARE = 16, 128, 0.01
 
 
 class CostTable:
@@ -82,10 +87,22 @@ class CostTable:
         self._set(np.maximum(start + self._extra, 1e-6))
         return ms
 
-    def forget(self) -> None:
-        """Move slowly back to the start-up times; called at each look without drafts."""
-        self._weights *= 1.0 - FORGETTING
-        self._extra *= 1.0 - FORGETTING
+    def forget(self, looks: float = 1.0) -> None:
+        """Move slowly back to the start-up times; called after looks without drafts."""
+        kept = (1.0 - FORGETTING) ** looks
+        self._weights *= kept
+        self._extra *= kept
+        self._set(self._start[2:-1] + self._extra)
+
+    def at_start(self, size: int) -> float:
+        """Time of a pass of `size` rows, as measured at start-up."""
+        return float(np.interp(size, self._knots, self._start))
+
+    def refute_start(self, share: float) -> None:
+        """Start-up times were too long: take this share, but keep what serving has found."""
+        before = self._start[2:-1].copy()
+        self._start *= share
+        self._extra += np.minimum(self._weights, 1.0) * (before - self._start[2:-1])
         self._set(self._start[2:-1] + self._extra)
 
 
@@ -105,10 +122,50 @@ class Costs:
         # a step without drafts takes less: it has its own measurements
         self.plain = CostTable(verify.sizes.astype(int).tolist(), verify.ms.tolist())
         self.overhead_ms = 0.0  # of drafting, outside the passes
+        self.look_ms = 0.0  # what a look in vain adds to a plain step
+        self._shares: list[float] = []  # of its start-up time that a plain step takes
 
-    def forget(self) -> None:
-        self.draft.forget()
-        self.verify.forget()
+    def forget(self, looks: float = 1.0) -> None:
+        self.draft.forget(looks)
+        self.verify.forget(looks)
+
+    def rest_steps(self, num_seqs: int) -> int:
+        """Steps without a look after one in vain."""
+        steps = self.look_ms / (LOOK_SHARE * float(self.plain(num_seqs)))
+        return int(min(max(steps, REST_STEPS), MOST_REST_STEPS))
+
+    def looked(self, num_seqs: int, drafting_ms: float, steps_ms: float, num_steps: int) -> None:
+        """Learn what a look in vain adds to plain steps; a hiccup counts little.
+
+        Args:
+            drafting_ms: of the look itself.
+            steps_ms: of the steps of the target that may have waited for it or for the next one.
+        """
+        ms = drafting_ms + max(0.0, steps_ms - num_steps * float(self.plain(num_seqs)))
+        if self.look_ms:
+            ms = min(ms, HICCUP * self.look_ms)
+        self.look_ms += (OVERHEAD_RATE if self.look_ms else 1.0) * (ms - self.look_ms)
+
+    def rested(self, num_seqs: int, steps_ms: list[float]) -> None:
+        """Learn from plain steps in a row."""
+        for i in range(0, len(steps_ms), LEARNED_STEPS):
+            part = steps_ms[i : i + LEARNED_STEPS]
+            self.plain.correct(num_seqs, sum(part) / len(part))
+
+    def plain_took(self, num_tokens: int, ms: float) -> None:
+        """Learn from a step without drafts that was waited for, as those at start-up are.
+
+        If it takes less than at start-up, the machine was busy then. So it was for draft passes,
+        which were timed in turns with it, and which too long times would keep from being tried.
+        """
+        self._shares.append(ms / self.verify.at_start(num_tokens))
+        if len(self._shares) < LEARNED_STEPS:
+            return
+        share, self._shares = sum(self._shares) / LEARNED_STEPS, []
+        if share < 1.0:
+            self.verify.refute_start(share)
+            self.draft.refute_start(share)
+            self.score_ms *= share
 
     def draft_ms(self, rows: npt.NDArray[Any], num_scores: npt.NDArray[Any]) -> Floats:
         """Time of draft passes by their size, see `Planner.pass_took`."""

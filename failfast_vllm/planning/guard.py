@@ -8,11 +8,9 @@ each run of rounds with what the same tokens would have taken without drafts.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from failfast_vllm.planning.costs import HICCUP, CostTable
+from failfast_vllm.planning.costs import HICCUP, REST_STEPS, CostTable
 
 SAME_LOAD = 0.8  # batches are alike from this ratio of their sizes on
-
-REST_STEPS = 16  # not looked at after a step in which drafting does not pay
 
 # Two steps of plain decoding among many with drafts, to know what the second takes: the first finds
 # caches that are full of drafting.
@@ -129,7 +127,13 @@ class Guard:
             self._spell.plain_steps += self._spell.slowness * num_tokens / num_seqs
 
     def decide(
-        self, best: int, option: int, loss_ms: float, num_seqs: int, plain: CostTable
+        self,
+        best: int,
+        option: int,
+        loss_ms: float,
+        num_seqs: int,
+        plain: CostTable,
+        rest_steps: int = REST_STEPS,
     ) -> int:
         """Returns the length of the first pass: `best`, `option` for a try, or 0.
 
@@ -138,6 +142,7 @@ class Guard:
             option: that of the lengths from 1 on.
             loss_ms: what a try of it is expected to lose against plain decoding.
             plain: time of a step without drafts.
+            rest_steps: steps without a look after one in vain.
         """
         plain_ms = float(plain(num_seqs))
         tries = best == 0 and self._tries(loss_ms, plain_ms, plain)
@@ -148,8 +153,8 @@ class Guard:
         elif tries:
             best, self._spell.is_try = option, True
         if best == 0:
-            self.steps_to_rest, self._rests_from = REST_STEPS, num_seqs
-            self._paid_ms += (REST_STEPS + 1) * plain_ms
+            self.steps_to_rest, self._rests_from = rest_steps, num_seqs
+            self._paid_ms += (rest_steps + 1) * plain_ms
         return best
 
     def probes(self, in_a_row: int = PLAIN_IN_A_ROW) -> bool:

@@ -31,8 +31,8 @@ from failfast_vllm.drafting.interfaces import Planner
 from failfast_vllm.drafting.records import LOAD, FirstPass, Lengths, Round, num_scores
 from failfast_vllm.planning.acceptance import AcceptanceByPosition, Calibration, learn
 from failfast_vllm.planning.copies import CopyAcceptance, LookBalance, choose_copies
-from failfast_vllm.planning.costs import Costs, Floats, StepTimer
-from failfast_vllm.planning.guard import REST_STEPS, TRY_ROUNDS, Guard
+from failfast_vllm.planning.costs import REST_STEPS, Costs, Floats, StepTimer
+from failfast_vllm.planning.guard import TRY_ROUNDS, Guard
 from failfast_vllm.planning.options import Options, least_commits_first
 
 # Hysteresis: start drafting only for a gain of a tenth, since times and acceptance are estimates
@@ -44,9 +44,9 @@ LEARNING_STEPS = 8  # steps whose drafts are learned from at once
 AMORTISED_ROUNDS = 2
 
 # The first steps of a rest say nothing of the others: where steps are scheduled ahead they fill the
-# queue, elsewhere they find caches that are full of drafting. So many of the others are one
-# measurement. Where steps are scheduled ahead, one that is timed among drafts follows four others.
-FIRST_STEPS, LEARNED_STEPS, PROBE_AHEAD = 2, 4, 4
+# queue, elsewhere they find caches that are full of drafting. Where steps are scheduled ahead, one
+# that is timed among drafts follows four others.
+FIRST_STEPS, PROBE_AHEAD = 2, 4
 
 
 @dataclass
@@ -99,7 +99,9 @@ class LoadPlanner(Planner):
         self._unlearned: list[Round] = []
         self._steps_to_learn = 0
         self._num_rested = 0  # steps in a row for which nobody has asked for drafts
-        self._rested_ms: list[float] = []  # of those that only decoded
+        self._first_ms: list[float] = []  # of the first of those
+        self._rested_ms: list[float] = []  # of the others that only decoded
+        self._looks_over = 1.0  # looks that would be over if none had been left out
 
     def step_began(self, req_ids: Sequence[str], num_tokens: int) -> bool:
         """Returns whether to consider drafting in this step.
@@ -119,7 +121,8 @@ class LoadPlanner(Planner):
         looks_for_copies = self.copies and self._balance.step_began(len(req_ids))
         if self.learns and (sizes or known or self._rested_ms):
             self._learn_times(sizes, ms, len(req_ids), num_tokens, known)
-        self._looked, self._num_rested, self._rested_ms = False, 0, []
+        self._looks_over = max(1.0, self._num_rested / REST_STEPS)
+        self._looked, self._num_rested, self._first_ms, self._rested_ms = False, 0, [], []
         if not (looks or looks_for_copies):
             self.step_ended(req_ids, 0)
         return looks or looks_for_copies
@@ -129,8 +132,8 @@ class LoadPlanner(Planner):
         self._num_rested += 1
         ms = self._timer.rested()
         decodes = num_tokens == len(req_ids) and self._running.issuperset(req_ids)
-        if decodes and self._num_rested > FIRST_STEPS:
-            self._rested_ms.append(ms)
+        if decodes:
+            (self._rested_ms if self._num_rested > FIRST_STEPS else self._first_ms).append(ms)
         self._running = frozenset(req_ids)
 
     @property
@@ -139,7 +142,7 @@ class LoadPlanner(Planner):
         rests = [self.guard.steps_to_rest] if self.drafts else []
         if self.copies:
             rests.append(self._balance.steps_to_rest)
-        return 1 + max(0, min(rests))
+        return 1 + max(0, min(rests) - self._num_rested)
 
     @property
     def fewest_at_rest(self) -> float:
@@ -161,11 +164,10 @@ class LoadPlanner(Planner):
             num_tokens: in the target's step.
             known: no request is new; else the step's time says nothing.
         """
-        drafting_ms, waited_ms, *more_ms = self.agree([*ms, *self._rested_ms])
-        passes_ms, rested_ms = more_ms[: len(sizes)], more_ms[len(sizes) :]
-        for i in range(0, len(rested_ms), LEARNED_STEPS):
-            part = rested_ms[i : i + LEARNED_STEPS]
-            self.costs.plain.correct(len(self._running), sum(part) / len(part))
+        first_ms = sum(self._first_ms)
+        drafting_ms, waited_ms, *more_ms = self.agree([*ms, first_ms, *self._rested_ms])
+        passes_ms, (first_ms, *rested_ms) = more_ms[: len(sizes)], more_ms[len(sizes) :]
+        self.costs.rested(len(self._running), rested_ms)
         if sizes:
             counted = self.costs.learn_drafting(sizes, passes_ms, drafting_ms)
             verify_ms = float(self.costs.verify(self._num_drafted + num_seqs))
@@ -178,8 +180,14 @@ class LoadPlanner(Planner):
             self._balance.took(drafting_ms)
         if known and self._num_drafted:
             self.costs.verify.correct(num_tokens, waited_ms)
-        elif known and self.guard.knows_plain and not self.schedules_ahead:
-            self.costs.plain.correct(num_tokens, waited_ms)
+        elif known and self.guard.knows_plain:
+            if not self.schedules_ahead:
+                self.costs.plain.correct(num_tokens, waited_ms)
+            if num_tokens == num_seqs:
+                self.costs.plain_took(num_seqs, waited_ms)
+                if self._num_rested >= REST_STEPS and len(self._first_ms) == FIRST_STEPS:
+                    steps_ms = first_ms + waited_ms
+                    self.costs.looked(num_seqs, drafting_ms, steps_ms, FIRST_STEPS + 1)
 
     def step_ended(self, req_ids: Sequence[str], num_drafted: int) -> None:
         """The drafts of the step are made, see `Planner`."""
@@ -198,7 +206,7 @@ class LoadPlanner(Planner):
         """Learn from a step's verified drafts, a few steps later; without any, forget a little."""
         if not any(r.num_first for r in rounds) and self._looks:
             for learned in (self.acceptance, self.growth, self.costs):
-                learned.forget()
+                learned.forget(self._looks_over)
         self._steps_without = 0 if rounds else self._steps_without + 1
         if self.copies and self._steps_without > REST_STEPS:  # what made copies stop may be over
             self._steps_without = 0
@@ -263,7 +271,8 @@ class LoadPlanner(Planner):
         self._rate, self._ms = (num_seqs + float(gains.sum())) / ms, ms
         if self.copies:
             saved_ms = self._rate * ms * plain_ms / num_seqs - ms
-            self._balance.looked(saved_ms + self._balance.cost_ms * bool(copied.any()))
+            gain_ms = saved_ms + self._balance.cost_ms * bool(copied.any())
+            self._balance.looked(gain_ms, self.costs.rest_steps(num_seqs))
         return copied, gains
 
     def _passes(
@@ -282,7 +291,8 @@ class LoadPlanner(Planner):
         if self.learns:
             lost_ms = ms[option] - tokens[option] / num_seqs * plain_ms
             loss_ms = float(TRY_ROUNDS * lost_ms + backlog_ms[option])
-        best = self.guard.decide(int(rates.argmax()), option, loss_ms, num_seqs, self.costs.plain)
+        highest, rest_steps = int(rates.argmax()), self.costs.rest_steps(num_seqs)
+        best = self.guard.decide(highest, option, loss_ms, num_seqs, self.costs.plain, rest_steps)
         if not best:
             return nothing, copied
         self._rate = float(rates[best])

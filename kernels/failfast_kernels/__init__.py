@@ -46,3 +46,4 @@ block_diffusion_attention = _at_home(reference.block_diffusion_attention, "block
 commit_kv = _at_home(reference.commit_kv, "block_attention")
 confidence_argmax = _at_home(reference.confidence_argmax, "confidence")
 match_suffixes = _at_home(copy_match_reference.match_suffixes, "copy_match")
+continue_matches = _at_home(copy_match_reference.continue_matches, "copy_match")

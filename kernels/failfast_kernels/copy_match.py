@@ -3,6 +3,7 @@
 A program compares BLOCK_N places of one sequence with its end, token by token backwards, and
 leaves the best as one integer: length of the match in the upper half, position in the lower. The
 greatest of these is the longest match, of equally long ones the latest; `_select_kernel` finds it.
+`_continue_kernel` copies what followed it.
 """
 
 import torch
@@ -13,6 +14,7 @@ from failfast_kernels.copy_match_reference import SuffixMatches
 
 BLOCK_N = 1024  # positions per program
 NUM_WARPS = 4
+BLOCK_COPY = 128  # tokens of a copy per program
 
 
 @triton.jit(
@@ -80,6 +82,34 @@ def _select_kernel(  # type: ignore[no-untyped-def]
     tl.store(starts + sequence, tl.where(length >= min_match, start, known_len))
 
 
+@triton.jit(
+    do_not_specialize=["longest", "vocab_size", "no_token", "stride_slot"],
+    do_not_specialize_on_alignment=["slots", "known_lens", "starts"],
+)
+def _continue_kernel(  # type: ignore[no-untyped-def]
+    copied,  # [num_seqs, longest] int64
+    token_ids,  # [num_slots, max_len]
+    slots,  # [num_seqs] int64
+    known_lens,
+    starts,  # as `_select_kernel` left them
+    longest,
+    vocab_size,
+    no_token,
+    stride_slot,
+    stride_token,
+    BLOCK_COPY: tl.constexpr,
+):
+    sequence = tl.program_id(0).to(tl.int64)
+    places = tl.program_id(1) * BLOCK_COPY + tl.arange(0, BLOCK_COPY)
+    known_len, start = tl.load(known_lens + sequence), tl.load(starts + sequence)
+    columns = start + places % tl.maximum(known_len - start, 1)
+    matched = columns < known_len  # all or none
+    row = token_ids + tl.load(slots + sequence) * stride_slot
+    tokens = tl.load(row + columns * stride_token, mask=matched, other=0).to(tl.int64)
+    tokens = tl.where(matched, tl.minimum(tl.maximum(tokens, 0), vocab_size - 1), no_token)
+    tl.store(copied + sequence * longest + places, tokens, mask=places < longest)
+
+
 def match_suffixes(
     token_ids: torch.Tensor,
     slots: torch.Tensor,
@@ -117,3 +147,31 @@ def match_suffixes(
         num_warps=1,
     )
     return SuffixMatches(match_lens, starts)
+
+
+def continue_matches(
+    token_ids: torch.Tensor,
+    slots: torch.Tensor,
+    known_lens: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    vocab_size: int,
+    no_token: int,
+) -> torch.Tensor:
+    """See `copy_match_reference.continue_matches`."""
+    copied = torch.empty(len(slots), longest, dtype=torch.int64, device=slots.device)
+    if copied.numel():
+        _continue_kernel[len(slots), triton.cdiv(longest, BLOCK_COPY)](
+            copied,
+            token_ids,
+            slots,
+            known_lens,
+            starts,
+            longest,
+            vocab_size,
+            no_token,
+            *token_ids.stride(),
+            BLOCK_COPY=BLOCK_COPY,
+            num_warps=1,
+        )
+    return copied

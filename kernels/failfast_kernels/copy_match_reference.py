@@ -51,6 +51,34 @@ def match_suffixes(
     return SuffixMatches(*torch.from_numpy(found))
 
 
+def continue_matches(
+    token_ids: torch.Tensor,
+    slots: torch.Tensor,
+    known_lens: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    vocab_size: int,
+    no_token: int,
+) -> torch.Tensor:
+    """Copy what followed each match; at the end of the known tokens it starts again.
+
+    Args:
+        token_ids, slots, known_lens: as for `match_suffixes`.
+        starts: as it returns them.
+        longest: tokens of each copy.
+        vocab_size: an id beyond it is copied as another, as is an unknown token.
+        no_token: what is copied where nothing matched.
+
+    Returns:
+        [num_seqs, longest] int64.
+    """
+    places = torch.arange(longest, device=token_ids.device)
+    columns = starts[:, None] + places % (known_lens - starts).clamp(min=1)[:, None]
+    columns = columns.clamp(max=token_ids.shape[1] - 1)
+    tokens = token_ids[slots[:, None], columns].long().clamp(0, vocab_size - 1)
+    return tokens.masked_fill((starts >= known_lens)[:, None], no_token)
+
+
 def _longest(text: npt.NDArray[np.integer], max_match: int) -> tuple[int, int]:
     """Length of the match of one sequence, and the position after it."""
     last, length, start = len(text) - 1, 0, len(text)

@@ -8,8 +8,14 @@ from hypothesis import HealthCheck, given, settings
 
 import failfast_kernels
 from failfast_kernels import copy_match, copy_match_reference
-from failfast_kernels.copy_match import match_suffixes
-from match_cases import WRITTEN, assert_as_brute_force, assert_written, batches
+from failfast_kernels.copy_match import continue_matches, match_suffixes
+from match_cases import (
+    WRITTEN,
+    assert_as_brute_force,
+    assert_continued,
+    assert_written,
+    batches,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = float(os.environ.get("FAILFAST_TEST_SHAPES", "1"))
@@ -41,6 +47,8 @@ def test_written_cases(name):
 @given(batches(max_len=70))
 def test_drawn_batches(small_chunks, batch):
     assert_as_brute_force(match_suffixes, batch, DEVICE)
+    found = copy_match_reference.match_suffixes(*batch)
+    assert_continued(continue_matches, batch, found, DEVICE)
 
 
 def test_more_chunks_than_one_step_selects_from(small_chunks):
@@ -77,6 +85,8 @@ def test_offsets_beyond_31_bits():
     slots, known_lens = torch.tensor([[2], [64]], device=DEVICE)
     found = match_suffixes(token_ids, slots, known_lens, 2, 8, 64)
     assert [x.tolist() for x in found] == [[8], [24]]
+    copied = continue_matches(token_ids, slots, known_lens, found.starts, 18, 64, -1)
+    assert copied.tolist() == [[*range(24, 40), 0, 1]]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="CUDA tensors need no flag")

@@ -4,8 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from failfast_kernels import match_suffixes
-from match_cases import WRITTEN, assert_as_brute_force, assert_written, batches, brute_force
+from failfast_kernels import continue_matches, match_suffixes
+from match_cases import (
+    WRITTEN,
+    assert_as_brute_force,
+    assert_continued,
+    assert_written,
+    batches,
+    brute_force,
+)
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -23,6 +30,7 @@ def test_the_loop_knows_the_written_cases(name):
 @given(batches())
 def test_drawn_batches(batch):
     assert_as_brute_force(match_suffixes, batch)
+    assert_continued(continue_matches, batch, match_suffixes(*batch))
 
 
 def test_the_table_stays_as_it_is():

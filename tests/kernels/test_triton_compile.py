@@ -104,7 +104,9 @@ class Compiler:
         token_ids = torch.empty(2, max_len, dtype=dtype)
         numbers = torch.empty(2 * num_seqs + 1, dtype=torch.int64)
         slots, known_lens = numbers[1 : num_seqs + 1], numbers[num_seqs + 1 :]
-        copy_match.match_suffixes(token_ids, slots, known_lens, 2, max_match, max_len)
+        texts = token_ids, slots, known_lens
+        found = copy_match.match_suffixes(*texts, 2, max_match, max_len)
+        copy_match.continue_matches(*texts, found.starts, max_match, 2 * max_len, -max_match)
 
 
 @pytest.fixture
@@ -193,7 +195,7 @@ def test_commit_and_confidence_compile_for_sm90(offline, dtype):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_prompt_lookup_compiles_for_sm90(offline, dtype):
     offline.launch_match(64, dtype=dtype)
-    assert len(offline.kernels) == 2
+    assert len(offline.kernels) == 3
     assert_builds(offline.kernels)
 
 
@@ -210,5 +212,6 @@ def test_no_batch_shape_compiles_again(specialisations):
         specialisations.launch_match(num_rows, max_len=100 + num_rows, max_match=2 + num_rows % 16)
     names = [name for name, _ in specialisations.keys]
     assert names.count("_commit_kernel") == 1
-    assert names.count("_match_kernel") == names.count("_select_kernel") == 1
+    for name in ("_match_kernel", "_select_kernel", "_continue_kernel"):
+        assert names.count(name) == 1
     assert names.count("_confidence_kernel") == 4  # splits

@@ -1,4 +1,4 @@
-"""Cases of `match_suffixes`, and the answers that a plain loop gives."""
+"""Cases of `match_suffixes` and `continue_matches`, and the answers that a plain loop gives."""
 
 import hypothesis.strategies as st
 import torch
@@ -83,3 +83,19 @@ def assert_as_brute_force(match_suffixes, batch, device="cpu"):
     ]
     assert found.match_lens.dtype == found.starts.dtype == torch.int64
     assert list(zip(*(x.tolist() for x in found), strict=True)) == expected
+
+
+def assert_continued(continue_matches, batch, found, device="cpu"):
+    """Copies of 7 and of 200 tokens of ids below 2; -5 where nothing matched."""
+    token_ids, slots, known_lens, *_ = batch
+    rows = zip(slots.tolist(), known_lens.tolist(), *(x.tolist() for x in found), strict=True)
+    expected = []
+    for slot, known_len, length, start in rows:
+        followed = token_ids[slot, start:known_len].clamp(0, 1).tolist()
+        copied = [followed[i % len(followed)] for i in range(200)] if length else [-5] * 200
+        expected.append(copied)
+    for longest in (7, 200):
+        tensors = (x.to(device) for x in (token_ids, slots, known_lens, found.starts))
+        copied = continue_matches(*tensors, longest, 2, -5)
+        assert copied.dtype == torch.int64
+        assert copied.tolist() == [tokens[:longest] for tokens in expected]
