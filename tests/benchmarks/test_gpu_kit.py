@@ -300,6 +300,9 @@ def test_where_two_answers_part(ours, plain, place):
 OURS = {"speculative": {"method": "failfast"}, "must_agree": True, "must_draft": True, "pair": "p"}
 
 
+LEADS = [2.5, 1e-3]  # of the first and second token of every answer
+
+
 def loads(*answers, passes=4):
     """What an engine found whose loads had these answers."""
     return {"loads": [{"requests": len(a), "passes": passes, "answers": a} for a in answers]}
@@ -310,6 +313,8 @@ def loads(*answers, passes=4):
     [
         (OURS, loads([[1, 2]], [[3]]), [[1, 2], [3]], ""),
         (OURS, loads([[1, 2], [4]]), [[1, 2], [3]], "only 1 of 2 answers are the same"),
+        (OURS, loads([[1, 2], [3, 4]]), [[1, 2], [3, 5]], ""),  # a tie: see LEADS
+        (OURS, loads([[1, 2], [3, 4]]), [[1, 2], [3]], "only 1 of 2 answers are the same"),
         ({**OURS, "must_agree": False}, loads([[1], [4]]), [[1], [3]], ""),
         (
             OURS,
@@ -334,7 +339,8 @@ def loads(*answers, passes=4):
     ],
 )
 def test_what_is_wrong_with_an_engine(spec, result, plain, problem):
-    assert engine.judge(spec, result, plain) == problem
+    leads = plain and [LEADS[: len(answer)] for answer in plain]
+    assert engine.judge(spec, result, plain, leads) == problem
     assert not any("answers" in load for load in result["loads"])
     if not problem and spec["speculative"] and plain is not None:
         assert result["same_answers"].endswith(f"of {len(plain)}")
@@ -360,10 +366,12 @@ def test_every_line_of_the_real_shapes_says_what_is_made_up(tmp_path):
         assert spec["engine"]["load_format"] == "dummy"
         assert ("SYNTHETIC acceptance" in spec["name"]) == (spec["synthetic_rate"] is not None)
         assert spec["label"] in spec["name"]
-    plain = [spec["engine"] for spec in first if spec["speculative"] is None]
-    assert any("async_scheduling" not in settings for settings in plain)
-    assert any(settings.get("async_scheduling") is False for settings in plain)
-    assert not any(spec["if_time"] for spec in first)
+    plain = [
+        [spec["engine"] for spec in wave if spec["speculative"] is None] for wave in (first, second)
+    ]
+    assert all("async_scheduling" not in settings for settings in plain[0])
+    assert any(settings.get("async_scheduling") is False for settings in plain[1])
+    assert [spec["if_time"] for spec in (*first, *second)] == [False] * 4 + [True] * 6
 
 
 ENGINE = """
@@ -378,7 +386,7 @@ for index in map(int, sys.stdin):
         time.sleep(60)
     load = {"requests": 1, "index": index, "began": time.time(), "passes": 3}
     time.sleep(0.1)
-    load |= {"ended": time.time(), "answers": [spec["answer"]]}
+    load |= {"ended": time.time(), "answers": [spec["answer"]], "leads": [[3.0, 3.0]]}
     print(json.dumps(load), file=send)
 """
 
@@ -474,7 +482,7 @@ def in_this_process(spec):
 def test_shrunken_shapes_with_random_weights_draft(tmp_path):
     ((_, spec, _),) = engine.real_waves(True, tmp_path)
     result = in_this_process(spec)
-    assert engine.judge(spec, result, None) == ""
+    assert engine.judge(spec, result, None, None) == ""
     assert result["loads"][0]["passes"] > 0
     assert "SYNTHETIC" not in spec["label"]
 
@@ -491,9 +499,11 @@ def test_the_small_runs_on_a_cpu():
     """Catches engines that do not start or draft, and a comparison that finds no answers."""
     specs = list(engine.small_runs(True))
     plain, ours = ({"name": spec["name"]} | in_this_process(spec) for spec in specs)
-    answers = engine.answers_of(specs[0], plain)
-    assert engine.judge(specs[0], plain, answers) == ""
-    assert engine.judge(specs[1], ours, answers) == ""
+    answers, leads = (engine.of_all_loads(specs[0], plain, key) for key in ("answers", "leads"))
+    assert [len(lead) for lead in leads] == [len(answer) for answer in answers]
+    assert min(map(min, leads)) >= 0
+    assert engine.judge(specs[0], plain, answers, leads) == ""
+    assert engine.judge(specs[1], ours, answers, leads) == ""
     assert_small_runs(plain, ours)
 
 
