@@ -94,17 +94,6 @@ class CostTable:
         self._extra *= kept
         self._set(self._start[2:-1] + self._extra)
 
-    def at_start(self, size: int) -> float:
-        """Time of a pass of `size` rows, as measured at start-up."""
-        return float(np.interp(size, self._knots, self._start))
-
-    def refute_start(self, share: float) -> None:
-        """Start-up times were too long: take this share, but keep what serving has found."""
-        before = self._start[2:-1].copy()
-        self._start *= share
-        self._extra += np.minimum(self._weights, 1.0) * (before - self._start[2:-1])
-        self._set(self._start[2:-1] + self._extra)
-
 
 class Costs:
     """Times of this server's parts of a step.
@@ -123,7 +112,6 @@ class Costs:
         self.plain = CostTable(verify.sizes.astype(int).tolist(), verify.ms.tolist())
         self.overhead_ms = 0.0  # of drafting, outside the passes
         self.look_ms = 0.0  # what a look in vain adds to a plain step
-        self._shares: list[float] = []  # of its start-up time that a plain step takes
 
     def forget(self, looks: float = 1.0) -> None:
         self.draft.forget(looks)
@@ -151,21 +139,6 @@ class Costs:
         for i in range(0, len(steps_ms), LEARNED_STEPS):
             part = steps_ms[i : i + LEARNED_STEPS]
             self.plain.correct(num_seqs, sum(part) / len(part))
-
-    def plain_took(self, num_tokens: int, ms: float) -> None:
-        """Learn from a step without drafts that was waited for, as those at start-up are.
-
-        If it takes less than at start-up, the machine was busy then. So it was for draft passes,
-        which were timed in turns with it, and which too long times would keep from being tried.
-        """
-        self._shares.append(ms / self.verify.at_start(num_tokens))
-        if len(self._shares) < LEARNED_STEPS:
-            return
-        share, self._shares = sum(self._shares) / LEARNED_STEPS, []
-        if share < 1.0:
-            self.verify.refute_start(share)
-            self.draft.refute_start(share)
-            self.score_ms *= share
 
     def draft_ms(self, rows: npt.NDArray[Any], num_scores: npt.NDArray[Any]) -> Floats:
         """Time of draft passes by their size, see `Planner.pass_took`."""

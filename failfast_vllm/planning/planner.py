@@ -41,7 +41,7 @@ MARGIN = 1.1
 LEARNING_STEPS = 8  # steps whose drafts are learned from at once
 
 # Committing what was skipped has to pay within so many rounds: answers may end after few.
-AMORTISED_ROUNDS = 2
+AMORTISED_ROUNDS = 4
 
 # The first steps of a rest say nothing of the others: where steps are scheduled ahead they fill the
 # queue, elsewhere they find caches that are full of drafting. Where steps are scheduled ahead, one
@@ -183,11 +183,10 @@ class LoadPlanner(Planner):
         elif known and self.guard.knows_plain:
             if not self.schedules_ahead:
                 self.costs.plain.correct(num_tokens, waited_ms)
-            if num_tokens == num_seqs:
-                self.costs.plain_took(num_seqs, waited_ms)
-                if self._num_rested >= REST_STEPS and len(self._first_ms) == FIRST_STEPS:
-                    steps_ms = first_ms + waited_ms
-                    self.costs.looked(num_seqs, drafting_ms, steps_ms, FIRST_STEPS + 1)
+            rested = self._num_rested >= REST_STEPS and len(self._first_ms) == FIRST_STEPS
+            if rested and num_tokens == num_seqs:
+                steps_ms = first_ms + waited_ms
+                self.costs.looked(num_seqs, drafting_ms, steps_ms, FIRST_STEPS + 1)
 
     def step_ended(self, req_ids: Sequence[str], num_drafted: int) -> None:
         """The drafts of the step are made, see `Planner`."""

@@ -4,7 +4,8 @@ import types
 
 import pytest
 
-from failfast_vllm.integration.engine_hooks import _rests, let_it_rest
+from failfast_vllm.integration import startup
+from failfast_vllm.integration.engine_hooks import _rests, _warm_up, let_it_rest
 
 STEPS = 5  # which of the coming steps looks
 
@@ -56,3 +57,23 @@ def test_who_is_left_alone(given, asks):
     let_it_rest(lambda: asked.append(1), engine, given.get("model_executed", True))
     assert bool(asked) == asks
     assert engine.scheduler.failfast_rest[0] == (STEPS if asks else STEPS - 1)
+
+
+def test_everything_is_compiled_before_the_monitor_listens(monkeypatch):
+    """Catches a kernel of the copy lane that the first look for a copy compiles."""
+    done = []
+
+    def note(name):
+        return lambda *_: done.append(name)
+
+    drafter = types.SimpleNamespace(
+        model=types.SimpleNamespace(warm_up_kernels=note("passes")),
+        copies=types.SimpleNamespace(warm_up=note("copies")),
+    )
+    runner = types.SimpleNamespace(drafter=types.SimpleNamespace(drafter=drafter))
+    worker = types.SimpleNamespace(
+        model_runner=runner, _maybe_activate_jit_monitor=note("vLLM listens")
+    )
+    monkeypatch.setattr(startup, "start_serving", note("serves"))
+    _warm_up(worker, lambda: worker._maybe_activate_jit_monitor())
+    assert done == ["passes", "copies", "serves", "vLLM listens"]

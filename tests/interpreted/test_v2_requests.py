@@ -154,6 +154,26 @@ def test_a_step_without_drafts_reports_nothing():
     assert speculator.session.stats.num_steps == 1
 
 
+@pytest.mark.parametrize(("steps_to_look", "reads"), [(1, True), (2, False)])
+def test_the_outcome_is_read_while_the_target_runs(monkeypatch, steps_to_look, reads):
+    """Catches launches that the GPU waits for, and those of a rest, in which nobody will ask."""
+    from failfast_vllm.integration import v2
+    from failfast_vllm.integration.session import Session
+    from failfast_vllm.observe.counters import DraftStats
+
+    begun = []
+    monkeypatch.setattr(v2._View, "start_reading", lambda view: begun.append(view))
+    planner = types.SimpleNamespace(steps_to_look=steps_to_look, fewest_at_rest=0.0)
+    speculator = object.__new__(v2.FailFastSpeculator)
+    drafter = types.SimpleNamespace(planner=planner)
+    speculator.session = Session(drafter, DraftStats(), frozenset())
+    speculator.draft_tokens, speculator.num_speculative_steps = torch.zeros(4, 6), 6
+    speculator.req_states = None
+    batch = types.SimpleNamespace(num_reqs=2, num_tokens=2, req_ids=["a", "b"])
+    speculator.propose(batch, *[None] * 4, torch.ones(2), *[None] * 5)
+    assert begun == [speculator.postponed()] * reads
+
+
 @pytest.mark.parametrize(("is_profile", "num_passes"), [(True, 1), (False, 0)])
 def test_dummy_runs_take_a_pass_only_to_profile(monkeypatch, is_profile, num_passes):
     """Catches a pass over the whole drafter in each step of a data-parallel rank without work."""

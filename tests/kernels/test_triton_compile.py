@@ -199,6 +199,17 @@ def test_prompt_lookup_compiles_for_sm90(offline, dtype):
     assert_builds(offline.kernels)
 
 
+def test_the_copy_lane_compiles_nothing_while_serving(specialisations, monkeypatch):
+    from failfast_vllm.drafting.copying import OwnText
+
+    monkeypatch.setenv("FAILFAST_TRITON", "1")
+    OwnText(50_000, torch.device("cpu")).warm_up()
+    warm = set(specialisations.keys)
+    assert len(warm) == 3
+    specialisations.launch_match(9, max_len=333, max_match=8)
+    assert set(specialisations.keys) == warm
+
+
 def test_no_batch_shape_compiles_again(specialisations):
     """A server that has seen every class of `launch_table` compiles nothing more."""
     for num_seqs in range(1, 150):

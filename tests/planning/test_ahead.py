@@ -16,7 +16,8 @@ PLAIN_MS, GAP_MS, DRAFT_MS = 5.0, 2.8, 4.0  # a step, what one waits that is not
 class Engine:
     """Steps of an engine, on a clock of its own; of each draft `accepted` tokens are accepted."""
 
-    def __init__(self, accepted=0, **given):
+    def __init__(self, accepted=0, look_ms=0.0, **given):
+        self.look_ms = look_ms  # of the host
         self.now, self.accepted, self.num_kept = 0.0, accepted, np.zeros(NUM_SEQS, dtype=int)
         self.looks = self.drafted_steps = self.tokens = 0
         self.rested = []  # steps in a row
@@ -59,6 +60,7 @@ class Engine:
         self.num_kept = np.zeros(NUM_SEQS, dtype=int)
         if not looks:
             return
+        self.now += self.look_ms
         zeros = np.zeros(NUM_SEQS, dtype=int)
         first, _ = self.planner.first(FirstPass(zeros + CAP, zeros + 8, zeros, zeros, zeros))
         if first.any():
@@ -74,6 +76,37 @@ def test_a_rest_waits_once():
     engine.run(2000)  # tries are paid for
     assert engine.run() < 1.05 * PLAIN_MS
     assert set(engine.rested[-20:]) == {REST_STEPS}
+
+
+@pytest.mark.parametrize(("look_ms", "steps"), [(0.0, 16), (2.0, 40), (4.0, 80), (40.0, 128)])
+def test_a_rest_is_as_long_as_the_look_after_it_is_dear(look_ms, steps):
+    """A look shall take a hundredth of the time; 40 ms take six of a hundred, in longest rests."""
+    engine = Engine(accepted=0, look_ms=look_ms)
+    engine.run(4000)
+    share = max(0.01, look_ms / PLAIN_MS / steps)
+    assert engine.run() < (1.01 + share) * PLAIN_MS
+    assert np.mean(engine.rested[-20:]) == pytest.approx(steps, abs=2)
+
+
+def test_a_look_costs_what_it_adds_to_plain_steps():
+    """The steps around it wait, too; a hiccup counts as four looks."""
+    costs = Engine().planner.costs
+    costs.looked(NUM_SEQS, 1.0, 3 * PLAIN_MS + 3.0, 3)
+    assert costs.look_ms == 4.0
+    assert costs.rest_steps(NUM_SEQS) == 4.0 / (0.01 * PLAIN_MS)
+    costs.looked(NUM_SEQS, 100.0, 2 * PLAIN_MS, 3)
+    assert costs.look_ms == pytest.approx(0.9 * 4.0 + 0.1 * 16.0)
+
+
+def test_longer_rests_forget_no_less():
+    """Catches a planner that believes in one bad measurement for eight times as long."""
+    planner = Engine().planner
+    planner.acceptance.trials[:] = 100.0
+    for num_rested in (0, REST_STEPS, 6 * REST_STEPS):
+        planner._num_rested, planner.guard.steps_to_rest = num_rested, num_rested
+        assert planner.step_began(REQ_IDS, NUM_SEQS)
+        planner.observe([])
+    assert planner.acceptance.trials[0] == pytest.approx(100 * 0.99 ** (1 + 1 + 6))
 
 
 def test_plain_steps_are_known_from_those_in_a_row():
