@@ -26,7 +26,7 @@ GPU = ROOT / "benchmarks" / "gpu"
 BUILT = ROOT / ".gpu"  # git-ignored: what prepare.sh builds, and all that the phases leave
 SITE = BUILT / "site"  # the carried vLLM, once unpacked
 OURS = BUILT / "ours"  # this checkout's packages
-SECONDS = {  # limit of each phase; 13 minutes in all, without what starting a machine takes
+SECONDS = {  # limit of each phase, without what starting a machine takes
     "unpack": 30,
     "probe": 40,
     "kernels": 170,
@@ -34,6 +34,8 @@ SECONDS = {  # limit of each phase; 13 minutes in all, without what starting a m
     "real": 220,
     "tune": 90,
     "bench": 70,
+    "rounds": 80,
+    "serve": 170,
 }
 MIN_SECONDS = 5  # below it nothing is started
 LAST_LINES = 12  # of a command's output, in the JSON file
@@ -65,10 +67,13 @@ def steps_of(phase, seconds, tiny=False):
         return one(ours("gpu/unpack.py", str(BUILT), str(SITE)))
     if phase == "probe":
         return one(ours("gpu/probe.py", "--json", "{json}"))
+    shrunken = ["--tiny"] if tiny else []
+    if phase in ("rounds", "serve"):
+        return one(ours(f"gpu/{phase}.py", "--json", "{json}", *shrunken))
     if phase in ("small", "real"):
         # the script ends itself, so that the engines that did run are reported
         args = ["--seconds", f"{max(1, seconds - 8):.0f}", "--json", "{json}"]
-        return one(ours("gpu/engine.py", phase, *args, *(["--tiny"] if tiny else [])))
+        return one(ours("gpu/engine.py", phase, *args, *shrunken))
     if phase == "tune":
         args = ["--quick", "--write", "--seconds", f"{max(1, seconds - 15):.0f}"]
         return one(ours("tune_kernels.py", *args))
@@ -293,7 +298,7 @@ def main(argv=None):
         "--out", type=Path, help="results; default: $OUT, else .gpu/results in the checkout"
     )
     parser.add_argument(
-        "--tiny", action="store_true", help="small, real: the scripts themselves, on a CPU"
+        "--tiny", action="store_true", help="engines shrunken: the scripts themselves, on a CPU"
     )
     args = parser.parse_args(argv)
     out = (args.out or Path(os.environ.get("OUT") or BUILT / "results")).resolve()

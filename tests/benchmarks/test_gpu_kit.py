@@ -92,7 +92,8 @@ def test_a_phase_that_fails_does_not_stop_the_next(failing, status, monkeypatch,
 
 
 def test_limits_fit_a_lease():
-    assert sum(phases.SECONDS.values()) <= 13 * 60
+    asked_first = set(phases.SECONDS) - {"rounds", "serve"}
+    assert sum(phases.SECONDS[phase] for phase in asked_first) <= 13 * 60
     for phase, seconds in phases.SECONDS.items():
         for step in phases.steps_of(phase, seconds):
             assert 0 < step.seconds <= seconds
