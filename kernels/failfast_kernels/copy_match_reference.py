@@ -63,7 +63,9 @@ def continue_matches(
     """Copy what followed each match; at the end of the known tokens it starts again.
 
     Args:
-        token_ids, slots, known_lens: as for `match_suffixes`.
+        token_ids: as for `match_suffixes`.
+        slots: as for `match_suffixes`.
+        known_lens: as for `match_suffixes`.
         starts: as it returns them.
         longest: tokens of each copy.
         vocab_size: an id beyond it is copied as another, as is an unknown token.
