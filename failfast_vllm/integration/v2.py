@@ -74,8 +74,7 @@ class _View(View):
         if self.on_host is None:
             self.start_reading()
         assert self.on_host is not None
-        if self.adapter.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+        wait_for_copies(self.adapter.device)
         on_host, most = self.on_host.numpy(), self.most_emitted
         self.known_lens, self.committed_lens, self.computed_lens, num_emitted = on_host[:, :4].T
         self.emitted = [
@@ -108,6 +107,12 @@ class _View(View):
         if self.batch.has_structured_output_reqs:
             return drafts.to_lists()
         return [[-1] * length for length in drafts.lens.tolist()]
+
+
+def wait_for_copies(device: torch.device) -> None:
+    """Wait until what was to be copied to the host is there."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 class _Speculator(Adapter):
