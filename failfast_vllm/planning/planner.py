@@ -41,7 +41,7 @@ MARGIN = 1.1
 LEARNING_STEPS = 8  # steps whose drafts are learned from at once
 
 # Committing what was skipped has to pay within so many rounds: answers may end after few.
-AMORTISED_ROUNDS = 4
+AMORTISED_ROUNDS = 2
 
 # The first steps of a rest say nothing of the others: where steps are scheduled ahead they fill the
 # queue, elsewhere they find caches that are full of drafting. Where steps are scheduled ahead, one

@@ -504,22 +504,6 @@ def test_who_has_a_long_prompt_to_commit_keeps_no_other_from_drafting(commits, d
     assert (passes <= wanted).all()
 
 
-def test_a_commit_may_pay_within_a_few_rounds():
-    """Catches a GPU that drafts for none of eight requests, though each round saves half the time.
-
-    About the times of one H200 with 7B + 1.5B, on which 4,096 rows to commit may take 25 ms.
-    """
-    draft, verify = CostTable([1, 1000], [1.8, 7.5]), CostTable([1, 64, 352], [6.0, 6.3, 10.5])
-    planner = LoadPlanner(Costs(draft, verify), CAP, INCREMENT)
-    planner.costs.plain, planner.costs.overhead_ms = CostTable([1, 1000], [4.65, 4.65]), 1.8
-    eight = np.full(8, 16)
-    asked = FirstPass(eight + 44, eight, 32 * eight, 32 * eight, 0 * eight)
-    passes, _ = planner.first(asked)
-    assert passes.all()
-    planner.costs.draft = CostTable([1, 1000], [1.8, 60.0])  # eight times as dear
-    assert not planner.first(asked)[0].any()
-
-
 def test_growth_goes_where_the_draft_is_likely_to_survive():
     """Catches increments that go to the longest draft, or to the first in the batch."""
     planner = planner_with(rate=0.5, ms_per_token=0.2)
