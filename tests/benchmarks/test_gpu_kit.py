@@ -28,9 +28,9 @@ def script(path):
     return module
 
 
-phases, engine, prune_fatbin, pack, unpack, probe = (
+phases, engine, prune_fatbin, pack, unpack, probe, rounds, serve = (
     script(GPU / f"{name}.py")
-    for name in ("phases", "engine", "prune_fatbin", "pack", "unpack", "probe")
+    for name in ["phases", "engine", "prune_fatbin", "pack", "unpack", "probe", "rounds", "serve"]
 )
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
 
@@ -486,6 +486,48 @@ def test_shrunken_shapes_with_random_weights_draft(tmp_path):
     assert engine.judge(spec, result, None, None) == ""
     assert result["loads"][0]["passes"] > 0
     assert "SYNTHETIC" not in spec["label"]
+
+
+@no_gpu
+def test_rounds_are_timed_by_function(tmp_path):
+    from failfast_vllm.drafting.drafter import Drafter
+
+    ((_, spec, _),) = engine.real_waves(True, tmp_path)
+    before, found = Drafter.propose, []
+    rounds.run(spec, (2,), 12, found.append)
+    assert Drafter.propose is before
+    (load,) = found
+    host_ms = load["host_ms_per_round"]
+    assert load["ms_per_round"] > host_ms["Session.step"] > host_ms["Drafter.propose"]
+    assert host_ms["Drafter.propose"] > host_ms["HostedDraftModel.forward"] > 0
+    assert "gpu_busy_ms_per_round" not in load
+
+
+METRICS = """
+# HELP failfast:draft_passes_total passes
+failfast:draft_passes_total{engine="0"} 3.0
+failfast:draft_passes_total{engine="1"} 4.0
+failfast:draft_passes_created{engine="0"} 1.7e9
+vllm:num_requests_running{engine="0"} 0.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("together", "again", "metrics", "fine"),
+    [
+        ("a b c d e None g", "a b c d", METRICS, True),
+        ("a b c d e None g", "a b c x", METRICS, False),  # another answer than before
+        ("a b x d e None g", "a b c d", METRICS, False),  # than alone
+        ("a b c d e None ", "a b c d", METRICS, False),  # none
+        ("a b c d e None g", "a b c d", METRICS.replace("3.0", "0").replace("4.0", "0"), False),
+    ],
+)
+def test_what_is_wrong_with_a_server(together, again, metrics, fine):
+    texts = [None if text == "None" else text for text in together.split(" ")]
+    found = serve.judge(["a", "b", "c", "d"], texts, again.split(), metrics)
+    assert found["left"] == 1
+    assert set(found["metrics"]) == {"failfast:draft_passes_total"}
+    assert serve.is_fine(found) == fine
 
 
 def assert_small_runs(plain, ours):
