@@ -1,6 +1,6 @@
 """One step of drafting, and what the adapters of both model runners have in common."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,7 +157,7 @@ class Adapter:
     device: torch.device
     model: torch.nn.Module  # the drafter's
     session: Session | None = None  # set by `open_session`
-    postponed: Callable[[], View] | None = None  # the step that `take_drafts` drafts for
+    postponed: View | None = None  # the step that `take_drafts` drafts for
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -201,7 +201,7 @@ class Adapter:
         """The next step has begun: what was postponed stays undrafted."""
         unasked, self.postponed = self.postponed, None
         if unasked is not None and self.session is not None:
-            self.session.rested(unasked())
+            self.session.rested(unasked)
 
     def take_drafts(self) -> DraftTokenIds | None:
         """What the scheduler is told of the postponed step; None where there is none."""
@@ -209,7 +209,7 @@ class Adapter:
         if view is None:
             return None
         assert self.session is not None
-        return self.session.step(view())
+        return self.session.step(view)
 
     def target_step(self, runner: Any, num_tokens: int) -> torch.Tensor:
         """Logits of a step of the target, as vLLM runs it: in a graph if one fits."""

@@ -4,7 +4,6 @@ The runner offers each step to `postpone`, after the accepted tokens are booked.
 out, vLLM's engine asks for drafts: `take_drafts`.
 """
 
-import functools
 import itertools
 from typing import Any
 
@@ -83,8 +82,7 @@ class _Proposer(Adapter):
     ) -> list[list[int]]:
         """The runner has booked a step's tokens, which nobody has seen yet: no drafts so far."""
         emitted = [list(ids) for ids in sampled_token_ids]  # a scheduler in this process cuts them
-        step = scheduler_output, emitted, common_attn_metadata
-        self.postponed = functools.partial(_View, self, *step)
+        self.postponed = _View(self, scheduler_output, emitted, common_attn_metadata)
         return [[]] * len(emitted)
 
     def begin(self, runner: Any, scheduler_output: Any) -> None:

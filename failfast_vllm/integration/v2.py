@@ -170,8 +170,7 @@ class _Speculator(Adapter):
         if not dummy_run:
             most = num_speculative_tokens
             most = self.num_speculative_steps if most is None else most
-            view = _View(self, input_batch, num_sampled, most)
-            self.postponed = lambda: view
+            view = self.postponed = _View(self, input_batch, num_sampled, most)
             if self.session is not None and self.session.looks_next:
                 view.start_reading()
         elif is_profile:  # not on a data-parallel rank without work: our passes wait for no other

@@ -81,10 +81,15 @@ class LookBalance:
         self.steps_to_rest -= 1
         return self.steps_to_rest < 0
 
-    def looked(self, gain_ms: float, rest_steps: int = REST_STEPS) -> None:
-        """The copies of a step are expected to save so much time; if that is too little, rest."""
+    def looked(self, gain_ms: float, looks: float = 1.0, rest_steps: int = REST_STEPS) -> None:
+        """The copies of a step are expected to save so much time; if that is too little, rest.
+
+        Args:
+            looks: that would be over if none had been left out.
+        """
         self._num_looks += 1
-        self._gain_ms += self._rate * (gain_ms - self._gain_ms)
+        kept = (1.0 - self._rate) ** looks
+        self._gain_ms = kept * self._gain_ms + (1.0 - kept) * gain_ms
         if self._num_looks >= FEWEST_LOOKS and self._gain_ms < self.cost_ms:
             self.steps_to_rest = rest_steps
 

@@ -271,7 +271,7 @@ class LoadPlanner(Planner):
         if self.copies:
             saved_ms = self._rate * ms * plain_ms / num_seqs - ms
             gain_ms = saved_ms + self._balance.cost_ms * bool(copied.any())
-            self._balance.looked(gain_ms, self.costs.rest_steps(num_seqs))
+            self._balance.looked(gain_ms, self._looks_over, self.costs.rest_steps(num_seqs))
         return copied, gains
 
     def _passes(

@@ -214,7 +214,7 @@ def test_what_is_read_of_the_v1_runner():
         step, emitted, SimpleNamespace(block_table_tensor=torch.zeros(3, 4))
     ) == [[], []]
     emitted[0].pop()
-    view = adapter.postponed()
+    view = adapter.postponed
     view.read_outcome()
     view.read_state(np.array([True, False]))
     assert view.emitted == [[1, 2], []], "a scheduler in this process cuts its own list"
@@ -230,7 +230,7 @@ def test_what_is_read_of_the_v1_runner():
 def test_a_step_begins_on_v1():
     """Catches drafts for a step that is over; rests, ends and new pages that nobody hears of."""
     log, adapter = [], proposer()
-    adapter.postponed = lambda: "view"
+    adapter.postponed = "view"
     adapter.session = SimpleNamespace(rested=log.append, forget=log.append)
     adapter.clear_new_pages = lambda step, group, size: log.append((group, size))
     adapter.begin("runner", SimpleNamespace(finished_req_ids={"a"}))
@@ -241,7 +241,7 @@ def test_a_step_begins_on_v1():
 def test_a_step_is_drafted_for_once():
     adapter = object.__new__(Adapter)
     adapter.session = SimpleNamespace(step=lambda view: view)
-    adapter.postponed = lambda: "view"
+    adapter.postponed = "view"
     assert [adapter.take_drafts(), adapter.take_drafts()] == ["view", None]
 
 

@@ -147,7 +147,7 @@ def test_a_step_without_drafts_reports_nothing():
     speculator = object.__new__(FailFastSpeculator)
     drafter = types.SimpleNamespace(planner=resting)
     speculator.session = Session(drafter, DraftStats(), frozenset())
-    speculator.postponed = lambda: types.SimpleNamespace(req_ids=["a"], num_tokens=1)
+    speculator.postponed = types.SimpleNamespace(req_ids=["a"], num_tokens=1)
     assert speculator.take_drafts() is None
     assert speculator.session.stats.num_steps == 1
     assert speculator.take_drafts() is None
@@ -171,7 +171,7 @@ def test_the_outcome_is_read_while_the_target_runs(monkeypatch, steps_to_look, r
     speculator.req_states = None
     batch = types.SimpleNamespace(num_reqs=2, num_tokens=2, req_ids=["a", "b"])
     speculator.propose(batch, *[None] * 4, torch.ones(2), *[None] * 5)
-    assert begun == [speculator.postponed()] * reads
+    assert begun == [speculator.postponed] * reads
 
 
 @pytest.mark.parametrize(("is_profile", "num_passes"), [(True, 1), (False, 0)])

@@ -180,3 +180,16 @@ def test_the_cost_of_looks_is_learned_whenever_it_is_first_measured():
         balance.looked(0.0)
     balance.took(2.0)
     assert balance.cost_ms > 0.0
+
+
+def test_a_look_after_a_long_rest_counts_for_those_left_out():
+    """Catches text that repeats itself again, and a planner that takes a minute to notice."""
+    often, seldom = LookBalance(), LookBalance()
+    for balance in (often, seldom):
+        for _ in range(60):
+            balance.looked(0.0)
+    for _ in range(8):
+        often.looked(3.0)
+    seldom.looked(3.0, looks=8.0)
+    assert seldom._gain_ms == pytest.approx(often._gain_ms)
+    assert seldom._gain_ms > 0.4
