@@ -1,6 +1,6 @@
 """The Triton kernels beside what one would use instead, at the shapes of Qwen2.5-1.5B.
 
-Needs a CUDA device; no figure of it exists yet. Works without vLLM. Every candidate must first
+Needs a CUDA device; works without vLLM. Every candidate must first
 agree with the reference in float32: ours failing ends the run, a rival failing leaves it out.
 Inputs rotate through more memory than the L2 cache holds, all candidates take turns inside
 captured graphs (where they can be captured), and a figure is the median.
