@@ -19,8 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-import engine as kit
+sys.path.append(str(Path(__file__).parents[1]))
+from gpu import engine as kit
 
 FUNCTIONS = {
     "vllm.v1.engine.core:EngineCore": "post_step",

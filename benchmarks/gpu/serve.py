@@ -19,8 +19,8 @@ from pathlib import Path
 
 import httpx
 
-sys.path.insert(0, str(Path(__file__).parent))
-import engine as kit
+sys.path.append(str(Path(__file__).parents[1]))
+from gpu import engine as kit
 
 START_SECONDS, TOKENS = 150, 128
 LEAVES = 6  # of so many clients one leaves after three parts of its answer
