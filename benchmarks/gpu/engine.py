@@ -241,9 +241,17 @@ def be_confident(worker, rate):
     model.confidence = claim
 
 
+def drawn_prompts(spec, num_requests, length):
+    """Prompts of `length` tokens, the same for the same number."""
+    import torch
+
+    generator = torch.Generator().manual_seed(num_requests)
+    ids = torch.randint(10, spec["token_ids_below"], (num_requests, length), generator=generator)
+    return [{"prompt_token_ids": row} for row in ids.tolist()]
+
+
 def serve(spec, indices, send):
     """Start one engine and send facts about it; run the loads of `indices`, sending a line each."""
-    import torch
     from vllm import SamplingParams
 
     from failfast_vllm.tools import offline
@@ -285,10 +293,7 @@ def serve(spec, indices, send):
             num_requests, *length, num_tokens = spec["loads"][index]
             prompts = spec.get("prompts", [])[:num_requests]
             if length:
-                generator = torch.Generator().manual_seed(num_requests)
-                shape = (num_requests, *length)
-                ids = torch.randint(10, spec["token_ids_below"], shape, generator=generator)
-                prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
+                prompts = drawn_prompts(spec, num_requests, *length)
             if index not in warm:
                 answer(prompts, min(16, num_tokens))  # compiles, and fills caches
                 warm.add(index)
@@ -338,15 +343,17 @@ def compare(ours, plain, leads):
     """
     assert len(ours) == len(plain)
     places = [first_difference(a, b) for a, b in zip(ours, plain, strict=True)]
-    differing = sorted(
+    differing = [
         (place, lead[place] if place < len(lead) else None)
         for place, lead in zip(places, leads, strict=True)
         if place is not None
-    )
+    ]
+    differing.sort(key=lambda found: found[0])
     return {
         "same_answers": f"{len(ours) - len(differing)} of {len(ours)}",
         "first_differences": [place for place, _ in differing[:5]],
         "leads_there": [lead for _, lead in differing[:5]],
+        "all_tied": all(lead is not None and lead <= TIE for _, lead in differing),
     }
 
 
@@ -367,9 +374,7 @@ def judge(spec, result, plain, leads):
             problems.append("nothing to compare with: the engine without drafts gave no answers")
         else:
             result |= compare(answers, plain, leads)
-            if spec["must_agree"] and any(
-                lead is None or lead > TIE for lead in result["leads_there"]
-            ):
+            if spec["must_agree"] and not result["all_tied"]:
                 problems.append(f"only {result['same_answers']} answers are the same")
     if spec.get("must_draft") and not all(load.get("passes") for load in result["loads"]):
         problems.append("nothing was drafted")

@@ -35,7 +35,7 @@ FUNCTIONS = {
     "failfast_vllm.drafting.workspace:Workspace": "__init__ rows masks fill settle",
     "failfast_vllm.drafters.hosted:HostedDraftModel": "forward _run confidence",
 }
-REQUESTS, PROMPT, TOKENS = (1, 8, 32), 512, 160
+REQUESTS, TOKENS = (1, 8, 32), 160
 PROFILED = 48  # tokens under the profiler
 
 
@@ -89,7 +89,6 @@ def busy_ms(answer):
 
 def run(spec, loads, num_tokens, report):
     """Time an engine's rounds at each number of requests, and report what was found."""
-    import torch
     from vllm import SamplingParams
 
     from failfast_vllm.tools import offline
@@ -99,14 +98,10 @@ def run(spec, loads, num_tokens, report):
         timed(times, s)
 
         def answer(num_requests, max_tokens):
-            generator = torch.Generator().manual_seed(num_requests)
-            shape = (num_requests, spec["loads"][0][1])
-            ids = torch.randint(10, spec["token_ids_below"], shape, generator=generator)
+            prompts = kit.drawn_prompts(spec, num_requests, spec["loads"][0][1])
             params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
             began = time.perf_counter()
-            llm.generate(
-                [{"prompt_token_ids": row} for row in ids.tolist()], params, use_tqdm=False
-            )
+            llm.generate(prompts, params, use_tqdm=False)
             return (time.perf_counter() - began) * 1e3
 
         def rounds(num_requests, max_tokens):

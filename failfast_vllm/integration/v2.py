@@ -35,6 +35,8 @@ from failfast_vllm.integration.startup import drafters_config
 class _View(View):
     """`session.View` of an engine step; the runner's own state stays as it is until the next."""
 
+    on_host: torch.Tensor | None = None  # the verdict, once the stream has got so far
+
     def __init__(
         self,
         adapter: "_Speculator",
@@ -46,8 +48,6 @@ class _View(View):
         self.req_ids, self.num_reqs = input_batch.req_ids, input_batch.num_reqs
         self.num_sampled, self.num_tokens = num_sampled[: self.num_reqs], input_batch.num_tokens
         self.num_speculative_tokens = num_speculative_tokens
-
-    on_host: torch.Tensor | None = None  # the verdict, once the stream has got so far
 
     def start_reading(self) -> None:
         """Launch the copy of the verdict: lengths, and the last tokens of each request.
