@@ -539,7 +539,7 @@ def main():
         if args.kind == "small":
             waves, how = [list(small_runs(args.tiny))], {"in_turn": False}
         else:
-            waves, how = real_waves(args.tiny, Path(name)), {"in_turn": True, "rounds": 2}
+            waves, how = real_waves(args.tiny, Path(name)), {"in_turn": True, "rounds": 3}
         num_wrong = run_all(waves, until, report, **how)
     return 1 if num_wrong else 0
 
