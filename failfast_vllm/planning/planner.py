@@ -3,7 +3,9 @@
 Throughput is (tokens emitted) / (draft time + verification time). Three choices per step, each over
 the whole batch:
 
-- `LoadPlanner.first`: the length of the first pass that maximises it; 0 where no draft is best.
+- `LoadPlanner.first`: whose first pass is how long; 0 where no draft is best. It maximises the
+  geometric mean of what the sequences emit per ms, so that those left out, which wait for the
+  others' drafts, are not slowed down for a few that fly.
 - `LoadPlanner.following`, after each pass: which sequences go on.
 - `LoadPlanner.keep`, at the end: which drafted tokens are worth verifying.
 
@@ -282,7 +284,7 @@ class LoadPlanner(Planner):
         options = self._expected(asked, copied, copy_gains)
         tokens, ms, backlog_ms = options.tokens, options.ms, options.backlog_ms
         ms[0] = self._ms / (1.0 if self.guard.is_drafting or copied.any() else MARGIN)
-        rates = tokens / ms
+        rates = options.fair_tokens / ms
         option = 1 + int(rates[1:].argmax())
         if copied.any() and rates[0] >= MARGIN * rates[option]:
             return nothing, copied  # says nothing about steps without copies
@@ -294,7 +296,7 @@ class LoadPlanner(Planner):
         best = self.guard.decide(highest, option, loss_ms, num_seqs, self.costs.plain, rest_steps)
         if not best:
             return nothing, copied
-        self._rate = float(rates[best])
+        self._rate = float(tokens[best] / ms[best])
         passes = options.lens_of(best)
         return passes, np.where(passes > 0, 0, copied)
 
@@ -318,6 +320,9 @@ class LoadPlanner(Planner):
             return without + np.concatenate(([0.0], sums.ravel()))
 
         tokens = total(gains - copy_gains[order], num_seqs + float(copy_gains.sum()))
+        logs = np.log1p(copy_gains)
+        fair = total(np.log1p(gains) - logs[order], float(logs.sum()))
+        fair_tokens = num_seqs * np.exp(fair / num_seqs)
         verified = total(lens - copied[order], num_seqs + float(copied.sum()))
         # every token that comes out is committed once
         rows = total(lens + live_rows) + tokens
@@ -328,7 +333,8 @@ class LoadPlanner(Planner):
         scores = total(num_scores((seen - commit_rows)[:, None], ends[..., None]))
         backlog_ms = self.costs.draft_ms(rows + total(commit_rows), scores) - draft_ms
         ms += backlog_ms / AMORTISED_ROUNDS
-        return Options(tokens, ms, backlog_ms, np.where(by_pass, lens, 0), order, lasts)
+        lens = np.where(by_pass, lens, 0)
+        return Options(tokens, fair_tokens, ms, backlog_ms, lens, order, lasts)
 
     def following(
         self,

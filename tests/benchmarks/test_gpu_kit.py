@@ -92,7 +92,7 @@ def test_a_phase_that_fails_does_not_stop_the_next(failing, status, monkeypatch,
 
 
 def test_limits_fit_a_lease():
-    asked_first = set(phases.SECONDS) - {"rounds", "serve"}
+    asked_first = set(phases.SECONDS) - {"rounds", "serve", "text"}
     assert sum(phases.SECONDS[phase] for phase in asked_first) <= 13 * 60
     for phase, seconds in phases.SECONDS.items():
         for step in phases.steps_of(phase, seconds):
@@ -378,7 +378,7 @@ def test_every_line_of_the_real_shapes_says_what_is_made_up(tmp_path):
     ]
     assert all("async_scheduling" not in settings for settings in plain[0])
     assert any(settings.get("async_scheduling") is False for settings in plain[1])
-    assert [spec["if_time"] for spec in (*first, *second)] == [False] * 4 + [True] * 6
+    assert [spec["if_time"] for spec in (*first, *second)] == [False] * 3 + [True] * 7
 
 
 ENGINE = """
