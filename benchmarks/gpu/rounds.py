@@ -73,19 +73,7 @@ def busy_ms(answer):
         return answer(), None
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         found = answer()
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        profiler.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]
-    spans = sorted(
-        (event["ts"], event["ts"] + event["dur"])
-        for event in events
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
-    )
-    busy, until = 0.0, 0.0
-    for begin, end in spans:  # some overlap
-        busy += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return found, busy / 1e3
+    return found, kit.busy_ms(kit.gpu_events(profiler))
 
 
 def run(spec, loads, num_tokens, report):

@@ -3,9 +3,8 @@
 Throughput is (tokens emitted) / (draft time + verification time). Three choices per step, each over
 the whole batch:
 
-- `LoadPlanner.first`: whose first pass is how long, to maximise it; 0 where no draft is best. What
-  sequences gain that are left out of a pass, since they have much to commit, counts more: they
-  wait for the drafts of the others.
+- `LoadPlanner.first`: whose first pass is how long, to maximise it; 0 where no draft is best. Those
+  left out, since they have much to commit, wait for the others' drafts: see `options.even_out`.
 - `LoadPlanner.following`, after each pass: which sequences go on.
 - `LoadPlanner.keep`, at the end: which drafted tokens are worth verifying.
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -557,7 +558,34 @@ def assert_small_runs(plain, ours):
     assert ours["loads"][1]["passes"] > 0
 
 
-@no_gpu
+def test_a_profile_is_of_the_last_part_of_the_time():
+    """Catches busy time that counts what overlaps twice, and kernels of the prompts."""
+    events = [("gpu_memcpy", "copy", 0, 10), ("kernel", "prefill", 10, 500), ("cpu_op", "no", 0, 9)]
+    events += [
+        ("kernel", "decode", 800, 50),
+        ("kernel", "decode", 820, 60),
+        ("kernel", "x", 990, 10),
+    ]
+
+    class Profiler:
+        def stop(self):
+            self.stopped = True
+
+        def export_chrome_trace(self, path):
+            assert self.stopped
+            keys = ("cat", "name", "ts", "dur")
+            found = [dict(zip(keys, event, strict=True)) for event in reversed(events)]
+            Path(path).write_text(json.dumps({"traceEvents": found}))
+
+    worker = SimpleNamespace(kit_profiler=Profiler())
+    assert engine.stop_profiler(worker, 0.3) == {
+        "ms": 0.3,
+        "busy_ms": 0.09,
+        "kernels": [["decode", 2, 0.11], ["x", 1, 0.01]],
+    }
+    assert engine.stop_profiler(SimpleNamespace(), 0.3) == {}
+
+
 def test_more_weights_change_no_logit(tmp_path):
     """Catches rows at another place, a norm over too many elements, a way out that is not 0."""
     import torch
@@ -608,6 +636,7 @@ def test_a_wheel_that_was_carried_in_parts(tmp_path, monkeypatch):
     assert text.fetched(tmp_path) == (name, b"wheel", "1")
 
 
+@no_gpu
 def test_the_small_runs_on_a_cpu():
     """Catches engines that do not start or draft, and a comparison that finds no answers."""
     specs = list(engine.small_runs(True))
