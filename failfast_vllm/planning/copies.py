@@ -109,6 +109,9 @@ def choose_copies(
 ) -> Lengths:
     """The copies that maximise the tokens per ms of a step without draft passes.
 
+    Those that copy nothing wait for the others, so what counts is the geometric mean of both
+    groups' tokens per sequence, as in `options.even_out`. Tokens are taken by their chance.
+
     Args:
         survival: [num_seqs, max_len] see `CopyAcceptance.survival`.
         wanted: [num_seqs] most tokens that each may draft.
@@ -126,7 +129,9 @@ def choose_copies(
     gains = survival[seqs, columns]
     order = np.argsort(-gains, kind="stable")  # of equals the earlier: copies stay whole
     counts = np.arange(1, len(order) + 1)
-    rates = (num_seqs + gains[order].cumsum()) / verify(num_seqs + counts)
+    num_in = (columns[order] == 0).cumsum()  # sequences that copy
+    each_in = 1.0 + gains[order].cumsum() / num_in
+    rates = num_seqs * each_in ** (num_in / num_seqs) / verify(num_seqs + counts)
     best = int(rates.argmax())
     if rates[best] * plain_ms <= COPY_MARGIN * num_seqs:
         return np.zeros_like(wanted)

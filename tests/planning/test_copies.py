@@ -36,23 +36,45 @@ def first(planner, match_lens, wanted=CAP):
     return passes.tolist(), copies.tolist()
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_copies_maximise_the_rate(seed):
-    """Against all ways to cut every copy."""
-    rng = np.random.default_rng(seed)
-    acceptance = CopyAcceptance(3)
-    match_lens, wanted = rng.integers(0, 10, 3), rng.integers(0, 4, 3)
-    verify = CostTable([1, 20], [10.0, 10.0 + 19 * rng.uniform(0.1, 3.0)])
-    survival = acceptance.survival(match_lens)
+def test_copies_maximise_the_rate():
+    """Against all ways to cut every copy; taking tokens by their chance misses little."""
+    shares = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        acceptance = CopyAcceptance(3)
+        match_lens, wanted = rng.integers(0, 10, 3), rng.integers(0, 4, 3)
+        verify = CostTable([1, 20], [10.0, 10.0 + 19 * rng.uniform(0.1, 3.0)])
+        survival = acceptance.survival(match_lens)
 
-    def rate(cut):
-        gain = sum(survival[i, :n].sum() for i, n in enumerate(cut))
-        return (3 + gain) / float(verify(3 + sum(cut)))
+        def rate(cut, survival=survival, verify=verify):
+            gains = [1.0 + survival[i, :n].sum() for i, n in enumerate(cut) if n]
+            logs = len(gains) * np.log(np.mean(gains)) if gains else 0.0
+            return np.exp(logs / 3) / float(verify(3 + sum(cut)))
 
-    best = max(map(rate, itertools.product(*(range(n + 1) for n in wanted))))
-    lens = choose_copies(survival, wanted, verify, float(verify(3)))
-    assert (lens <= wanted).all()
-    assert rate(lens.tolist()) == pytest.approx(best, rel=0.011)  # less than that is not drafted
+        best = max(map(rate, itertools.product(*(range(n + 1) for n in wanted))))
+        lens = choose_copies(survival, wanted, verify, float(verify(3)))
+        assert (lens <= wanted).all()
+        shares.append(rate(lens.tolist()) / best)
+    assert min(shares) > 0.94
+    assert np.mean(shares) > 0.995
+
+
+@pytest.mark.parametrize(
+    ("num_matches", "copies"),
+    [
+        pytest.param(1, 0, id="seven would wait for one"),
+        pytest.param(8, 8, id="all"),
+    ],
+)
+def test_a_few_that_could_copy_hold_nobody_up(num_matches, copies):
+    """Catches copies that bring more tokens per ms and make most requests slower.
+
+    Two tokens of one in eight bring 1.2 times as many tokens in 1.17 times the time, which the other
+    seven wait for.
+    """
+    planner = make_planner(ms_per_token=2.0, drafts=False)
+    _, lens = first(planner, [20] * num_matches + [0] * (8 - num_matches))
+    assert sum(n > 0 for n in lens) == copies
 
 
 def test_acceptance_follows_the_length_of_the_match():
