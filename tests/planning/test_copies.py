@@ -69,8 +69,8 @@ def test_copies_maximise_the_rate():
 def test_a_few_that_could_copy_hold_nobody_up(num_matches, copies):
     """Catches copies that bring more tokens per ms and make most requests slower.
 
-    Two tokens of one in eight bring 1.2 times as many tokens in 1.17 times the time, which the other
-    seven wait for.
+    Two tokens of one in eight bring 1.2 times as many tokens in 1.17 times the time, which seven
+    wait for.
     """
     planner = make_planner(ms_per_token=2.0, drafts=False)
     _, lens = first(planner, [20] * num_matches + [0] * (8 - num_matches))
