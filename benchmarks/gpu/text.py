@@ -125,7 +125,7 @@ def run(model, prompts, until, report, tiny=False):
         report({"start_s": round(time.monotonic() - began, 1)})
         for concurrency, num_requests in ((2, 4),) if tiny else LOADS:
             if time.monotonic() > until:
-                report({"concurrency": concurrency, "left out": "no time left"})
+                report({"concurrency": concurrency, "left out": kit.NO_TIME})
                 continue
             bar = contextlib.nullcontext()
             bar.set_description = bar.update = lambda *_: None

@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -617,6 +618,32 @@ def test_more_weights_change_no_logit(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(found(ids).logits, model(ids).logits)
     assert (wide / "chat_template.jinja").read_text() == "hello"
+
+
+def test_engines_of_real_text_start_side_by_side_and_are_closed(monkeypatch, tmp_path):
+    from failfast_vllm.tools import bench, load_generator
+
+    both, closed, rows = threading.Barrier(2, timeout=30), [], []
+
+    class Process:
+        def __init__(self, name, speculative, settings, prompts, max_tokens):
+            self.name = name
+            assert (speculative is None) == (name == "none")
+            both.wait()
+
+        def close(self):
+            closed.append(self.name)
+
+    monkeypatch.setattr(load_generator, "EngineProcess", Process)
+    monkeypatch.setattr(bench, "measure_point", lambda started, *_: dict.fromkeys(started, "runs"))
+    monkeypatch.setattr(bench, "make_row", lambda name, *_: {"method": name})
+    text.run(tmp_path, [{"task": "chat"}], time.monotonic() + 60, rows.append, tiny=True)
+    assert [row.get("method") for row in rows] == [None, "none", "failfast"]
+    assert sorted(closed) == ["failfast", "none"]
+    closed.clear()
+    text.run(tmp_path, [{"task": "chat"}], time.monotonic() - 1, rows.append, tiny=True)
+    assert rows[-1] == {"concurrency": 2, "left out": "no time left"}
+    assert sorted(closed) == ["failfast", "none"]
 
 
 def test_a_wheel_that_was_carried_in_parts(tmp_path, monkeypatch):
