@@ -31,7 +31,7 @@ FUNCTIONS = {
     ),
     "vllm.v1.worker.gpu.async_utils:AsyncOutput": "get_output",
     "failfast_vllm.integration.session:Session": "step _gather",
-    "failfast_vllm.integration.v2:_View": "start_reading read_outcome read_state hand_out",
+    "failfast_vllm.integration.v2:StepView": "start_reading read_outcome read_state hand_out",
     "failfast_vllm.drafting.drafter:Drafter": "propose _begin _pass _judge _increments _keep",
     "failfast_vllm.drafting.workspace:Workspace": "__init__ rows masks fill settle",
     "failfast_vllm.drafters.hosted:HostedDraftModel": "forward _run confidence",

@@ -41,6 +41,31 @@ class OwnText(CopyLane):
         ids = self.vocab_size, NO_TOKEN
         return Copies(found, continue_matches(*texts, starts, int(wanted.max()), *ids))
 
+    def find_ahead(
+        self,
+        token_ids: torch.Tensor,
+        slots: torch.Tensor,
+        known_lens: torch.Tensor,
+        longest_known: int,
+        num_tokens: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for a step that is scheduled already; waits for nothing.
+
+        Args:
+            token_ids: see `DraftStep`.
+            slots, known_lens: [num_seqs] int64, likewise, but on the device.
+            longest_known: no sequence has more known tokens.
+            num_tokens: of each copy.
+
+        Returns:
+            [num_seqs] `match_lens` of `Copies`, and [num_seqs, num_tokens] int64 ids; 0 where there
+            is nothing to copy.
+        """
+        texts = token_ids, slots, known_lens
+        found = match_suffixes(*texts, MIN_MATCH, MAX_MATCH, longest_known)
+        ids = continue_matches(*texts, found.starts, num_tokens, self.vocab_size, 0)
+        return found.match_lens, ids
+
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Launch the kernels once, so that none is compiled while serving."""

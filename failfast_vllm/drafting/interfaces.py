@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from failfast_kernels import TokenConfidence
     from failfast_vllm.drafting.records import DraftBatch, DraftStep, Round
+    from failfast_vllm.planning.ahead import CopiesAhead
 
     Confidences = npt.NDArray[np.floating]
     Verdict = tuple[torch.Tensor, torch.Tensor]  # see `Policy.extend`
@@ -62,6 +63,7 @@ class Planner:
     The default is the paper's rule: drafts grow as the policy says, at any load.
     """
 
+    ahead: CopiesAhead | None = None  # for copies that are scheduled ahead; None: they wait
     postpones_commits = False  # the blocks of a sequence wait until it is drafted for
     refusal = BUDGET  # why a draft ends that the policy would go on with: index into STOP_REASONS
 

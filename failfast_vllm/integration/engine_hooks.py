@@ -24,6 +24,8 @@ def install_metrics() -> None:
 def collect_counts(original: Any, self: Any, draft_token_ids: Any) -> Any:
     """Adds up the counts that a worker sends with its drafts, and notes how long it rests.
 
+    And makes room for copies in the next step where they are found on the device.
+
     Goes when: vLLM carries statistics of the drafter from workers to the API server.
     """
     counts = getattr(draft_token_ids, "failfast_counts", None)
@@ -31,6 +33,13 @@ def collect_counts(original: Any, self: Any, draft_token_ids: Any) -> Any:
     if counts and self.log_stats:  # else nobody would ever fetch them
         waiting = getattr(self, "failfast_counts", None) or [0] * len(counts)
         self.failfast_counts = [a + b for a, b in zip(waiting, counts, strict=True)]
+    ahead, went_ahead = getattr(draft_token_ids, "failfast_ahead", None), _goes_ahead(self)
+    self.failfast_ahead = ahead is not None
+    if self.failfast_ahead or went_ahead:
+        for request in self.running:
+            reads = request.is_prefill_chunk  # its prompt, after which no copy was found
+            length = 0 if reads else (ahead or {}).get(request.request_id, 0)
+            request.spec_token_ids = [-1] * length
     return original()
 
 
@@ -92,11 +101,11 @@ def expect_no_drafts(original: Any, self: Any, scheduler_output: Any) -> None:
 
 @hook("engine", "vllm.v1.engine.core:EngineCore.step_with_batch_queue")
 def schedule_ahead(original: Any, self: Any) -> Any:
-    """Lets vLLM schedule ahead while the planner rests, and only then.
+    """Lets vLLM schedule ahead while the planner rests, or copies are found on the device.
 
-    Lengths of drafts decide what is scheduled, so a step that may draft waits for the one before:
-    what was scheduled ahead is finished, as if no request were left to schedule. Then vLLM steps as
-    it does without a queue, and asks for drafts behind the step.
+    Lengths of drafts decide what is scheduled, so any other step that may draft waits for the one
+    before: what was scheduled ahead is finished, as if no request were left to schedule. Then vLLM
+    steps as it does without a queue, and asks for drafts behind the step.
 
     Goes when: vLLM schedules ahead for drafts whose lengths only the worker knows.
     """
@@ -104,6 +113,9 @@ def schedule_ahead(original: Any, self: Any) -> Any:
         return original()
     scheduler = self.scheduler
     rests = _rests(scheduler)
+    if not rests and _goes_ahead(scheduler):
+        scheduler.update_draft_token_ids(self.model_executor.take_draft_token_ids())
+        rests = _rests(scheduler)
     # vLLM's own names for: whether to ask the worker for drafts
     self.async_scheduling, self.check_for_draft_tokens = rests, not rests
     if rests:
@@ -127,6 +139,11 @@ def let_it_rest(original: Any, self: Any, model_executed: bool) -> None:
     waits = model_executed and asked_for(self.vllm_config) and not self.async_scheduling
     if not (waits and _rests(self.scheduler, 1)):
         original()
+
+
+def _goes_ahead(scheduler: Any) -> bool:
+    """Whether copies are scheduled ahead; the worker then chooses lengths before each step."""
+    return bool(getattr(scheduler, "failfast_ahead", False))
 
 
 def _rests(scheduler: Any, num_looking: int = 0) -> bool:

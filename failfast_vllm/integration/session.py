@@ -42,6 +42,11 @@ class View:
     params: Sequence[Any]  # vLLM's SamplingParams
     num_speculative_tokens: int  # most tokens of a draft
 
+    @property
+    def may_go_ahead(self) -> bool:
+        """Whether copies of the steps after it may be found once those are scheduled."""
+        return False
+
     def read_outcome(self) -> None:
         """Read what came of the last drafts: on V2 the copy from the device."""
 
@@ -61,22 +66,22 @@ class Session:
     stats: DraftStats
     eos_token_ids: frozenset[int]  # the target's
     ledger: Ledger = field(default_factory=Ledger)
+    goes_ahead: bool = False  # copies are scheduled ahead: `CopiesInFlight` has taken over
 
     def step(self, view: View) -> DraftTokenIds | None:
         """Draft for the requests of a step; returns what the scheduler is told, None: nothing."""
         stats = self.stats
         stats.step_began()
-        rests = not self.drafter.planner.step_began(view.req_ids, view.num_tokens)
+        planner = self.drafter.planner
+        goes_ahead = planner.ahead is not None and view.may_go_ahead and not stats.wants_plain
+        rests = not planner.step_began(view.req_ids, view.num_tokens) or goes_ahead
         idle = rests and not (len(self.ledger) or stats.wants_plain)
         lists = [] if idle else self._draft(view, rests)
+        self.goes_ahead = goes_ahead
+        if goes_ahead:
+            return report(stats.take(), (1, 0.0), ahead={})
         counts, rest = stats.take(), self._rest()
-        if not (counts or rest or any(lists)):
-            return None
-        # without a draft there is nothing for the scheduler to go through
-        report = DraftTokenIds(view.req_ids, lists) if any(lists) else DraftTokenIds([], [])
-        report.failfast_counts = counts  # type: ignore[attr-defined]
-        report.failfast_rest = rest  # type: ignore[attr-defined]
-        return report
+        return report(counts, rest, view.req_ids, lists) if counts or rest or any(lists) else None
 
     def _rest(self) -> tuple[int, float] | None:
         """Behind which of the coming steps to ask for drafts again, and how few requests end it."""
@@ -89,12 +94,19 @@ class Session:
     @property
     def looks_next(self) -> bool:
         """Whether it is likely that the next step's outcome will be read."""
-        return self._rest() is None
+        return not self.goes_ahead and self._rest() is None
+
+    def leave_ahead(self) -> None:
+        """Copies wait for the end of a step again, beginning with the next one."""
+        self.goes_ahead = False
+        self.drafter.planner.step_ended([], 0)  # what it measured before was interrupted
 
     def rested(self, view: View) -> None:
         """The engine has gone on: nobody will ask for the drafts of this step."""
         self.stats.step_began()
-        self.drafter.planner.rested(view.req_ids, view.num_tokens)
+        planner = self.drafter.planner
+        rested = planner.ahead.rested if self.goes_ahead and planner.ahead else planner.rested
+        rested(view.req_ids, view.num_tokens)
 
     @torch.inference_mode()
     def _draft(self, view: View, rests: bool) -> list[list[int]]:
@@ -148,6 +160,30 @@ class Session:
             stops_at_eos=wanted.stops_at_eos,
             min_confidences=wanted.min_confidences,
         )
+
+
+def report(
+    counts: list[int],
+    rest: tuple[int, float] | None,
+    req_ids: Sequence[str] = (),
+    drafts: list[list[int]] | None = None,
+    ahead: dict[str, int] | None = None,
+) -> DraftTokenIds:
+    """What the engine is told behind a step.
+
+    Args:
+        counts: see `DraftStats.take`.
+        rest: behind which of the coming steps to ask again, and how few requests end it.
+        req_ids, drafts: of the next step.
+        ahead: request -> most tokens of its copy in the next step, which is found on the device;
+            None: copies wait for a step's end.
+    """
+    # without a draft there is nothing for the scheduler to go through
+    told = DraftTokenIds(list(req_ids), drafts) if drafts and any(drafts) else DraftTokenIds([], [])
+    told.failfast_counts = counts  # type: ignore[attr-defined]
+    told.failfast_rest = rest  # type: ignore[attr-defined]
+    told.failfast_ahead = ahead  # type: ignore[attr-defined]
+    return told
 
 
 class Adapter:

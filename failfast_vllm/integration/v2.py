@@ -19,6 +19,7 @@ from vllm.config.utils import replace
 from vllm.distributed.parallel_state import graph_capture
 from vllm.model_executor.model_loader import get_model
 from vllm.platforms import current_platform
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.attn_utils import get_varlen_cudagraph_unsupported_backend
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator, DraftModelSpeculator
@@ -27,12 +28,13 @@ from failfast_vllm.drafters.cuda_graphs import cuda_graph
 from failfast_vllm.drafters.hosted import HostedDraftModel, profile_pass
 from failfast_vllm.drafters.parallel import drafter_group
 from failfast_vllm.drafting.records import UNKNOWN, Drafts, Flags, to_device
+from failfast_vllm.integration.ahead import CopiesInFlight
 from failfast_vllm.integration.hooks import logger
 from failfast_vllm.integration.session import Adapter, CopyAdapter, View
 from failfast_vllm.integration.startup import drafters_config
 
 
-class _View(View):
+class StepView(View):
     """`session.View` of an engine step; the runner's own state stays as it is until the next."""
 
     on_host: torch.Tensor | None = None  # the verdict, once the stream has got so far
@@ -48,6 +50,17 @@ class _View(View):
         self.req_ids, self.num_reqs = input_batch.req_ids, input_batch.num_reqs
         self.num_sampled, self.num_tokens = num_sampled[: self.num_reqs], input_batch.num_tokens
         self.num_speculative_tokens = num_speculative_tokens
+        verified = input_batch.num_draft_tokens_per_req
+        self.num_verified = [0] * self.num_reqs if verified is None else verified.tolist()
+
+    @property
+    def may_go_ahead(self) -> bool:
+        """A grammar waits for the tokens before; a copy of the table hides what is no token."""
+        return (
+            self.adapter.schedules_ahead
+            and not self.batch.has_structured_output_reqs
+            and self.adapter.embedded.keys().isdisjoint(self.req_ids)
+        )
 
     def start_reading(self) -> None:
         """Launch the copy of the verdict: lengths, and the last tokens of each request.
@@ -55,19 +68,21 @@ class _View(View):
         Before the step's tokens are waited for: its launches cost nothing while the target runs.
         """
         rows, limit = self.batch.idx_mapping, self.adapter.position_limit
-        verified = self.batch.num_draft_tokens_per_req
-        self.num_verified = [0] * self.num_reqs if verified is None else verified.tolist()
         self.block_table = self.adapter.block_table(self.num_reqs)
         known = self.states.total_len.gpu[rows].long()
         computed = self.states.num_computed_tokens.gpu[rows].long().clamp(max=limit)
         committed = self.adapter.drafter.blocks.committed_lens(self.block_table, computed)
-        table = self.states.all_token_ids.gpu
-        most = self.most_emitted = 1 + max(self.num_verified, default=0)
-        columns = known[:, None] + torch.arange(-most, 0, device=self.adapter.device)
-        last_ids = table[rows[:, None], columns.clamp(0, table.shape[1] - 1)]
         lens = torch.stack((known, committed, computed, self.num_sampled.long()), dim=1)
-        verdict = torch.cat((lens, last_ids.long()), dim=1)
+        verdict = torch.cat((lens, self.last_ids(known)), dim=1)
         self.on_host = verdict.to("cpu", non_blocking=True)
+
+    def last_ids(self, known: torch.Tensor) -> torch.Tensor:
+        """[num_reqs, 1 + most verified] int64, the last of [num_reqs] `known` tokens."""
+        rows, table = self.batch.idx_mapping, self.states.all_token_ids.gpu
+        most = 1 + max(self.num_verified, default=0)
+        columns = known[:, None] + torch.arange(-most, 0, device=self.adapter.device)
+        last: torch.Tensor = table[rows[:, None], columns.clamp(0, table.shape[1] - 1)]
+        return last.long()
 
     def read_outcome(self) -> None:
         """Wait for what `start_reading` copies."""
@@ -75,7 +90,7 @@ class _View(View):
             self.start_reading()
         assert self.on_host is not None
         wait_for_copies(self.adapter.device)
-        on_host, most = self.on_host.numpy(), self.most_emitted
+        on_host, most = self.on_host.numpy(), 1 + max(self.num_verified, default=0)
         self.known_lens, self.committed_lens, self.computed_lens, num_emitted = on_host[:, :4].T
         self.emitted = [
             ids[most - length :]
@@ -124,6 +139,8 @@ class _Speculator(Adapter):
     kv_group: int  # of the drafter's layers
     page_size: int
     block_tables: Any
+    postponed: StepView | None = None
+    schedules_ahead = False  # may do so with copies
 
     def block_table(self, num_reqs: int) -> torch.Tensor:
         table: torch.Tensor = self.block_tables.input_block_tables[self.kv_group][:num_reqs]
@@ -170,7 +187,7 @@ class _Speculator(Adapter):
         if not dummy_run:
             most = num_speculative_tokens
             most = self.num_speculative_steps if most is None else most
-            view = self.postponed = _View(self, input_batch, num_sampled, most)
+            view = self.postponed = StepView(self, input_batch, num_sampled, most)
             if self.session is not None and self.session.looks_next:
                 view.start_reading()
         elif is_profile:  # not on a data-parallel rank without work: our passes wait for no other
@@ -247,6 +264,7 @@ class CopySpeculator(CopyAdapter, _Speculator, BaseSpeculator):
     """The same without a drafter."""
 
     supports_mm_inputs, draft_logits = False, None
+    in_flight: CopiesInFlight | None = None  # copies are scheduled ahead
     draft_attn_layer_names: frozenset[str] = frozenset()
     kv_group, page_size = 0, 1
 
@@ -258,6 +276,36 @@ class CopySpeculator(CopyAdapter, _Speculator, BaseSpeculator):
         self.draft_tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self.keep_requests(req_states)
         self.set_up()
+        # in a process of its own the worker answers only once the step in flight has ended
+        alone = vllm_config.parallel_config.distributed_executor_backend == "uni"
+        self.schedules_ahead = alone and vllm_config.scheduler_config.async_scheduling
+
+    def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """See `_Speculator.propose`; where copies are scheduled ahead, those of the next step."""
+        no_drafts = super().propose(*args, **kwargs)
+        if self.in_flight is None or not self.in_flight.looks or self.postponed is None:
+            return no_drafts
+        return self.in_flight.find(self.postponed)
+
+    def take_drafts(self) -> DraftTokenIds | None:
+        """See `Adapter`; where copies are scheduled ahead, their lengths in the next step."""
+        if self.in_flight is not None:
+            self.postponed = None
+            told = self.in_flight.report()
+        else:
+            told = super().take_drafts()
+        planner = self.drafter.planner.ahead
+        assert self.session is not None
+        if not self.session.goes_ahead or planner is None:
+            self.in_flight = None
+        elif self.in_flight is None:
+            self.in_flight = CopiesInFlight(self, planner)
+        return told
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        super().forget(req_ids)
+        if self.in_flight is not None:
+            self.in_flight.forget(req_ids)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """No pass, no graph."""

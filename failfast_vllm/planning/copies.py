@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from failfast_vllm.drafting.records import Lengths, Round
 from failfast_vllm.planning.acceptance import Calibration
@@ -22,10 +23,18 @@ class CopyAcceptance:
 
     Args:
         max_len: most tokens of a copy.
+        edges: a bin of match lengths starts at each, and one before the first.
+        priors: chance of the next token of each bin until it is tried.
     """
 
-    def __init__(self, max_len: int) -> None:
-        self.calibration = Calibration(edges=MATCH_EDGES, priors=MATCH_PRIORS)
+    def __init__(
+        self,
+        max_len: int,
+        edges: npt.NDArray[np.float32] = MATCH_EDGES,
+        priors: Floats = MATCH_PRIORS,
+    ) -> None:
+        self.calibration = Calibration(edges=edges, priors=priors)
+        self.least = int(edges[0]) - 1  # match length of the first bin
         self.places = np.arange(max_len)
         self._survival: Floats | None = None
 
@@ -33,14 +42,16 @@ class CopyAcceptance:
         """[num_seqs, max_len] chance that each token of a copy and all before it are accepted.
 
         Args:
-            match_lens: [num_seqs] tokens that matched before the copy; 0 = no copy.
+            match_lens: [num_seqs] tokens that matched before the copy; less than the first bin
+                has: no copy.
         """
+        edges = self.calibration.edges
         if self._survival is None:
-            lens = np.concatenate(([0.0], MATCH_EDGES))[:, None]
+            lens = np.concatenate(([self.least], edges))[:, None]
             chances = self.calibration.probabilities(lens, self.places)
             self._survival = np.concatenate((0.0 * chances[:1], chances.cumprod(axis=1)))
-        bins = 1 + np.searchsorted(MATCH_EDGES, match_lens, side="right")
-        found: Floats = self._survival[np.where(match_lens > 0, bins, 0)]
+        bins = 1 + np.searchsorted(edges, match_lens, side="right")
+        found: Floats = self._survival[np.where(match_lens >= self.least, bins, 0)]
         return found
 
     def forget(self) -> None:

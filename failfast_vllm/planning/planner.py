@@ -31,6 +31,7 @@ import numpy.typing as npt
 from failfast_vllm.drafting.interfaces import Planner
 from failfast_vllm.drafting.records import LOAD, FirstPass, Lengths, Round, num_scores
 from failfast_vllm.planning.acceptance import AcceptanceByPosition, Calibration, learn
+from failfast_vllm.planning.ahead import CopiesAhead
 from failfast_vllm.planning.copies import CopyAcceptance, LookBalance, choose_copies
 from failfast_vllm.planning.costs import REST_STEPS, Costs, Floats, StepTimer
 from failfast_vllm.planning.guard import TRY_ROUNDS, Guard
@@ -87,6 +88,8 @@ class LoadPlanner(Planner):
         self.growth = AcceptanceByPosition(self.max_len)  # after it, where a draft went on
         self.copied = CopyAcceptance(self.max_len)
         self._balance = LookBalance()
+        if self.copies and self.schedules_ahead and not self.drafts:
+            self.ahead = CopiesAhead(self.costs.plain, self.max_len, self.clock)
         self._looked = False  # for copies, in the last step, and took no pass
         self.guard = Guard()
         self._looks = True  # at draft passes, in this step
@@ -197,6 +200,8 @@ class LoadPlanner(Planner):
     def stood_still(self, seconds: float) -> None:
         """For so long nobody has asked the engine for its next step."""
         self._timer.stood_still(seconds)
+        if self.ahead is not None:
+            self.ahead.stood_still(seconds)
 
     def pass_took(self, size: tuple[int, int], ms: float) -> None:
         """A draft pass, see `Planner`."""

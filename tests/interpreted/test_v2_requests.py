@@ -162,7 +162,7 @@ def test_the_outcome_is_read_while_the_target_runs(monkeypatch, steps_to_look, r
     from failfast_vllm.observe.counters import DraftStats
 
     begun = []
-    monkeypatch.setattr(v2._View, "start_reading", lambda view: begun.append(view))
+    monkeypatch.setattr(v2.StepView, "start_reading", lambda view: begun.append(view))
     planner = types.SimpleNamespace(steps_to_look=steps_to_look, fewest_at_rest=0.0)
     speculator = object.__new__(v2.FailFastSpeculator)
     drafter = types.SimpleNamespace(planner=planner)

@@ -55,7 +55,7 @@ def view_of(speculator, structured=False):
         num_draft_tokens_per_req=np.array([3, 0]),
         has_structured_output_reqs=structured,
     )
-    view = v2._View(speculator, batch, torch.tensor([3, 1], dtype=torch.int32), 60)
+    view = v2.StepView(speculator, batch, torch.tensor([3, 1], dtype=torch.int32), 60)
     view.read_outcome()
     view.read_state(np.array([True, True]))
     return view

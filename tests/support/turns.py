@@ -2,8 +2,11 @@
 
 import random
 
+import numpy as np
+
 from copying_cases import Copying
 from failfast_vllm.drafting.interfaces import Planner
+from failfast_vllm.planning.ahead import NOT_KNOWN
 
 
 class Turns(Planner):
@@ -42,3 +45,36 @@ class CopyingTurns(Turns):
         passes, copies = Copying(self.draft_increment, drafts=False).first(asked)
         drafts = self.random.random() < 0.7
         return passes, copies * drafts
+
+
+class DrawnLengths:
+    """In place of `CopiesAhead`: draws how long copies are, and when not to look for any."""
+
+    def __init__(self, longest=12, rests=0.1, seed=0):
+        self.random, self.longest, self.rests = random.Random(seed), longest, rests
+        self.rounds, self.looked, self.num_rested = [], [], 0
+
+    def choose(self, wanted, match_lens):
+        known = match_lens != NOT_KNOWN
+        drawn = [self.random.choice((0, 1, 3, self.longest)) for _ in wanted]
+        return np.where(known, np.minimum(drawn, wanted), 0)
+
+    def steps_to_rest(self, num_seqs):
+        return self.random.choice((1, 2, 5)) if self.random.random() < self.rests else 0
+
+    def observe(self, rounds):
+        self.rounds.extend(rounds)
+
+    def step_ended(self, req_ids, num_tokens, num_drafted):
+        self.looked.append((tuple(req_ids), num_tokens, num_drafted))
+
+    def rested(self, req_ids, num_tokens):
+        self.num_rested += 1
+
+
+class CopyingAhead(CopyingTurns):
+    """Copies ahead where the batch may, else in turns."""
+
+    def __init__(self, increment, seed=0, **drawn):
+        super().__init__(increment, seed)
+        self.ahead = DrawnLengths(seed=seed, **drawn)

@@ -1,0 +1,147 @@
+"""How many copied tokens to verify in steps that are scheduled ahead. NumPy only.
+
+While a step runs, vLLM schedules the next one. Its copies are found on the device once the running
+step has ended, so what the planner goes by is a step older:
+
+    step t - 1    has ended: the match that its copies begin with is known
+    step t        runs, with the copies that begin there
+    step t + 1    is scheduled now
+
+The chance of its tokens is learned from that match, as `CopyAcceptance` learns it from their own.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from failfast_vllm.drafting.records import Lengths, Round
+from failfast_vllm.planning.copies import CopyAcceptance, LookBalance, choose_copies
+from failfast_vllm.planning.costs import HICCUP, LEARNED_STEPS, OVERHEAD_RATE, CostTable
+
+NOT_KNOWN = -1  # in place of a match length: the request's first steps have not ended
+# A bin for no match, and for 1 to 5, 6 or 7, and 8 tokens; measured on answers of a chat model.
+FORESEEN_EDGES = np.array([1, 2, 3, 4, 5, 6, 8], dtype=np.float32)
+FORESEEN_PRIORS = np.array([0.35, 0.45, 0.55, 0.65, 0.68, 0.7, 0.75, 0.9])
+OBSERVED_STEPS = 8  # whose copies are learned from at once
+# Steps without looking at copies, after some in vain; and a few of so many, to time plain decoding.
+REST_STEPS = 64
+PROBE_STEPS, PROBED_STEPS = 512, 8
+# Where looking begins or ends, the first steps are of both kinds: two are in flight.
+MIXED_STEPS = 3
+
+
+class CopiesAhead:
+    """Chooses lengths of copies for a batch of which one step is in flight.
+
+    Args:
+        plain: time of a step without drafts, by tokens; corrected while nothing is looked for.
+        max_len: most tokens of a copy.
+        clock: the time in seconds.
+    """
+
+    def __init__(
+        self, plain: CostTable, max_len: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.plain, self.clock = plain, clock
+        self.acceptance = CopyAcceptance(max_len, FORESEEN_EDGES, FORESEEN_PRIORS)
+        self.extra_ms = 0.0  # of a step that looks, beyond a plain one of as many tokens
+        self._balance = LookBalance()
+        self._looks_over = 1.0  # looks that would be over if none had been left out
+        self._steps_to_probe = PROBE_STEPS
+        self._unlearned: list[Round] = []
+        self._steps_to_learn = OBSERVED_STEPS
+        self._since = self.clock()
+        self._running: frozenset[str] = frozenset()
+        self._looked = False
+        self._num_alike = 0  # steps in a row that only decoded, with or without looking
+        self._timed: list[tuple[int, float]] = []  # tokens and ms of the last of them
+
+    def choose(self, wanted: Lengths, match_lens: Lengths) -> Lengths:
+        """Tokens to verify of each copy in the next step to be scheduled, [num_seqs].
+
+        Args:
+            wanted: [num_seqs] most tokens that each sequence may draft.
+            match_lens: [num_seqs] tokens that matched before the copies of the step that runs;
+                NOT_KNOWN: there is no such step yet.
+        """
+        num_seqs = len(wanted)
+        survival = self.acceptance.survival(match_lens)
+        look_ms = float(self._looking(num_seqs))
+        lens = choose_copies(survival, wanted, self._looking, look_ms)
+        if (match_lens != NOT_KNOWN).any():
+            gains = float(np.where(np.arange(survival.shape[1]) < lens[:, None], survival, 0).sum())
+            plain_ms = float(self.plain(num_seqs)) * (num_seqs + gains) / num_seqs
+            saved_ms = plain_ms - float(self._looking(num_seqs + lens.sum()))
+            self._balance.looked(saved_ms, self._looks_over, REST_STEPS)
+            self._looks_over = 1.0
+        return lens
+
+    def _looking(self, num_tokens: Lengths | int) -> np.ndarray:
+        """Time of a step that looks for copies, by the tokens that it computes."""
+        return self.plain(num_tokens) + self.extra_ms
+
+    def steps_to_rest(self, num_seqs: int) -> int:
+        """For how many steps not to look at copies, from now on; called once per step that looks.
+
+        Args:
+            num_seqs: that run.
+        """
+        if self._balance.steps_to_rest > 0:
+            steps, self._balance.steps_to_rest = self._balance.steps_to_rest, 0
+            self._looks_over = steps / LEARNED_STEPS
+            self.extra_ms *= 1.0 - OVERHEAD_RATE  # what made copies stop may be over
+            self.acceptance.forget()
+            return steps
+        self._balance.step_began(num_seqs)
+        self._steps_to_probe -= 1
+        if self._steps_to_probe > 0:
+            return 0
+        self._steps_to_probe = PROBE_STEPS
+        return PROBED_STEPS
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        """Learn from a step's verified copies; `match_len` of each is what `choose` was given."""
+        self._unlearned.extend(rounds)
+        self._steps_to_learn -= 1
+        if self._steps_to_learn <= 0:
+            self.acceptance.observe(self._unlearned)
+            self._unlearned, self._steps_to_learn = [], OBSERVED_STEPS
+
+    def step_ended(self, req_ids: Sequence[str], num_tokens: int, num_drafted: int) -> None:
+        """A step that looks for copies is over; learns what it took.
+
+        Args:
+            num_tokens: that the target has computed in it.
+            num_drafted: copied tokens among them.
+        """
+        self._took(req_ids, num_tokens, num_tokens == len(req_ids) + num_drafted, looked=True)
+
+    def rested(self, req_ids: Sequence[str], num_tokens: int) -> None:
+        """The same of a step that does not look."""
+        self._took(req_ids, num_tokens, num_tokens == len(req_ids), looked=False)
+
+    def _took(self, req_ids: Sequence[str], num_tokens: int, decodes: bool, looked: bool) -> None:
+        now = self.clock()
+        ms, self._since = (now - self._since) * 1e3, now
+        alike = decodes and looked == self._looked and self._running.issuperset(req_ids)
+        self._running, self._looked = frozenset(req_ids), looked
+        self._num_alike = self._num_alike + 1 if alike else 0
+        if self._num_alike < MIXED_STEPS:
+            self._timed = []
+            return
+        self._timed.append((num_tokens, ms))
+        if len(self._timed) < LEARNED_STEPS:
+            return
+        tokens, times = (sum(values) / LEARNED_STEPS for values in zip(*self._timed, strict=True))
+        self._timed = []
+        if not looked:
+            self.plain.correct(round(tokens), times)
+            return
+        expected_ms = float(self.plain(tokens))
+        extra_ms = min(times, HICCUP * expected_ms) - expected_ms
+        self.extra_ms = max(0.0, self.extra_ms + OVERHEAD_RATE * (extra_ms - self.extra_ms))
+
+    def stood_still(self, seconds: float) -> None:
+        """For so long nobody has asked the engine for its next step."""
+        self._since += seconds
