@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from failfast_kernels import TokenConfidence
     from failfast_vllm.drafting.records import DraftBatch, DraftStep, Round
-    from failfast_vllm.planning.ahead import CopiesAhead
 
     Confidences = npt.NDArray[np.floating]
     Verdict = tuple[torch.Tensor, torch.Tensor]  # see `Policy.extend`
@@ -57,13 +56,50 @@ class Policy(ABC):
         """
 
 
+class AheadPlanner(Protocol):
+    """Decides how many copied tokens to verify in steps that are scheduled ahead."""
+
+    def choose(self, wanted: Lengths, match_lens: Lengths) -> Lengths:
+        """Tokens to verify of each copy in the next step to be scheduled, [num_seqs].
+
+        Args:
+            wanted: [num_seqs] most tokens that each sequence may draft.
+            match_lens: [num_seqs] tokens that matched before the copies of the step that runs;
+                NOT_KNOWN: there is no such step yet.
+        """
+
+    def steps_to_rest(self, num_seqs: int) -> int:
+        """For how many steps not to look at copies, from now on; called once per step that looks.
+
+        Args:
+            num_seqs: that run.
+        """
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        """Learn from a step's verified copies; `match_len` of each is what `choose` was given."""
+
+    def step_ended(self, req_ids: Sequence[str], num_tokens: int, num_drafted: int) -> None:
+        """A step that looks for copies is over; learn what it took.
+
+        Args:
+            num_tokens: that the target has computed in it.
+            num_drafted: copied tokens among them.
+        """
+
+    def rested(self, req_ids: Sequence[str], num_tokens: int) -> None:
+        """The same of a step that does not look."""
+
+    def stood_still(self, seconds: float) -> None:
+        """For so long nobody has asked the engine for its next step."""
+
+
 class Planner:
     """Decides what pays at this load: lengths of passes, and what is worth verifying.
 
     The default is the paper's rule: drafts grow as the policy says, at any load.
     """
 
-    ahead: CopiesAhead | None = None  # for copies that are scheduled ahead; None: they wait
+    ahead: AheadPlanner | None = None  # for copies that are scheduled ahead; None: they wait
     postpones_commits = False  # the blocks of a sequence wait until it is drafted for
     refusal = BUDGET  # why a draft ends that the policy would go on with: index into STOP_REASONS
 

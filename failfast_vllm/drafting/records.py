@@ -21,6 +21,7 @@ Flags = npt.NDArray[np.bool_]
 MAX_SPECULATIVE_TOKENS = 128  # MAX_SPEC_LEN of vLLM's rejection sampler
 UNKNOWN = -1  # instead of a token id: before the first token, or given as an embedding
 NO_TOKEN = -2  # where there is nothing to copy
+NOT_KNOWN = -1  # in place of a match length: the steps of a request that could tell have not ended
 
 # What ended a draft. doubt: the policy. cap: num_speculative_tokens. load: the planner. budget:
 # draft_budget. eos: it drafted a stop token. request: its own limit, max_tokens or the context.

@@ -18,10 +18,10 @@ import torch
 from vllm.v1.outputs import DraftTokenIds
 
 from failfast_vllm.drafting.copying import OwnText
-from failfast_vllm.drafting.records import Copies, Drafts, Round, share
+from failfast_vllm.drafting.interfaces import AheadPlanner
+from failfast_vllm.drafting.records import NOT_KNOWN, Copies, Drafts, Round, share
 from failfast_vllm.integration.requests import asked
 from failfast_vllm.integration.session import report
-from failfast_vllm.planning.ahead import NOT_KNOWN, CopiesAhead
 
 if TYPE_CHECKING:
     from failfast_vllm.integration.v2 import CopySpeculator, StepView
@@ -42,7 +42,7 @@ class _Step:
 class CopiesInFlight:
     """The copies of the steps in flight: the session's part while it goes ahead."""
 
-    def __init__(self, adapter: "CopySpeculator", planner: CopiesAhead) -> None:
+    def __init__(self, adapter: "CopySpeculator", planner: AheadPlanner) -> None:
         self.adapter, self.planner = adapter, planner
         self.looks = True  # steps find copies for those after them
         self.steps: list[_Step] = []  # not read, the oldest first

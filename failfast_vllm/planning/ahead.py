@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from failfast_vllm.drafting.records import Lengths, Round
+from failfast_vllm.drafting.interfaces import AheadPlanner
+from failfast_vllm.drafting.records import NOT_KNOWN, Lengths, Round
 from failfast_vllm.planning.copies import CopyAcceptance, LookBalance, choose_copies
-from failfast_vllm.planning.costs import HICCUP, LEARNED_STEPS, OVERHEAD_RATE, CostTable
+from failfast_vllm.planning.costs import HICCUP, LEARNED_STEPS, OVERHEAD_RATE, CostTable, Floats
 
-NOT_KNOWN = -1  # in place of a match length: the request's first steps have not ended
 # A bin for no match, and for 1 to 5, 6 or 7, and 8 tokens; measured on answers of a chat model.
 FORESEEN_EDGES = np.array([1, 2, 3, 4, 5, 6, 8], dtype=np.float32)
 FORESEEN_PRIORS = np.array([0.35, 0.45, 0.55, 0.65, 0.68, 0.7, 0.75, 0.9])
@@ -31,7 +31,7 @@ PROBE_STEPS, PROBED_STEPS = 512, 8
 MIXED_STEPS = 3
 
 
-class CopiesAhead:
+class CopiesAhead(AheadPlanner):
     """Chooses lengths of copies for a batch of which one step is in flight.
 
     Args:
@@ -58,13 +58,7 @@ class CopiesAhead:
         self._timed: list[tuple[int, float]] = []  # tokens and ms of the last of them
 
     def choose(self, wanted: Lengths, match_lens: Lengths) -> Lengths:
-        """Tokens to verify of each copy in the next step to be scheduled, [num_seqs].
-
-        Args:
-            wanted: [num_seqs] most tokens that each sequence may draft.
-            match_lens: [num_seqs] tokens that matched before the copies of the step that runs;
-                NOT_KNOWN: there is no such step yet.
-        """
+        """Tokens to verify of each copy in the next step, see `AheadPlanner`."""
         num_seqs = len(wanted)
         survival = self.acceptance.survival(match_lens)
         look_ms = float(self._looking(num_seqs))
@@ -77,16 +71,12 @@ class CopiesAhead:
             self._looks_over = 1.0
         return lens
 
-    def _looking(self, num_tokens: Lengths | int) -> np.ndarray:
+    def _looking(self, num_tokens: Lengths | int) -> Floats:
         """Time of a step that looks for copies, by the tokens that it computes."""
         return self.plain(num_tokens) + self.extra_ms
 
     def steps_to_rest(self, num_seqs: int) -> int:
-        """For how many steps not to look at copies, from now on; called once per step that looks.
-
-        Args:
-            num_seqs: that run.
-        """
+        """For how many steps not to look at copies, see `AheadPlanner`."""
         if self._balance.steps_to_rest > 0:
             steps, self._balance.steps_to_rest = self._balance.steps_to_rest, 0
             self._looks_over = steps / LEARNED_STEPS
@@ -101,7 +91,7 @@ class CopiesAhead:
         return PROBED_STEPS
 
     def observe(self, rounds: Sequence[Round]) -> None:
-        """Learn from a step's verified copies; `match_len` of each is what `choose` was given."""
+        """Learn from a step's verified copies, see `AheadPlanner`."""
         self._unlearned.extend(rounds)
         self._steps_to_learn -= 1
         if self._steps_to_learn <= 0:
@@ -109,12 +99,7 @@ class CopiesAhead:
             self._unlearned, self._steps_to_learn = [], OBSERVED_STEPS
 
     def step_ended(self, req_ids: Sequence[str], num_tokens: int, num_drafted: int) -> None:
-        """A step that looks for copies is over; learns what it took.
-
-        Args:
-            num_tokens: that the target has computed in it.
-            num_drafted: copied tokens among them.
-        """
+        """A step that looks for copies is over, see `AheadPlanner`."""
         self._took(req_ids, num_tokens, num_tokens == len(req_ids) + num_drafted, looked=True)
 
     def rested(self, req_ids: Sequence[str], num_tokens: int) -> None:

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-from failfast_vllm.drafting.records import Round
+from failfast_vllm.drafting.records import NOT_KNOWN, Round
 from failfast_vllm.planning.ahead import (
     MIXED_STEPS,
-    NOT_KNOWN,
     PROBE_STEPS,
     PROBED_STEPS,
     REST_STEPS,

@@ -6,7 +6,7 @@ import numpy as np
 
 from copying_cases import Copying
 from failfast_vllm.drafting.interfaces import Planner
-from failfast_vllm.planning.ahead import NOT_KNOWN
+from failfast_vllm.drafting.records import NOT_KNOWN
 
 
 class Turns(Planner):
