@@ -5,7 +5,14 @@ import types
 import pytest
 
 from failfast_vllm.integration import startup
-from failfast_vllm.integration.engine_hooks import _rests, _warm_up, let_it_rest
+from failfast_vllm.integration.engine_hooks import (
+    _rests,
+    _warm_up,
+    collect_counts,
+    let_it_rest,
+    schedule_ahead,
+)
+from failfast_vllm.integration.session import report
 
 STEPS = 5  # which of the coming steps looks
 
@@ -57,6 +64,57 @@ def test_who_is_left_alone(given, asks):
     let_it_rest(lambda: asked.append(1), engine, given.get("model_executed", True))
     assert bool(asked) == asks
     assert engine.scheduler.failfast_rest[0] == (STEPS if asks else STEPS - 1)
+
+
+def waiting(name, *, reads=False, drafts=()):
+    return types.SimpleNamespace(
+        request_id=name, is_prefill_chunk=reads, spec_token_ids=list(drafts)
+    )
+
+
+def test_room_is_made_for_copies_of_requests_that_decode():
+    """Catches drafts beside a prompt that is not read, and those of a step before."""
+    running = [waiting("a", drafts=[1]), waiting("b", reads=True, drafts=[1]), waiting("new")]
+    found = types.SimpleNamespace(running=running, log_stats=False)
+
+    def lens():
+        return [request.spec_token_ids for request in running]
+
+    collect_counts(lambda: None, found, report([], (1, 0.0), ahead={"a": 3, "b": 4}))
+    assert lens() == [[-1] * 3, [], []]
+    assert found.failfast_rest == (1, 0.0)
+    running[1].is_prefill_chunk = False
+    collect_counts(lambda: None, found, report([], (1, 0.0), ahead={"a": 0, "b": 2}))
+    assert lens() == [[], [-1] * 2, []]
+    collect_counts(lambda: None, found, report([], None))
+    assert lens() == [[], [], []]
+    running[0].spec_token_ids = [5]  # a draft that the host knows
+    collect_counts(lambda: None, found, report([], None))
+    assert lens() == [[5], [], []]
+
+
+def test_lengths_are_asked_for_before_each_step_that_looks():
+    """Catches a worker that is asked in its rests, and a step scheduled before it answers."""
+    log, answers = [], [report([], (1, 0.0), ahead={"a": 2}), report([], (3, 0.0), ahead={})]
+    answers.append(report([], None))
+    found = types.SimpleNamespace(running=[waiting("a")], log_stats=False, failfast_ahead=True)
+    found.update_draft_token_ids = lambda told: collect_counts(lambda: None, found, told)
+
+    def ask():
+        log.append("asks")
+        return answers.pop(0)
+
+    engine = types.SimpleNamespace(
+        vllm_config=types.SimpleNamespace(additional_config={"failfast": {}}),
+        model_executor=types.SimpleNamespace(take_draft_token_ids=ask),
+        scheduler=found,
+        batch_queue=[],
+        step=lambda: log.append("waits"),
+    )
+    for _ in range(5):
+        schedule_ahead(lambda: log.append(len(found.running[0].spec_token_ids)), engine)
+    assert log == ["asks", 2, "asks", 0, 0, 0, "asks", "waits"]
+    assert not engine.async_scheduling
 
 
 def test_everything_is_compiled_before_the_monitor_listens(monkeypatch):

@@ -143,7 +143,7 @@ def test_a_step_without_drafts_reports_nothing():
     from failfast_vllm.integration.v2 import FailFastSpeculator
     from failfast_vllm.observe.counters import DraftStats
 
-    resting = types.SimpleNamespace(step_began=lambda *_: False, steps_to_look=1)
+    resting = types.SimpleNamespace(step_began=lambda *_: False, steps_to_look=1, ahead=None)
     speculator = object.__new__(FailFastSpeculator)
     drafter = types.SimpleNamespace(planner=resting)
     speculator.session = Session(drafter, DraftStats(), frozenset())
@@ -169,7 +169,9 @@ def test_the_outcome_is_read_while_the_target_runs(monkeypatch, steps_to_look, r
     speculator.session = Session(drafter, DraftStats(), frozenset())
     speculator.draft_tokens, speculator.num_speculative_steps = torch.zeros(4, 6), 6
     speculator.req_states = None
-    batch = types.SimpleNamespace(num_reqs=2, num_tokens=2, req_ids=["a", "b"])
+    batch = types.SimpleNamespace(
+        num_reqs=2, num_tokens=2, req_ids=["a", "b"], num_draft_tokens_per_req=None
+    )
     speculator.propose(batch, *[None] * 4, torch.ones(2), *[None] * 5)
     assert begun == [speculator.postponed] * reads
 
