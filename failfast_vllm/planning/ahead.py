@@ -23,6 +23,8 @@ from failfast_vllm.planning.costs import HICCUP, LEARNED_STEPS, OVERHEAD_RATE, C
 # A bin for no match, and for 1 to 5, 6 or 7, and 8 tokens; measured on answers of a chat model.
 FORESEEN_EDGES = np.array([1, 2, 3, 4, 5, 6, 8], dtype=np.float32)
 FORESEEN_PRIORS = np.array([0.35, 0.45, 0.55, 0.65, 0.68, 0.7, 0.75, 0.9])
+# What a match foretells depends on the text, so outcomes count half after so many tokens.
+OBSERVED_TOKENS = 1024
 OBSERVED_STEPS = 8  # whose copies are learned from at once
 # Steps without looking at copies, after some in vain; and a few of so many, to time plain decoding.
 REST_STEPS = 64
@@ -44,7 +46,8 @@ class CopiesAhead(AheadPlanner):
         self, plain: CostTable, max_len: int, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.plain, self.clock = plain, clock
-        self.acceptance = CopyAcceptance(max_len, FORESEEN_EDGES, FORESEEN_PRIORS)
+        foreseen = FORESEEN_EDGES, FORESEEN_PRIORS, OBSERVED_TOKENS
+        self.acceptance = CopyAcceptance(max_len, *foreseen)
         self.extra_ms = 0.0  # of a step that looks, beyond a plain one of as many tokens
         self._balance = LookBalance()
         self._looks_over = 1.0  # looks that would be over if none had been left out

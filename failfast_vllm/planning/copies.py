@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from failfast_vllm.drafting.records import Lengths, Round
-from failfast_vllm.planning.acceptance import Calibration
+from failfast_vllm.planning.acceptance import HALF_LIFE, Calibration
 from failfast_vllm.planning.costs import HICCUP, REST_STEPS, Floats
 from failfast_vllm.planning.guard import SAME_LOAD
 
@@ -25,6 +25,7 @@ class CopyAcceptance:
         max_len: most tokens of a copy.
         edges: a bin of match lengths starts at each, and one before the first.
         priors: chance of the next token of each bin until it is tried.
+        half_life: see `Calibration`.
     """
 
     def __init__(
@@ -32,8 +33,9 @@ class CopyAcceptance:
         max_len: int,
         edges: npt.NDArray[np.float32] = MATCH_EDGES,
         priors: Floats = MATCH_PRIORS,
+        half_life: float = HALF_LIFE,
     ) -> None:
-        self.calibration = Calibration(edges=edges, priors=priors)
+        self.calibration = Calibration(half_life, edges, priors)
         self.least = int(edges[0]) - 1  # match length of the first bin
         self.places = np.arange(max_len)
         self._survival: Floats | None = None

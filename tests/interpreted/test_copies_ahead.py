@@ -8,7 +8,7 @@ from vllm.v1.worker.gpu import structured_outputs
 from copying_cases import literal_copy
 from engine import core, count_preemptions, generate, proposer
 from in_flight import ALONE, MaskWithoutTriton, come_and_go, grammars, rows, taking_turns  # noqa: F401
-from runners import few_plain, v2_engine  # noqa: F401 - a fixture
+from runners import few_plain, v1_engine, v2_engine  # noqa: F401 - a fixture
 from turns import CopyingAhead
 from waits import counted
 
@@ -67,14 +67,12 @@ def test_rows_in_mixed_batches(rows, ahead):
     """Catches what a request needs that is lost between a step in flight and the next."""
     prompts, params, expected = rows
     llm, watch = ahead
-    for _ in range(2):  # the second time in slots that others have left
-        with told(llm) as rounds:
-            assert generate(llm, prompts, params) == expected
-        for place, r in rounds:
-            asked = params[place].extra_args or {}
-            assert r.num_verified <= asked.get("failfast_max_len", 12)
-        assert {r.num_verified for _, r in rounds} >= {1, 3, 12}
-        prompts, params, expected = prompts[::-1], params[::-1], expected[::-1]
+    with told(llm) as rounds:
+        assert generate(llm, prompts, params) == expected
+    for place, r in rounds:
+        asked = params[place].extra_args or {}
+        assert r.num_verified <= asked.get("failfast_max_len", 12)
+    assert {r.num_verified for _, r in rounds} >= {1, 3, 12}
     assert_copies_in_flight(watch)
 
 
@@ -104,15 +102,20 @@ def test_a_grammar_ends_it_for_its_time(grammars, few_plain, ahead, monkeypatch)
     assert_copies_in_flight(watch, least=3)
 
 
-def test_preemption(few_plain):
-    prompts, params, expected = few_plain
-    few = list(range(8)) * 2
-    overrides = {"num_gpu_blocks_override": 12, "block_size": 32, "max_model_len": 256}
+def test_preemption_and_the_end_of_the_context(few_plain):
+    """Catches drafts beyond the last position, and those of before a preemption."""
+    from vllm import SamplingParams
+
+    prompts = few_plain[0][:8]
+    params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    with v1_engine(max_model_len=64) as llm:
+        expected = generate(llm, prompts, params)
+    overrides = {"num_gpu_blocks_override": 9, "block_size": 32, "max_model_len": 64}
     with taking_turns(ALONE, CopyingAhead, **overrides) as (llm, watch):
         preempted = count_preemptions(llm)
-        answers = generate(llm, [prompts[i] for i in few], [params[i] for i in few])
-        assert answers == [expected[i] for i in few]
+        assert generate(llm, prompts, params) == expected
     assert preempted
+    assert {len(p) + len(a) for p, a in zip(prompts, expected, strict=True)} == {64}
     assert_copies_in_flight(watch)
 
 
