@@ -105,6 +105,8 @@ def small_runs(tiny):
         methods = {"none": None, "failfast, not by load": alone}
         if how == "default":
             methods["failfast"] = {"method": "failfast"}
+        if (dtype, how) == ("float32", "default"):  # copies, scheduled ahead
+            methods["failfast without a drafter"] = {"method": "failfast", "model": None}
         for method, speculative in methods.items():
             yield {
                 "name": f"{dtype}, {how}: {method}",

@@ -17,7 +17,7 @@ from failfast_kernels import continue_matches, match_suffixes
 from failfast_vllm.drafting.interfaces import CopyLane
 from failfast_vllm.drafting.records import NO_TOKEN, Copies, DraftStep, to_device
 
-MIN_MATCH, MAX_MATCH = 1, 8  # tokens that are compared; the planner says what a length is worth
+MIN_MATCH, MAX_MATCH = 1, 16  # tokens that are compared; the planner says what a length is worth
 
 
 class OwnText(CopyLane):

@@ -17,12 +17,17 @@ import numpy as np
 
 from failfast_vllm.drafting.interfaces import AheadPlanner
 from failfast_vllm.drafting.records import NOT_KNOWN, Lengths, Round
-from failfast_vllm.planning.copies import CopyAcceptance, LookBalance, choose_copies
+from failfast_vllm.planning.copies import (
+    MATCH_EDGES,
+    CopyAcceptance,
+    LookBalance,
+    choose_copies,
+)
 from failfast_vllm.planning.costs import HICCUP, LEARNED_STEPS, OVERHEAD_RATE, CostTable, Floats
 
-# A bin for no match, and for 1 to 5, 6 or 7, and 8 tokens; measured on answers of a chat model.
-FORESEEN_EDGES = np.array([1, 2, 3, 4, 5, 6, 8], dtype=np.float32)
-FORESEEN_PRIORS = np.array([0.35, 0.45, 0.55, 0.65, 0.68, 0.7, 0.75, 0.9])
+# A bin for no match, and for each of `MATCH_EDGES`; measured on answers of a chat model.
+FORESEEN_EDGES = np.concatenate(([1], MATCH_EDGES)).astype(np.float32)
+FORESEEN_PRIORS = np.array([0.35, 0.45, 0.55, 0.65, 0.68, 0.7, 0.75, 0.85, 0.9, 0.97])
 # What a match foretells depends on the text, so outcomes count half after so many tokens.
 OBSERVED_TOKENS = 1024
 OBSERVED_STEPS = 8  # whose copies are learned from at once

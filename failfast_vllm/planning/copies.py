@@ -10,9 +10,9 @@ from failfast_vllm.planning.acceptance import HALF_LIFE, Calibration
 from failfast_vllm.planning.costs import HICCUP, REST_STEPS, Floats
 from failfast_vllm.planning.guard import SAME_LOAD
 
-MATCH_EDGES = np.array([2, 3, 4, 5, 6, 8], dtype=np.float32)  # of match lengths
+MATCH_EDGES = np.array([2, 3, 4, 5, 6, 8, 12, 16], dtype=np.float32)  # of match lengths
 # of the next token of each bin until it is tried; measured on answers of a chat model
-MATCH_PRIORS = np.array([0.25, 0.5, 0.65, 0.7, 0.75, 0.78, 0.88])
+MATCH_PRIORS = np.array([0.25, 0.5, 0.65, 0.7, 0.75, 0.78, 0.85, 0.92, 0.97])
 COPY_MARGIN = 1.01  # gain from which copies are verified: times are estimates
 FEWEST_LOOKS, LOOK_RATE = 32, 0.02  # looks before a verdict; weight of the last one in the averages
 LEAST = 0.02  # chance below which a token is not even considered

@@ -375,7 +375,11 @@ def test_the_shipped_pair_is_compared_in_every_way():
         same = ("prompts", "loads", "engine")
         assert all(spec[key] == plain[key] for spec in ours for key in same)
     names = [spec["name"] for spec in specs]
-    assert len(set(names)) == len(names) == 14
+    assert len(set(names)) == len(names) == 15
+    (alone,) = [
+        spec for spec in specs if spec["speculative"] == {"method": "failfast", "model": None}
+    ]
+    assert alone["must_agree"]
 
 
 def test_every_line_of_the_real_shapes_says_what_is_made_up(tmp_path):
