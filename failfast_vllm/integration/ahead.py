@@ -134,7 +134,8 @@ class CopiesInFlight:
                         match_len=step.matches.get(req_id, NOT_KNOWN),
                     )
                 )
-        stats.tell(rounds)
+        if step.on_host.shape[1] > 3:  # else nobody wanted them when the step ran
+            stats.tell(rounds)
         stats.observe(rounds)
         self.planner.observe([r for r in rounds if r.match_len != NOT_KNOWN])
         self.planner.step_ended(view.req_ids, view.num_tokens, sum(view.num_verified))

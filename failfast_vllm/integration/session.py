@@ -98,8 +98,10 @@ class Session:
 
     def leave_ahead(self) -> None:
         """Copies wait for the end of a step again, beginning with the next one."""
-        self.goes_ahead = False
-        self.drafter.planner.step_ended([], 0)  # what it measured before was interrupted
+        self.goes_ahead, planner = False, self.drafter.planner
+        planner.step_ended([], 0)  # what was measured before is interrupted
+        if planner.ahead is not None:
+            planner.ahead.rested([], 0)
 
     def rested(self, view: View) -> None:
         """The engine has gone on: nobody will ask for the drafts of this step."""

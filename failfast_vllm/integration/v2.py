@@ -139,7 +139,6 @@ class _Speculator(Adapter):
     kv_group: int  # of the drafter's layers
     page_size: int
     block_tables: Any
-    postponed: StepView | None = None
     schedules_ahead = False  # may do so with copies
 
     def block_table(self, num_reqs: int) -> torch.Tensor:
@@ -182,7 +181,8 @@ class _Speculator(Adapter):
     ) -> torch.Tensor:
         """The runner has booked a step's tokens, which nobody has seen yet: no drafts so far.
 
-        Returns [num_reqs, num_speculative_steps] zeros: vLLM's warm-up takes each for an id.
+        Returns [num_reqs, num_speculative_steps] copies that are scheduled ahead, or zeros: vLLM's
+        warm-up takes each for an id.
         """
         if not dummy_run:
             most = num_speculative_tokens
@@ -190,10 +190,16 @@ class _Speculator(Adapter):
             view = self.postponed = StepView(self, input_batch, num_sampled, most)
             if self.session is not None and self.session.looks_next:
                 view.start_reading()
+            if (copies := self.find_ahead(view)) is not None:
+                return copies
         elif is_profile:  # not on a data-parallel rank without work: our passes wait for no other
             self.profile(input_batch.num_tokens)
         no_drafts: torch.Tensor = self.draft_tokens[: input_batch.num_reqs].fill_(0)
         return no_drafts
+
+    def find_ahead(self, view: StepView) -> torch.Tensor | None:
+        """Copies for a step that is scheduled already; None: there are none."""
+        return None
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """The requests have ended; also called in steps without any other."""
@@ -280,12 +286,16 @@ class CopySpeculator(CopyAdapter, _Speculator, BaseSpeculator):
         alone = vllm_config.parallel_config.distributed_executor_backend == "uni"
         self.schedules_ahead = alone and vllm_config.scheduler_config.async_scheduling
 
-    def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See `_Speculator.propose`; where copies are scheduled ahead, those of the next step."""
-        no_drafts = super().propose(*args, **kwargs)
-        if self.in_flight is None or not self.in_flight.looks or self.postponed is None:
-            return no_drafts
-        return self.in_flight.find(self.postponed)
+    def find_ahead(self, view: StepView) -> torch.Tensor | None:
+        """See `_Speculator`."""
+        if self.in_flight is None or not self.in_flight.looks:
+            return None
+        return self.in_flight.find(view)
+
+    def add_requests(self, scheduler_output: Any) -> None:
+        super().add_requests(scheduler_output)
+        if self.in_flight is not None:  # a session of several requests goes on with other limits
+            self.in_flight.forget(r.req_id for r in scheduler_output.scheduled_new_reqs)
 
     def take_drafts(self) -> DraftTokenIds | None:
         """See `Adapter`; where copies are scheduled ahead, their lengths in the next step."""

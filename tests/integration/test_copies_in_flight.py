@@ -10,7 +10,8 @@ from vllm import SamplingParams
 from failfast_vllm.drafting.copying import OwnText
 from failfast_vllm.drafting.records import NOT_KNOWN
 from failfast_vllm.integration.ahead import CopiesInFlight
-from failfast_vllm.integration.v2 import StepView
+from failfast_vllm.integration.session import Session
+from failfast_vllm.integration.v2 import CopySpeculator, StepView
 from failfast_vllm.observe.counters import DraftStats
 
 CPU = torch.device("cpu")
@@ -192,3 +193,52 @@ def test_who_has_ended_is_forgotten(worker):
     worker.step({"a": [8]}, names=("a",), verified=(0,))
     worker.report()
     assert worker.in_flight.known.keys() == worker.in_flight.limits.keys() == {"a"}
+
+
+def test_ids_that_nobody_wanted_when_the_step_ran_are_not_told(worker):
+    """Catches rounds without tokens, whose receiver counts -1 as accepted."""
+    for sampled in ({"a": [7], "b": [1]}, {"a": [8], "b": [2]}):
+        worker.step(sampled)
+        worker.report()
+    worker.step({"a": [9, 5], "b": [9]}, verified=(4, 2))
+    worker.adapter.stats.on_round, worker.adapter.stats.drafts_only = pytest.fail, True
+    worker.step({"a": [1], "b": [9]})
+    worker.report()
+    assert worker.adapter.stats.num_copied == 6
+
+
+def test_the_time_until_it_goes_ahead_again_is_nobodys():
+    """Catches the steps of a grammar's time in those that look for copies."""
+    told = []
+    ahead = SimpleNamespace(rested=lambda *step: told.append(step))
+    planner = SimpleNamespace(ahead=ahead, step_ended=lambda *step: told.append(step))
+    session = Session(SimpleNamespace(planner=planner), DraftStats(), frozenset(), goes_ahead=True)
+    session.leave_ahead()
+    assert not session.goes_ahead
+    assert told == [([], 0)] * 2
+
+
+@pytest.fixture
+def speculator():
+    """One whose copies are scheduled ahead."""
+    found = object.__new__(CopySpeculator)
+    found.draft_tokens, found.session = torch.full((4, CAP), 7), None
+    found.params, found.embedded = [None], {}
+    found.req_states = SimpleNamespace(req_id_to_index={"a": 0})
+    found.forgotten = []
+    found.in_flight = SimpleNamespace(
+        looks=True, find=pytest.fail, forget=lambda ids: found.forgotten.extend(ids)
+    )
+    return found
+
+
+def test_a_dummy_run_looks_for_no_copies(speculator):
+    batch = SimpleNamespace(num_reqs=2, num_tokens=2)
+    assert speculator.propose(batch, *[None] * 10, dummy_run=True).tolist() == [[0] * CAP] * 2
+
+
+def test_limits_are_read_again_where_a_session_goes_on(speculator):
+    """Catches the end of a session's first request as the end of its next."""
+    new = SimpleNamespace(req_id="a", sampling_params="of a", prompt_embeds=None)
+    speculator.add_requests(SimpleNamespace(scheduled_new_reqs=[new]))
+    assert speculator.forgotten == ["a"]
