@@ -45,10 +45,23 @@ def test_attention_matches_dense_float64(
         pytest.param([(0, 200), (2, 11), (1, 140), (0, 0)], id="two groups and an empty sequence"),
         pytest.param([(0, 600), (5, 42)], id="prefill beside a decode"),
         pytest.param([(1, 128), (0, 3), (0, 512)], id="the longest sequences of each group"),
+        pytest.param([(0, 7), (2, 7), (2, 7)], id="nothing is padding"),
+        pytest.param([(0, 140), (2, 10), (1, 140)], id="another group's rows in between"),
     ],
 )
 def test_attention_regimes(sequences):
     case = Case(sequences, 128, 1, 3, padding=5)
+    torch.testing.assert_close(
+        case.run(block_diffusion_attention).double(),
+        case.expected(),
+        atol=FLOAT32_TOLERANCE,
+        rtol=FLOAT32_TOLERANCE,
+    )
+
+
+def test_pages_beyond_a_prefix_are_not_read():
+    case = Case([(1, 5), (9, 5)], 64, 1, 1)
+    case.block_table[0, 1:] = 1_000_000
     torch.testing.assert_close(
         case.run(block_diffusion_attention).double(),
         case.expected(),
