@@ -10,7 +10,7 @@ to be there: the rest of the place holds id 0, which the target verifies as any 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +37,7 @@ class _Step:
     # if they are wanted, the ids of the last tokens and of those verified
     on_host: torch.Tensor
     copied: torch.cuda.Event | None = None  # None: there is no stream to wait for
+    ended: set[str] = field(default_factory=set)  # requests whose tokens of it vLLM may leave out
 
 
 class CopiesInFlight:
@@ -93,7 +94,8 @@ class CopiesInFlight:
         steps_to_rest = planner.steps_to_rest(newest.num_reqs)
         if steps_to_rest:
             self.looks, self.steps, self.matches, lens = False, [], {}, {}
-        return report(stats.take(), (1 + steps_to_rest, 0.0), ahead=lens)
+            self.known.clear()
+        return report(stats.take(), (max(1, steps_to_rest), 0.0), ahead=lens)
 
     def _choose(self, view: "StepView") -> dict[str, int]:
         """Tokens of each request's copy in the next step."""
@@ -115,10 +117,9 @@ class CopiesInFlight:
         for req_id, verified, (known, emitted, match, *ids) in zip(
             view.req_ids, view.num_verified, step.on_host.tolist(), strict=True
         ):
-            if not emitted:
+            if not emitted or req_id in step.ended:
                 continue
-            if req_id in self.limits:  # else it has ended since
-                self.known[req_id] = known, match
+            self.known[req_id] = known, match
             if verified:
                 rounds.append(
                     Round(
@@ -141,7 +142,9 @@ class CopiesInFlight:
         self.planner.step_ended(view.req_ids, view.num_tokens, sum(view.num_verified))
 
     def forget(self, req_ids: Iterable[str]) -> None:
-        """The requests have ended."""
+        """The requests have ended, before or with the last step that has."""
         for req_id in req_ids:
             self.limits.pop(req_id, None)
             self.known.pop(req_id, None)
+            for step in self.steps:
+                step.ended.add(req_id)

@@ -20,13 +20,13 @@ def install_metrics() -> None:
         install("metrics")
 
 
-@hook("metrics", f"{SCHEDULER}.update_draft_token_ids")
-def collect_counts(original: Any, self: Any, draft_token_ids: Any) -> Any:
-    """Adds up the counts that a worker sends with its drafts, and notes how long it rests.
+@hook("engine", f"{SCHEDULER}.update_draft_token_ids")
+def hear_the_worker(original: Any, self: Any, draft_token_ids: Any) -> Any:
+    """Reads what a worker sends with its drafts: its counts, and how long it rests.
 
     And makes room for copies in the next step where they are found on the device.
 
-    Goes when: vLLM carries statistics of the drafter from workers to the API server.
+    Goes when: vLLM schedules ahead for drafts whose lengths only the worker knows.
     """
     counts = getattr(draft_token_ids, "failfast_counts", None)
     self.failfast_rest = getattr(draft_token_ids, "failfast_rest", None) or NO_REST
@@ -45,7 +45,7 @@ def collect_counts(original: Any, self: Any, draft_token_ids: Any) -> Any:
 
 @hook("metrics", f"{SCHEDULER}.make_stats")
 def send_counts(original: Any, self: Any, spec_decoding_stats: Any = None) -> Any:
-    """Sends these counts to the API server along with vLLM's own statistics.
+    """Sends a worker's counts to the API server along with vLLM's own statistics.
 
     Goes when: vLLM carries statistics of the drafter from workers to the API server.
     """

@@ -63,7 +63,8 @@ class CopiesAhead(AheadPlanner):
         self._running: frozenset[str] = frozenset()
         self._looked = False
         self._num_alike = 0  # steps in a row that only decoded, with or without looking
-        self._timed: list[tuple[int, float]] = []  # tokens and ms of the last of them
+        # tokens and ms of those that are not learned from: that did not look, and that did
+        self._timed: tuple[list[tuple[int, float]], ...] = [], []
 
     def choose(self, wanted: Lengths, match_lens: Lengths) -> Lengths:
         """Tokens to verify of each copy in the next step, see `AheadPlanner`."""
@@ -119,15 +120,15 @@ class CopiesAhead(AheadPlanner):
         ms, self._since = (now - self._since) * 1e3, now
         alike = decodes and looked == self._looked and self._running.issuperset(req_ids)
         self._running, self._looked = frozenset(req_ids), looked
-        self._num_alike = self._num_alike + 1 if alike else 0
+        self._num_alike = self._num_alike + 1 if alike and req_ids else 0
         if self._num_alike < MIXED_STEPS:
-            self._timed = []
             return
-        self._timed.append((num_tokens, ms))
-        if len(self._timed) < LEARNED_STEPS:
+        timed = self._timed[looked]
+        timed.append((num_tokens, ms))
+        if len(timed) < LEARNED_STEPS:
             return
-        tokens, times = (sum(values) / LEARNED_STEPS for values in zip(*self._timed, strict=True))
-        self._timed = []
+        tokens, times = (sum(values) / LEARNED_STEPS for values in zip(*timed, strict=True))
+        timed.clear()
         if not looked:
             self.plain.correct(round(tokens), times)
             return

@@ -155,15 +155,22 @@ def test_what_became_of_copies_is_learned_by_the_match_they_were_given_for(worke
 
 
 def test_a_rest_is_announced_and_then_it_looks_again(worker):
-    worker.step({"a": [7], "b": [1]})
+    """Catches a verdict on matches from before the rest, after which the next one begins."""
+    for sampled in ({"a": [7], "b": [1]}, {"a": [3], "b": [2]}):
+        worker.step(sampled)
+        worker.report()
     worker.planner.rest = 5
-    assert worker.report() == ({}, (6, 0.0))
+    worker.step({"a": [7], "b": [1]})
+    assert worker.report() == ({}, (5, 0.0))
     assert not worker.in_flight.looks
     assert worker.report() == ({}, (1, 0.0))
     assert worker.in_flight.looks
     worker.step({"a": [8], "b": [2]})
     worker.report()
     assert worker.planner.asked[-1][1] == [NOT_KNOWN, NOT_KNOWN], "what was known is old"
+    worker.step({"a": [9], "b": [4]})
+    worker.report()
+    assert worker.planner.asked[-1][1] == [2, 2], "of the step after the rest: 7 8, and 1 2"
 
 
 @pytest.mark.parametrize("why", ["grammar", "embeddings", "trace"])
@@ -186,13 +193,32 @@ def test_a_part_of_a_prompt_tells_nothing(worker):
 
 
 def test_who_has_ended_is_forgotten(worker):
-    """Catches requests that come back with the outcome of their last step, and stay for ever."""
-    worker.step({"a": [7], "b": [1]})
+    """Catches rounds after a request's end, and requests that stay for ever."""
+    worker.adapter.stats.on_round, told = (lambda r: told.append(r.req_id)), []
+    worker.adapter.stats.drafts_only = True
+    for sampled in ({"a": [7], "b": [1]}, {"a": [8], "b": [2]}):
+        worker.step(sampled)
+        worker.report()
+    worker.step({"a": [9], "b": [9]}, verified=(4, 2))  # b has ended before: vLLM leaves its 9 out
     worker.report()
     worker.in_flight.forget(["b"])
     worker.step({"a": [8]}, names=("a",), verified=(0,))
     worker.report()
+    assert told == ["a"]
+    assert [[r.req_id for r in rounds] for rounds in worker.planner.rounds if rounds] == [["a"]]
+    assert worker.adapter.stats.num_copied == 4
     assert worker.in_flight.known.keys() == worker.in_flight.limits.keys() == {"a"}
+
+
+def test_who_comes_back_starts_anew(worker):
+    """Catches a session's next request that goes by the last step of the one before."""
+    for sampled in ({"a": [7], "b": [1]}, {"a": [8], "b": [2]}):
+        worker.step(sampled)
+        worker.report()
+    worker.in_flight.forget(["b"])
+    worker.step({"a": [9], "b": [3]})
+    worker.report()
+    assert worker.planner.asked[-1][1] == [4, NOT_KNOWN]
 
 
 def test_ids_that_nobody_wanted_when_the_step_ran_are_not_told(worker):

@@ -8,7 +8,7 @@ from failfast_vllm.integration import startup
 from failfast_vllm.integration.engine_hooks import (
     _rests,
     _warm_up,
-    collect_counts,
+    hear_the_worker,
     let_it_rest,
     schedule_ahead,
 )
@@ -80,16 +80,16 @@ def test_room_is_made_for_copies_of_requests_that_decode():
     def lens():
         return [request.spec_token_ids for request in running]
 
-    collect_counts(lambda: None, found, report([], (1, 0.0), ahead={"a": 3, "b": 4}))
+    hear_the_worker(lambda: None, found, report([], (1, 0.0), ahead={"a": 3, "b": 4}))
     assert lens() == [[-1] * 3, [], []]
     assert found.failfast_rest == (1, 0.0)
     running[1].is_prefill_chunk = False
-    collect_counts(lambda: None, found, report([], (1, 0.0), ahead={"a": 0, "b": 2}))
+    hear_the_worker(lambda: None, found, report([], (1, 0.0), ahead={"a": 0, "b": 2}))
     assert lens() == [[], [-1] * 2, []]
-    collect_counts(lambda: None, found, report([], None))
+    hear_the_worker(lambda: None, found, report([], None))
     assert lens() == [[], [], []]
     running[0].spec_token_ids = [5]  # a draft that the host knows
-    collect_counts(lambda: None, found, report([], None))
+    hear_the_worker(lambda: None, found, report([], None))
     assert lens() == [[5], [], []]
 
 
@@ -98,7 +98,7 @@ def test_lengths_are_asked_for_before_each_step_that_looks():
     log, answers = [], [report([], (1, 0.0), ahead={"a": 2}), report([], (3, 0.0), ahead={})]
     answers.append(report([], None))
     found = types.SimpleNamespace(running=[waiting("a")], log_stats=False, failfast_ahead=True)
-    found.update_draft_token_ids = lambda told: collect_counts(lambda: None, found, told)
+    found.update_draft_token_ids = lambda told: hear_the_worker(lambda: None, found, told)
 
     def ask():
         log.append("asks")

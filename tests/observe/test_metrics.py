@@ -18,7 +18,7 @@ from failfast_vllm.drafting.records import (
     Round,
 )
 from failfast_vllm.integration import hooks
-from failfast_vllm.integration.engine_hooks import collect_counts, install_metrics, send_counts
+from failfast_vllm.integration.engine_hooks import hear_the_worker, install_metrics, send_counts
 from failfast_vllm.integration.metrics import FailFastStatLogger
 from failfast_vllm.observe.counters import NUM_COUNTS, DraftStats
 from failfast_vllm.policies.rules import FailFast
@@ -109,8 +109,7 @@ def test_only_a_server_that_asked_has_the_logger(monkeypatch, asked, log_stats, 
     # what installing sets is undone, too
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    for name in ("update_draft_token_ids", "make_stats"):
-        monkeypatch.setattr(Scheduler, name, getattr(Scheduler, name))
+    monkeypatch.setattr(Scheduler, "make_stats", Scheduler.make_stats)
     monkeypatch.setattr(hooks, "hook_problem", lambda hook: None)
     install_metrics()
     AsyncLLM(fake_config(asked), None, log_stats)
@@ -129,18 +128,26 @@ def stop_reasons(**given):
     return [STOP_REASONS[i] for i in drafts.stop_reasons], drafts
 
 
+def test_without_metrics_nothing_else_is_missing():
+    """Catches an engine that starts, and never hears from its worker how long it rests."""
+    assert [found.path for found in hooks.hooks_of("metrics")] == [
+        "Scheduler.make_stats",
+        "AsyncLLM.__init__",
+    ]
+
+
 def test_counts_wait_in_the_scheduler_and_are_sent_once():
     """Catches counts of steps without statistics that are lost, and counts that come twice."""
     scheduler, own = types.SimpleNamespace(log_stats=True), object()
     for counts in ([1, 2], [], [3, 4]):
         drafts = types.SimpleNamespace(failfast_counts=counts)
-        assert collect_counts(lambda: own, scheduler, drafts) is own
+        assert hear_the_worker(lambda: own, scheduler, drafts) is own
     sent = [types.SimpleNamespace(num_draft_tokens_per_pos=[9]) for _ in range(2)]
     for found in (None, *sent):
         assert send_counts(lambda: own, scheduler, found) is own
     assert [found.num_draft_tokens_per_pos for found in sent] == [[9, 4, 6], [9]]
     unheard = types.SimpleNamespace(log_stats=False)
-    collect_counts(lambda: own, unheard, types.SimpleNamespace(failfast_counts=[1]))
+    hear_the_worker(lambda: own, unheard, types.SimpleNamespace(failfast_counts=[1]))
     assert not hasattr(unheard, "failfast_counts")
 
 

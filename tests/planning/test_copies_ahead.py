@@ -11,7 +11,7 @@ from failfast_vllm.planning.ahead import (
     REST_STEPS,
     CopiesAhead,
 )
-from failfast_vllm.planning.costs import LEARNED_STEPS, CostTable
+from failfast_vllm.planning.costs import CostTable
 
 NUM_SEQS, CAP = 4, 20
 REQ_IDS = [str(i) for i in range(NUM_SEQS)]
@@ -133,26 +133,26 @@ def test_times_are_learned_from_steps_in_a_row():
     [
         {"req_ids": [*REQ_IDS[:3], "new"]},
         {"num_tokens": NUM_SEQS + 30},  # of a prompt
+        {"req_ids": [], "num_tokens": 0},  # where looking ahead has begun or ended
         {"looked": True},
     ],
 )
 def test_other_steps_say_nothing_of_plain_decoding(changed):
-    """Catches prompts, first steps of a request and mixed steps in the times of plain ones."""
+    """Catches prompts, first steps of a request and mixed steps in the times of plain ones.
+
+    And plain ones that are never timed, because other steps come in between: a busy server.
+    """
     now = [0.0]
     planner = CopiesAhead(CostTable([1, 100], [5.0, 5.0]), CAP, clock=lambda: now[0])
     for step in range(200):
-        other = step % (MIXED_STEPS + LEARNED_STEPS - 1) == 0
-        given = {"req_ids": REQ_IDS, "num_tokens": NUM_SEQS, **(changed if other else {})}
-        now[0] += 0.009
+        since = step % (MIXED_STEPS + 2)
+        given = {"req_ids": REQ_IDS, "num_tokens": NUM_SEQS, **(changed if not since else {})}
+        now[0] += 0.009 if since < MIXED_STEPS else 0.004
         if given.pop("looked", False):
             planner.step_ended(*given.values(), 0)
         else:
             planner.rested(*given.values())
-    assert float(planner.plain(NUM_SEQS)) == 5.0
-    for _ in range(MIXED_STEPS + LEARNED_STEPS):
-        now[0] += 0.009
-        planner.rested(REQ_IDS, NUM_SEQS)
-    assert float(planner.plain(NUM_SEQS)) == pytest.approx(7.0, abs=0.5)
+    assert float(planner.plain(NUM_SEQS)) == pytest.approx(4.0, abs=0.01)
 
 
 def test_nobody_copies_more_than_it_may_or_without_a_known_step():

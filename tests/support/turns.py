@@ -50,7 +50,7 @@ class CopyingTurns(Turns):
 class DrawnLengths:
     """In place of `CopiesAhead`: draws how long copies are, and when not to look for any."""
 
-    def __init__(self, longest=12, rests=0.1, seed=0):
+    def __init__(self, longest=12, rests=0.05, seed=0):
         self.random, self.longest, self.rests = random.Random(seed), longest, rests
         self.rounds, self.looked, self.num_rested = [], [], 0
 
