@@ -142,7 +142,7 @@ class CopiesInFlight:
         self.planner.step_ended(view.req_ids, view.num_tokens, sum(view.num_verified))
 
     def forget(self, req_ids: Iterable[str]) -> None:
-        """The requests have ended, before or with the last step that has."""
+        """The requests have ended; what a step brings that is not read yet is not theirs."""
         for req_id in req_ids:
             self.limits.pop(req_id, None)
             self.known.pop(req_id, None)

@@ -63,7 +63,7 @@ class CopiesAhead(AheadPlanner):
         self._running: frozenset[str] = frozenset()
         self._looked = False
         self._num_alike = 0  # steps in a row that only decoded, with or without looking
-        # tokens and ms of those that are not learned from: that did not look, and that did
+        # tokens and ms of those to be learned from: that did not look, and that did
         self._timed: tuple[list[tuple[int, float]], ...] = [], []
 
     def choose(self, wanted: Lengths, match_lens: Lengths) -> Lengths:
