@@ -81,6 +81,7 @@ def test_requests_come_and_go_in_flight(few_plain, ahead):
     llm, watch = ahead
     come_and_go(llm, *few_plain)
     assert_copies_in_flight(watch)
+    assert watch.planner.ahead.num_rested > 0
     in_flight = proposer(llm).in_flight
     generate(llm, few_plain[0][:1], few_plain[1][:1])  # the end of the others is seen in its steps
     assert max(len(in_flight.known), len(in_flight.limits)) <= 1
